@@ -1,0 +1,56 @@
+"""The peers that PyTorch brings along: cuDNN and FlashAttention-2, behind ``scaled_dot_product_attention``."""
+
+from __future__ import annotations
+
+from .timing import Candidate
+
+NAMES = ("cudnn", "fa2")
+# A peer that computes something else is no peer. Peers round differently, by about one bf16 rounding of values up to 4.
+_TOLERANCE = 0.05
+
+
+def peer_candidates(row, q, k, v, expected) -> list[Candidate]:
+    """The peers that can compute `row`, each tried once and compared with `expected`.
+
+    Parameters
+    ----------
+    row : Row
+    q, k, v, expected : torch.Tensor
+        Dense, (batch, seqlen, heads, head_dim); `expected` is fa3's result, itself checked before.
+
+    Returns
+    -------
+    list of Candidate
+        A peer that refuses the problem is left out: cuDNN and FA2 here take neither fp8 nor sequences of different
+        lengths, and FA2 no head dim over 256.
+    """
+    if row.dtype == "fp8" or len(set(row.seqlens_q)) > 1 or len(set(row.seqlens_k)) > 1:
+        return []
+    if row.causal and row.seqlens_q != row.seqlens_k and set(row.seqlens_q) != {1}:
+        return []  # PyTorch aligns the causal mask at the top left
+    found = []
+    for name in NAMES:
+        candidate = _candidate(name, row, q, k, v)
+        try:
+            with candidate.context():
+                difference = (candidate.call().transpose(1, 2) - expected).abs().max().item()
+        except RuntimeError:
+            continue
+        if difference <= _TOLERANCE:
+            found.append(candidate)
+    return found
+
+
+def _candidate(name, row, q, k, v):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    backend = {"cudnn": SDPBackend.CUDNN_ATTENTION, "fa2": SDPBackend.FLASH_ATTENTION}[name]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # views: both backends take any strides
+    causal = row.causal and row.seqlens_q == row.seqlens_k  # a single query sees all keys
+    grouped = row.num_heads != row.num_heads_kv
+    return Candidate(
+        name,
+        lambda: scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped),
+        lambda: sdpa_kernel(backend),
+    )

@@ -1,0 +1,148 @@
+"""Runs rows on the GPU: inputs, the answer's check, fa3 and its peers timed side by side."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import subprocess
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from fa3._progress import Progress
+from fa3._reference_check import Formula, Packed, check_forward
+
+from . import timing
+from .peers import NAMES, peer_candidates
+
+CHECK_BUDGET = 2**31  # multiply-adds of float64 for each row's check
+
+
+class WrongAnswerError(RuntimeError):
+    """fa3's result of a row is not what the formula gives; such a row is not timed."""
+
+
+def import_torch():
+    """PyTorch with a GPU, or RuntimeError in one sentence."""
+    try:
+        import torch
+    except ImportError:
+        raise RuntimeError("PyTorch is not installed, and the peers and the clock come from it") from None
+    if not torch.cuda.is_available():
+        raise RuntimeError("no CUDA GPU here, nothing to time")
+    return torch
+
+
+def current_commit() -> str:
+    """``FA3_BENCH_COMMIT``, or what git says of this checkout, or "unknown"."""
+    if os.environ.get("FA3_BENCH_COMMIT"):
+        return os.environ["FA3_BENCH_COMMIT"]
+    try:
+        answer = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=Path(__file__).parent,
+                                capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return answer.stdout.strip()
+
+
+def run_rows(rows, budget: timing.Budget, commit: str):
+    """Time `rows` one after another; yields (row, record), or (row, exception) for one that was not timed."""
+    torch = import_torch()
+    clock = timing.CudaClock(torch)
+    with Progress(rows[0].group) as progress:
+        for done, row in enumerate(rows):
+            progress(done, len(rows), row.case)
+            try:
+                yield row, run_row(torch, clock, row, budget, commit)
+            except (NotImplementedError, WrongAnswerError) as error:
+                yield row, error
+        progress(len(rows), len(rows))
+
+
+def run_row(torch, clock, row, budget: timing.Budget, commit: str) -> dict:
+    """Check and time one row; the result is a record of the results file."""
+    q, k, v, call = _problem(torch, row)
+    out = call()
+    _check(row, q, k, v, out)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a peer that refuses a problem explains itself in several warnings
+        peers = peer_candidates(row, q, k, v, out.view(*q.shape[:-1], -1))
+    candidates = [timing.Candidate("fa3", call), *peers]
+    if row.group == "overhead":
+        times = timing.measure_host(candidates, clock)
+    elif timing.estimate_us(candidates[0], clock) < timing.SHORT_CALL_US:
+        times = timing.measure_graphs(candidates, clock, budget)
+    else:
+        times = timing.measure_launches(candidates, clock, budget)
+    return record(row, times, torch.cuda.get_device_name(), commit)
+
+
+def record(row, times: dict[str, float], device: str, commit: str) -> dict:
+    """One entry of a results file, from the µs of fa3 and of those peers that ran."""
+    us = times["fa3"]
+    is_host = row.group == "overhead"
+    return {
+        "group": row.group,
+        "case": row.case,
+        "us": round(us, 3),
+        "tflops": None if is_host else round(row.flops / us / 1e6, 2),
+        "gbs": None if is_host else round(row.bytes_moved / us / 1e3, 1),
+        "peers": {name: round(times[name], 3) if name in times else None for name in NAMES},
+        "device": device,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": commit,
+    }
+
+
+def _problem(torch, row):
+    """Dense q, k, v (those of a ragged row: packed, without batch axis) and the call of fa3 on them."""
+    import fa3
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}[row.dtype]
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(lengths, heads):
+        equal = len(set(lengths)) == 1
+        shape = (len(lengths), lengths[0]) if equal else (sum(lengths),)
+        values = torch.randn(*shape, heads, row.head_dim, generator=generator, device="cuda")
+        return values.to(dtype)
+
+    q, k, v = normal(row.seqlens_q, row.num_heads), *(normal(row.seqlens_k, row.num_heads_kv) for _ in "kv")
+    options = {"causal": row.causal}
+    if row.dtype == "fp8":
+        # the factors of the cases are 1, one for each sequence and head
+        sizes = {"q_descale": row.num_heads, "k_descale": row.num_heads_kv, "v_descale": row.num_heads_kv}
+        options |= {name: torch.ones(len(row.seqlens_q), heads, device="cuda") for name, heads in sizes.items()}
+    if not row.varlen:
+        if row.case.endswith("out="):
+            options["out"] = torch.empty_like(q)
+        return q, k, v, lambda: fa3.flash_attn_func(q, k, v, **options)
+    ragged = [x.view(-1, *x.shape[-2:]) for x in (q, k, v)]
+    cu_seqlens = [torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32, device="cuda")
+                  for lengths in (row.seqlens_q, row.seqlens_k)]
+    longest = max(row.seqlens_q), max(row.seqlens_k)
+    return q, k, v, lambda: fa3.flash_attn_varlen_func(*ragged, *cu_seqlens, *longest, **options)
+
+
+def _check(row, q, k, v, out):
+    """Compare sampled rows with float64 on the host, and look through all for NaN."""
+    lens_q, lens_k = np.array(row.seqlens_q), np.array(row.seqlens_k)
+    packed = Packed(np.cumsum(lens_q) - lens_q, lens_q, np.cumsum(lens_k) - lens_k, lens_k)
+    q, k, v, out = (_to_numpy(x) for x in (q, k, v, out))
+    report = check_forward(out, None, q, k, v, packed, Formula(row.head_dim ** -0.5, row.masking), budget=CHECK_BUDGET)
+    if not report.ok:
+        raise WrongAnswerError(str(report))
+
+
+def _to_numpy(x):
+    """A tensor on the host as (tokens, heads, head_dim), bf16 and fp8 through their bits."""
+    import ml_dtypes
+    import torch
+
+    x = x.reshape(-1, *x.shape[-2:])
+    if x.dtype == torch.bfloat16:
+        return x.view(torch.int16).cpu().numpy().view(ml_dtypes.bfloat16)
+    if x.dtype == torch.float8_e4m3fn:
+        return x.view(torch.uint8).cpu().numpy().view(ml_dtypes.float8_e4m3fn)
+    return x.cpu().numpy()

@@ -1,0 +1,1 @@
+from fa3._view cimport ArrayView

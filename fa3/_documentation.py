@@ -1,0 +1,113 @@
+"""The options that several functions share, described once, and put into their docstrings at import."""
+
+OPTIONS = {
+    "softmax_scale": """\
+softmax_scale : float, optional
+    Factor of q·kᵀ. Default: 1/sqrt(head_dim), or 1/sqrt(head_dim + head_dim_v) with `qv`.""",
+    "causal": """\
+causal : bool, default False
+    Hide the keys after a query's position: its position is i + seqlen_k - seqlen_q (bottom-right
+    alignment), so that the last query sees the last key. Sets the window's right side to 0.""",
+    "window_size": """\
+window_size : (int, int), default (-1, -1)
+    Keys to see to the left and right of a query's position, both ends included; -1 is unbounded.""",
+    "attention_chunk": """\
+attention_chunk : int, default 0
+    If c > 0, a query at position p sees only keys of its own chunk, floor(p/c)·c to floor(p/c)·c + c - 1.""",
+    "softcap": """\
+softcap : float, default 0.0
+    If c > 0, scores s become c·tanh(s/c), after the scale and before the mask.""",
+    "sinks": """\
+sinks : array (num_heads,), float32, optional
+    A logit for each query head that joins the softmax's denominator and the lse, and has no value.""",
+    "qv": """\
+qv : array, q's shape with head_dim_v, q's dtype, optional
+    Scores become scale·(q·kᵀ + qv·vᵀ) (multi-head latent attention). Not on the GPU yet.""",
+    "q_descale": """\
+q_descale, k_descale, v_descale : array, float32, optional
+    Factors of fp8 operands, q ≈ q_descale·q: one (shape ()), one for each KV head (num_heads_kv,), or for
+    each sequence and KV head (batch, num_heads_kv); q_descale also by query head, (num_heads,) or
+    (batch, num_heads). Any strides, 0 included.""",
+    "seqused_q": """\
+seqused_q : array (batch,), int32, optional
+    How many of each sequence's query rows are in use, from its first row on.""",
+    "seqused_k": """\
+seqused_k : array (batch,), int32, optional
+    How many of each sequence's key rows are in use, from its first row on.""",
+    "num_splits": """\
+num_splits : int, default 0
+    Parts that the keys are cut into, computed apart and combined. 0: chosen, 1: none. More than 1 is not on
+    the GPU yet.""",
+    "batch_invariant": """\
+batch_invariant : bool, default False
+    Make the bits of each sequence's result independent of what else is in the batch.""",
+    "pack_gqa": """\
+pack_gqa : bool, optional
+    Put the query heads of one KV head into one tile. Default: chosen. Never changes more than rounding.""",
+    "sm_margin": """\
+sm_margin : int, default 0
+    Multiprocessors to leave to others. Ignored on the CPU.""",
+    "dropout_p": """\
+dropout_p : float, default 0.0
+    Probability to drop a weight. Above 0 is not built yet.
+dropout_seed : int, optional
+    Seed of the dropout.""",
+    "return_lse": """\
+return_lse : bool, default False
+    Return ``(out, lse)`` in place of ``out``.""",
+    "out": """\
+out : array, optional
+    Where to write the result: any writable array of the result's shape, dtype and device whose elements do
+    not overlap each other or an input's; on the GPU its last dimension is contiguous. It is also returned.""",
+    "out_dtype": """\
+out_dtype : str or dtype, optional
+    The result's dtype. Default: q's, or bfloat16 when q is fp8 (then float16 can be asked for).""",
+    "stream": """\
+stream : int or stream object, optional
+    CUDA stream to work on: a handle, a CuPy or PyTorch stream, or anything with ``__cuda_stream__``.
+    Default: the current stream of q's framework. Ignored on the CPU.""",
+    "dtype": """\
+dtype : str or dtype, optional
+    What the bytes of q, k, v (and `qv`, new keys and values, `out`) are, where their framework has no such
+    type:
+    "float8_e4m3fn" for uint8, "bfloat16" for uint16.""",
+}
+
+SECTIONS = {
+    "returns": """\
+out : array
+    In q's framework, on q's device, in C order (or `out`). An object that speaks only
+    ``__cuda_array_interface__`` gets a CuPy array, and a framework without the dtype its bytes as unsigned
+    ints.
+lse : array, float32
+    With `return_lse`: the natural logarithm of the sum of exponentials of the scaled, capped, masked scores,
+    sinks included; {lse}.""",
+    "raises": """\
+TypeError
+    Something is not an array, or of the wrong dtype or type.
+ValueError
+    Shapes or values that do not fit: ``k: head_dim 96, but q has 128``.
+BufferError
+    An array on another device than q, or a read-only array that is to be written.
+NotImplementedError
+    Meaningful, but not built, and what; also a GPU that is not of compute capability 9.0.
+CudaError
+    CUDA failed; ``.code`` has its error code.""",
+}
+
+
+def documented(lse="(batch, num_heads, seqlen_q)"):
+    """Decorator: fill a docstring's ``{options}`` (of its keywords), ``{returns}`` and ``{raises}``."""
+    def fill(function):
+        text = function.__doc__
+        if text is None:  # python -OO
+            return function
+        options = "\n".join(OPTIONS[name] for name in function.__kwdefaults__ if name in OPTIONS)
+        for name, fragment in (("options", options), *SECTIONS.items()):
+            head, mark, tail = text.partition("{" + name + "}")
+            if mark:
+                indent = head[head.rfind("\n") + 1:]  # none from Python 3.13 on, which strips docstrings
+                text = head + fragment.replace("{lse}", lse).replace("\n", "\n" + indent) + tail
+        function.__doc__ = text
+        return function
+    return fill

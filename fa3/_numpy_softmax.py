@@ -1,0 +1,128 @@
+"""Which keys a query sees, and the online softmax over them: one tile of queries, some keys at a time.
+
+Shapes: `heads` counts KV heads, and `rows` the queries of a tile; the `group` query heads of a KV head are
+stacked, so that a tile has group * rows rows in all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Visible:
+    """Which keys each query of a sequence sees. Query i stands at position i + seqlen_k - seqlen_q."""
+
+    seqlen_q: int
+    seqlen_k: int
+    left: int  # -1: unbounded
+    right: int  # -1: unbounded
+    chunk: int  # 0: no chunks
+
+    def bounds(self, first, last):
+        """For queries [first, last): the first key each sees, and the first key after those it sees.
+
+        Both only grow from one query to the next, and the first never passes the second.
+        """
+        furthest = self.seqlen_q + self.seqlen_k  # no distance is longer: keeps huge windows within int64
+        position = np.arange(first, last) + (self.seqlen_k - self.seqlen_q)
+        begin = np.zeros_like(position)
+        end = np.full_like(position, self.seqlen_k)
+        if self.left >= 0:
+            begin = np.maximum(begin, position - min(self.left, furthest))
+        if self.right >= 0:
+            end = np.minimum(end, position + min(self.right, furthest) + 1)
+        if self.chunk > 0:
+            chunk = min(self.chunk, furthest)
+            chunk_begin = position // chunk * chunk
+            begin = np.maximum(begin, chunk_begin)
+            end = np.minimum(end, chunk_begin + chunk)
+        return begin.clip(0, self.seqlen_k), end.clip(0, self.seqlen_k)
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The keys and values of some KV heads of a sequence, in the compute dtype."""
+
+    k: np.ndarray  # (heads, seqlen_k, head_dim)
+    v: np.ndarray  # (heads, seqlen_k, head_dim_v)
+    nonfinite: np.ndarray | None  # (heads, seqlen_k): values that hold NaN or inf; None: there are none
+
+
+class OnlineSoftmax:
+    """A tile's running softmax: row_max, row_sum and the sum of values they weight, all (heads, rows, …)."""
+
+    def __init__(self, heads, group, rows, head_dim_v, dtype):
+        self.group, self.rows = group, rows
+        self.row_max = np.full((heads, group * rows, 1), -np.inf, dtype)
+        self.row_sum = np.zeros((heads, group * rows, 1), dtype)
+        self.acc = np.zeros((heads, group * rows, head_dim_v), dtype)
+        self.product = np.empty_like(self.acc)
+
+    def start_from(self, sinks):
+        """Let each head's sink be the first logit: it joins the denominator and has no value."""
+        self.row_max[...] = np.repeat(sinks, self.rows).reshape(self.row_max.shape)
+        self.row_sum[...] = self.row_max != -np.inf
+
+    def add(self, s, keys, n_first, n_last, begin, end):
+        """Take in the scores s (heads, group * rows, keys) of keys [n_first, n_last); s is used up."""
+        hidden = self._mask(s, n_first, n_last, begin, end)
+        new_max = s.max(axis=-1, keepdims=True)
+        np.maximum(new_max, self.row_max, out=new_max)
+        # A row that has seen nothing yet has maximum -inf: subtract 0, for its exponentials to be 0, not NaN.
+        shift = np.where(new_max == -np.inf, 0, new_max)
+        s -= shift
+        p = np.exp(s, out=s)
+        correction = np.exp(self.row_max - shift)
+        self.row_sum *= correction
+        self.row_sum += np.matmul(p, np.ones(n_last - n_first, p.dtype))[..., None]
+        self.acc *= correction
+        self.row_max = new_max
+        v = keys.v[:, n_first:n_last]
+        if hidden and keys.nonfinite is not None and keys.nonfinite[:, n_first:n_last].any():
+            self._add_nonfinite(p, v, keys.nonfinite[:, n_first:n_last], begin - n_first, end - n_first)
+            v = np.where(keys.nonfinite[:, n_first:n_last, None], 0, v)
+        self.acc += np.matmul(p, v, out=self.product)
+
+    def finish(self):
+        """out (heads, group * rows, head_dim_v), lse (heads, group * rows); 0 and -inf where nothing is seen."""
+        lse = (self.row_max + np.log(self.row_sum))[..., 0]
+        self.acc /= np.where(self.row_sum == 0, 1, self.row_sum)
+        return self.acc, lse
+
+    def _mask(self, s, n_first, n_last, begin, end):
+        """Set the scores of keys that a query does not see to -inf; say whether there are any."""
+        s = s.reshape(s.shape[0], self.group, self.rows, -1)
+        columns = np.arange(n_first, n_last)
+        left = min(int(begin[-1]), n_last) - n_first  # columns before it are hidden from some query
+        right = max(int(end[0]), n_first) - n_first  # columns from it on are hidden from some query
+        if left > 0:
+            np.copyto(s[..., :left], -np.inf, where=columns[:left] < begin[:, None])
+        if right < len(columns):
+            np.copyto(s[..., right:], -np.inf, where=columns[right:] >= end[:, None])
+        return left > 0 or right < len(columns)
+
+    def _add_nonfinite(self, p, v, nonfinite, begin, end):
+        """Add values that hold NaN or inf for the queries that see them: 0 * NaN would spoil the others."""
+        heads, _, num_keys = p.shape
+        p = p.reshape(heads, self.group, self.rows, num_keys)
+        acc = self.acc.reshape(heads, self.group, self.rows, -1)
+        for head, j in np.argwhere(nonfinite):
+            sees = (begin <= j) & (j < end)
+            acc[head][:, sees] += p[head][:, sees, j, None] * v[head, j]
+
+
+def merge(outs, lses):
+    """Join results over disjoint keys: outs, a list of (…, dim), and lses (splits, …) become one of each."""
+    lse_max = lses.max(axis=0)
+    lse_max = np.where(lse_max == -np.inf, 0, lse_max)
+    weights = np.exp(lses - lse_max)
+    total = weights.sum(axis=0)
+    divisor = np.where(total == 0, 1, total)
+    merged = np.zeros_like(outs[0])
+    for out, lse, weight in zip(outs, lses, weights, strict=True):
+        # A part that saw nothing may hold anything, NaN too.
+        merged += np.where((lse == -np.inf)[..., None], 0, out * (weight / divisor)[..., None])
+    return merged, lse_max + np.log(total)

@@ -1,0 +1,261 @@
+"""The public functions of the forward: each checks every argument, then has a backend fill the result."""
+
+from fa3 import _checks as check
+from fa3._array import Border
+from fa3._dispatch import combine, forward, options
+from fa3._documentation import documented
+from fa3._problem import Problem
+
+
+@documented()
+def flash_attn_func(
+    q, k, v, *,
+    softmax_scale=None, causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, sinks=None,
+    qv=None, q_descale=None, k_descale=None, v_descale=None, seqused_q=None, seqused_k=None,
+    num_splits=0, batch_invariant=False, pack_gqa=None, sm_margin=0, dropout_p=0.0, dropout_seed=None,
+    return_lse=False, out=None, out_dtype=None, stream=None, dtype=None,
+):
+    """Exact attention of a batch of sequences: ``softmax(softmax_scale·q·kᵀ + mask)·v``.
+
+    On a GPU of compute capability 9.0 this is the algorithm of FlashAttention-3 [1]_; CPU arrays are computed
+    by NumPy. Query head i reads KV head ``i // (num_heads // num_heads_kv)``.
+
+    Parameters
+    ----------
+    q : array (batch, seqlen_q, num_heads, head_dim)
+        float16, bfloat16 or float8_e4m3fn; on the CPU also float32 and float64. Of NumPy, PyTorch, CuPy, JAX,
+        Numba, or anything that speaks DLPack or ``__cuda_array_interface__``.
+    k : array (batch, seqlen_k, num_heads_kv, head_dim)
+        Of q's dtype, and on its device. num_heads is a multiple of num_heads_kv.
+    v : array (batch, seqlen_k, num_heads_kv, head_dim_v)
+    {options}
+
+    Returns
+    -------
+    {returns}
+
+    Raises
+    ------
+    {raises}
+
+    Notes
+    -----
+    *GPU.* head_dim and head_dim_v are multiples of 8 (fp8: 16) up to 256, and the last dimension is
+    contiguous; the other strides are free, 0 and negative included. An array whose address or strides are not
+    multiples of 16 bytes cannot be read by Hopper's tensor memory accelerator: a small kernel first copies it
+    into workspace, once a call. A call only enqueues work on its stream. It never waits for the GPU and never
+    reads device memory from the host.
+
+    *Nothing to see.* A query without a visible key has out 0 and lse -inf (or its sink). Empty arrays are no
+    error.
+
+    *NaN.* Values outside what a sequence may see never touch its result, even NaN or inf. NaN among what a
+    query sees gives NaN in its row; on the GPU, NaN or inf in v may also reach queries of the same sequence
+    that do not see it but share a block of keys with some that do. Rows past `seqused_q` belong to no query:
+    there the result is not written.
+
+    *Gradients.* Arrays that require gradients are read as they are; nothing is recorded.
+
+    *Determinism.* Results are bitwise repeatable. ``FA3_CHECK=1`` in the environment turns on checks of
+    values in GPU memory, which wait for the GPU.
+
+    References
+    ----------
+    .. [1] J. Shah, G. Bikshandi, Y. Zhang, V. Thakkar, P. Ramani, T. Dao, "FlashAttention-3: Fast and
+       Accurate Attention with Asynchrony and Low-precision", 2024.
+    """
+    border = Border(q, "q", stream, dtype)
+    problem = Problem(border, k, v, dtype=dtype)
+    problem.dense_q()
+    problem.dense_k()
+    problem.take(border, dtype, qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
+                 sinks=sinks, seqused_q=seqused_q, seqused_k=seqused_k)
+    settled = options(problem, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits,
+                      batch_invariant, pack_gqa, sm_margin)
+    check.dropout(dropout_p, dropout_seed)
+    return forward(border, problem, settled, out, out_dtype, return_lse)
+
+
+@documented(lse="(num_heads, total_q)")
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, *,
+    page_table=None,
+    softmax_scale=None, causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, sinks=None,
+    qv=None, q_descale=None, k_descale=None, v_descale=None, seqused_q=None, seqused_k=None,
+    num_splits=0, batch_invariant=False, pack_gqa=None, sm_margin=0, dropout_p=0.0, dropout_seed=None,
+    return_lse=False, out=None, out_dtype=None, stream=None, dtype=None,
+):
+    """Exact attention of sequences of any lengths, stored one after another.
+
+    Sequence b has the query rows ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1] - 1`` and likewise its keys.
+    What `flash_attn_func` says of masks, heads, NaN, strides and determinism holds here for each sequence.
+
+    Parameters
+    ----------
+    q : array (total_q, num_heads, head_dim)
+        float16, bfloat16 or float8_e4m3fn; on the CPU also float32 and float64.
+    k : array (total_k, num_heads_kv, head_dim)
+        Of q's dtype, and on its device. With `page_table` pages (num_pages, page_size, num_heads_kv,
+        head_dim).
+    v : array (total_k, num_heads_kv, head_dim_v)
+        As k.
+    cu_seqlens_q, cu_seqlens_k : array (batch + 1,), int32
+        Where each sequence begins; from 0 up, never falling. Rows past the last belong to no sequence, and
+        their results are not written. With `page_table`, cu_seqlens_k may be None; it then only gives the
+        lengths.
+    max_seqlen_q, max_seqlen_k : int, optional
+        The longest sequence's length, or more. Knowing it helps to choose tiles; it is never read from the
+        GPU.
+    page_table : array (batch, max_pages), int32, optional
+        Key j of sequence b is row ``j % page_size`` of page ``page_table[b, j // page_size]``. Lengths come
+        from seqused_k or cu_seqlens_k; with neither, all pages are full. Not on the GPU yet.
+    {options}
+
+    Returns
+    -------
+    {returns}
+
+    Raises
+    ------
+    {raises}
+    """
+    border = Border(q, "q", stream, dtype)
+    problem = Problem(border, k, v, dtype=dtype)
+    problem.ragged_q(border, cu_seqlens_q, max_seqlen_q)
+    if page_table is not None:
+        problem.paged_k(border, page_table, max_seqlen_k)
+    elif cu_seqlens_k is None:
+        raise ValueError("cu_seqlens_k: got None, needs int32 (batch + 1,), or a page_table")
+    else:
+        problem.ragged_k(max_seqlen_k)
+    problem.take(border, dtype, cu_seqlens_k=cu_seqlens_k, qv=qv, q_descale=q_descale, k_descale=k_descale,
+                 v_descale=v_descale, sinks=sinks, seqused_q=seqused_q, seqused_k=seqused_k)
+    settled = options(problem, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits,
+                      batch_invariant, pack_gqa, sm_margin)
+    check.dropout(dropout_p, dropout_seed)
+    return forward(border, problem, settled, out, out_dtype, return_lse)
+
+
+@documented(lse="(batch, num_heads, seqlen_q), or (num_heads, total_q) with cu_seqlens_q")
+def flash_attn_with_kvcache(
+    q, k_cache, v_cache, *,
+    k=None, v=None, rotary_cos=None, rotary_sin=None, rotary_interleaved=True, rotary_seqlens=None,
+    cache_seqlens=None, cache_batch_idx=None, cache_leftpad=None, page_table=None,
+    cu_seqlens_q=None, cu_seqlens_k_new=None, max_seqlen_q=None, scheduler_metadata=None,
+    softmax_scale=None, causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, sinks=None,
+    qv=None, q_descale=None, k_descale=None, v_descale=None, seqused_q=None,
+    num_splits=0, batch_invariant=False, pack_gqa=None, sm_margin=0,
+    return_lse=False, out=None, out_dtype=None, stream=None, dtype=None,
+):
+    """Attention of new queries on a key-value cache, to which new keys may be appended first, in place.
+
+    What `flash_attn_func` says of masks, heads, NaN, strides and determinism holds here too, with seqlen_k
+    the length in use: `cache_seqlens` plus the new keys. On the GPU a contiguous cache that is only read
+    works now; new keys, rotary, pages, `cache_leftpad` and `cache_batch_idx` raise NotImplementedError there,
+    and work on the CPU.
+
+    Parameters
+    ----------
+    q : array (batch, seqlen_q, num_heads, head_dim), or (total_q, num_heads, head_dim) with cu_seqlens_q
+    k_cache : array (batch_cache, seqlen_cache, num_heads_kv, head_dim)
+        With `page_table` pages (num_pages, page_size, num_heads_kv, head_dim). Written to when `k` is given.
+        Without `cache_batch_idx`, batch_cache is q's batch.
+    v_cache : array, k_cache's shape with head_dim_v
+    k : array (batch, seqlen_k_new, num_heads_kv, head_dim), optional
+        New keys, put into the cache from row cache_seqlens[b] on; (total_k_new, num_heads_kv, head_dim) with
+        cu_seqlens_k_new. Needs `v` and `cache_seqlens`.
+    v : array, k's shape with head_dim_v, optional
+    rotary_cos, rotary_sin : array (seqlen_rotary, rotary_dim / 2), float32 or q's 16-bit dtype, optional
+        Rotary position embedding of q and of the new keys. rotary_dim is a multiple of 16. New key i stands
+        at cache_seqlens[b] + i; query i there too if the mask depends on positions (causal, window, chunk),
+        else at cache_seqlens[b]. Needs `k`.
+    rotary_interleaved : bool, default True
+        Rotate dimensions 2i and 2i + 1 (GPT-J's way); else i and i + rotary_dim/2 (GPT-NeoX's way).
+    rotary_seqlens : array (batch,), int32, optional
+        Positions to count from in place of cache_seqlens.
+    cache_seqlens : int or array (batch,), int32, optional
+        Rows of the cache in use, before the new keys. Default: all rows.
+    cache_batch_idx : array (batch,), int32, optional
+        The cache's batch entry of each sequence.
+    cache_leftpad : array (batch,), int32, optional
+        First rows of each sequence's cache to leave out; positions count from there.
+    page_table : array (batch, max_pages), int32, optional
+        Key j of sequence b is row ``j % page_size`` of page ``page_table[b, j // page_size]``.
+    cu_seqlens_q, cu_seqlens_k_new : array (batch + 1,), int32, optional
+        Where each sequence's rows begin in a ragged q and in ragged new keys.
+    max_seqlen_q : int, optional
+        With cu_seqlens_q, the longest sequence's length, or more.
+    scheduler_metadata : None
+        Not built yet.
+    {options}
+
+    Returns
+    -------
+    {returns}
+
+    Raises
+    ------
+    {raises}
+    """
+    border = Border(q, "q", stream, dtype)
+    problem = Problem(border, k_cache, v_cache, "k_cache", "v_cache", dtype, written=k is not None)
+    if cu_seqlens_q is None:
+        problem.dense_q()
+    else:
+        problem.ragged_q(border, cu_seqlens_q, max_seqlen_q)
+    if page_table is None:
+        problem.dense_k(any_batch=cache_batch_idx is not None)
+    else:
+        check.without(page_table, "page_table", cache_batch_idx, "cache_batch_idx")
+        problem.paged_k(border, page_table)
+    check.together(k, "k", v, "v")
+    check.together(rotary_cos, "rotary_cos", rotary_sin, "rotary_sin")
+    for needed, needed_name, array, name in (
+            (cache_seqlens, "cache_seqlens", k, "k"), (k, "k", cu_seqlens_k_new, "cu_seqlens_k_new"),
+            (k, "k", rotary_cos, "rotary_cos"), (rotary_cos, "rotary_cos", rotary_seqlens, "rotary_seqlens")):
+        check.needs(array, name, needed, needed_name)
+    if scheduler_metadata is not None:
+        raise NotImplementedError("scheduler_metadata: not built yet, needs None")
+    problem.take(border, dtype, cu_seqlens_k_new=cu_seqlens_k_new, k=k, v=v)
+    problem.use_cache(border, cache_seqlens)
+    problem.take(border, dtype, rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_seqlens=rotary_seqlens,
+                 cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, qv=qv, q_descale=q_descale,
+                 k_descale=k_descale, v_descale=v_descale, sinks=sinks, seqused_q=seqused_q)
+    settled = options(problem, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits,
+                      batch_invariant, pack_gqa, sm_margin)
+    settled["rotary_interleaved"] = check.flag(rotary_interleaved, "rotary_interleaved")
+    return forward(border, problem, settled, out, out_dtype, return_lse)
+
+
+def flash_attn_combine(out_partial, lse_partial, *, out=None, out_dtype=None):
+    """Join the results of attention over disjoint parts of the keys: ``sum_i exp(lse_i - lse)·out_i``.
+
+    With ``lse = log(sum_i exp(lse_i))`` this is attention over all the keys [1]_. A part whose lse is -inf
+    saw nothing and is left out, whatever its out holds. Not on the GPU yet.
+
+    Parameters
+    ----------
+    out_partial : array (splits, batch, seqlen_q, num_heads, head_dim_v), float32
+    lse_partial : array (splits, batch, seqlen_q, num_heads), float32
+        Natural logarithms.
+    out : array (batch, seqlen_q, num_heads, head_dim_v), optional
+        Where to write the result: float32, float16 or bfloat16.
+    out_dtype : str or dtype, optional
+        The result's dtype; default float32.
+
+    Returns
+    -------
+    out : array (batch, seqlen_q, num_heads, head_dim_v)
+        In out_partial's framework, on its device.
+    lse : array (batch, seqlen_q, num_heads), float32
+
+    Raises
+    ------
+    TypeError, ValueError, BufferError, NotImplementedError, CudaError
+        As `flash_attn_func`.
+
+    References
+    ----------
+    .. [1] T. Dao, D. Haziza, F. Massa, G. Sizov, "Flash-Decoding for long-context inference", 2023.
+    """
+    return combine(Border(out_partial, "out_partial"), lse_partial, out, out_dtype)

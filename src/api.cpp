@@ -1,0 +1,178 @@
+// The C entry points: validate -> plan -> encode -> launch.
+#include <cuda_runtime.h>
+
+#include <cmath>
+
+#include "device.h"
+#include "fa3.h"
+#include "kernels/copy_rows.h"
+#include "plan.h"
+#include "slow_checks.h"
+#include "status.h"
+#include "tensor_map.h"
+#include "validate.h"
+#include "variants.h"
+
+namespace fa3 {
+namespace {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr int kQueryBoxRows = 64;  // one consumer warpgroup's rows
+
+fa3_status plan_checked(const fa3_forward_params* params, int num_sms, fa3_forward_plan& plan) {
+  if (auto status = validate(params)) return status;
+  return plan_forward(*params, num_sms, plan);
+}
+
+bool nothing_to_do(const fa3_forward_params& p) { return p.batch == 0 || p.queries.rows == 0; }
+
+/// Hands out the workspace from its start.
+class Workspace {
+ public:
+  explicit Workspace(void* base) : next_(static_cast<char*>(base)) {}
+  void* take(size_t bytes) {
+    char* part = next_;
+    next_ += bytes;
+    return part;
+  }
+
+ private:
+  char* next_;
+};
+
+struct Launch {
+  const fa3_forward_params& params;
+  const fa3_forward_plan& plan;
+  const ForwardVariant& variant;
+  Workspace workspace;
+  cudaStream_t stream;
+
+  /// An operand for TMA: the caller's array, or a copy of one that TMA cannot address.
+  fa3_status operand(fa3_array array, const fa3_lengths& lengths, int heads, int head_dim, bool copy, int box_rows,
+                     int swizzle, TmaOperand& operand) {
+    const int batch = lengths.cu_seqlens ? 1 : params.batch;
+    if (lengths.rows == 0) {  // nothing will be loaded, but a map must name an address and an extent
+      array.data = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(params.q.data) / kTmaAlignment * kTmaAlignment);
+      const fa3_lengths one_row{1, 0, nullptr, nullptr};
+      return this->operand(array, one_row, 1, head_dim, false, box_rows, swizzle, operand);
+    }
+    if (copy) {
+      const RowsToCopy rows{array.data, {array.stride[0], array.stride[1], array.stride[2]}, batch, lengths.rows, heads,
+                            head_dim};
+      void* packed = workspace.take(copy_bytes(lengths, params.batch, heads, head_dim));
+      const cudaError_t error = copy_rows(rows, packed, stream);
+      if (auto status = check_cuda(error, "copy_rows", cudaGetErrorString(error))) return status;
+      const int64_t row = int64_t{heads} * head_dim;
+      array = {packed, {row * lengths.rows, row, head_dim, 1}};
+    }
+    return encode_operand(array, {params.dtype, head_dim, heads, batch, lengths.rows, box_rows, swizzle}, operand);
+  }
+
+  fa3_status fill(ForwardArgs& args) {
+    const fa3_forward_params& p = params;
+    if (auto status =
+            operand(p.q, p.queries, p.num_heads, p.head_dim, plan.copy_q, kQueryBoxRows, variant.swizzle_q_k, args.q))
+      return status;
+    if (auto status =
+            operand(p.k, p.keys, p.num_heads_kv, p.head_dim, plan.copy_k, plan.tile_n, variant.swizzle_q_k, args.k))
+      return status;
+    if (auto status =
+            operand(p.v, p.keys, p.num_heads_kv, p.head_dim_v, plan.copy_v, plan.tile_n, variant.swizzle_v, args.v))
+      return status;
+    args.out = p.out.data;
+    args.lse = static_cast<float*>(p.lse.data);
+    args.out_vectors = reinterpret_cast<uintptr_t>(p.out.data) % 16 == 0;
+    for (int axis = 0; axis < 3; ++axis) {
+      args.out_stride[axis] = p.out.stride[axis];
+      args.lse_stride[axis] = p.lse.stride[axis];
+      args.out_vectors &= p.out.stride[axis] % 8 == 0;
+    }
+    args.queries = {p.queries.rows, p.queries.cu_seqlens, p.queries.seqused};
+    args.keys = {p.keys.rows, p.keys.cu_seqlens, p.keys.seqused};
+    args.visibility = visibility_of(p.mask);
+    args.batch = p.batch;
+    args.num_heads = p.num_heads;
+    args.heads_per_kv = p.num_heads / p.num_heads_kv;
+    args.head_dim_v = p.head_dim_v;
+    // A zero scale would make minus infinity, the masked score, NaN; this one makes every visible score 0 all the same.
+    const float scale = p.softmax_scale == 0 ? 1e-30f : p.softmax_scale;
+    args.score_scale_log2 = (p.softcap > 0 ? p.softcap : scale) * kLog2e;
+    args.softcap_scale = p.softcap > 0 ? scale / p.softcap : 0;
+    args.hidden = args.score_scale_log2 < 0 ? INFINITY : -INFINITY;
+    args.sinks = p.sinks;
+    args.exact_max = p.batch_invariant;
+    args.order = {plan.heads_per_section, plan.short_m_blocks};
+    return FA3_OK;
+  }
+
+  fa3_status run() {
+    ForwardArgs args{};
+    if (plan.dynamic) {
+      args.tile_counter = static_cast<int*>(workspace.take(kWorkspaceAlignment));
+      const cudaError_t error = cudaMemsetAsync(args.tile_counter, 0, sizeof(int), stream);
+      if (auto status = check_cuda(error, "cudaMemsetAsync", cudaGetErrorString(error))) return status;
+    }
+    if (auto status = fill(args)) return status;
+    const cudaError_t error = variant.launch(args, plan.grid, stream);
+    return check_cuda(error, variant.name, cudaGetErrorString(error));
+  }
+};
+
+fa3_status forward(const fa3_forward_params* params, void* workspace, cudaStream_t stream) {
+  if (auto status = validate(params)) return status;
+  if (nothing_to_do(*params)) return FA3_OK;
+  const DeviceScope scope(params->device);
+  if (scope.status()) return scope.status();
+  int num_sms = 0;
+  if (auto status = hopper_sms(params->device, num_sms)) return status;
+  fa3_forward_plan plan;
+  if (auto status = plan_forward(*params, num_sms, plan)) return status;
+  log_plan(*params, plan);
+  if (plan.workspace && !workspace)
+    return fail(FA3_ERROR_NULL, "workspace: null, but %zu bytes are needed", plan.workspace);
+  if (auto status = slow_checks(*params, stream)) return status;
+  return Launch{*params, plan, forward_variants()[plan.variant], Workspace(workspace), stream}.run();
+}
+
+fa3_status workspace_bytes(const fa3_forward_params* params, size_t* bytes) {
+  if (!bytes) return fail(FA3_ERROR_NULL, "bytes: null pointer");
+  *bytes = 0;
+  if (auto status = validate(params)) return status;
+  if (nothing_to_do(*params)) return FA3_OK;
+  int num_sms = 0;
+  if (auto status = hopper_sms(params->device, num_sms)) return status;
+  fa3_forward_plan plan;
+  if (auto status = plan_forward(*params, num_sms, plan)) return status;
+  *bytes = plan.workspace;
+  return FA3_OK;
+}
+
+}  // namespace
+}  // namespace fa3
+
+extern "C" int fa3_forward(const fa3_forward_params* params, void* workspace, void* stream) {
+  fa3::clear_error();
+  return fa3::forward(params, workspace, static_cast<cudaStream_t>(stream));
+}
+
+extern "C" int fa3_forward_workspace(const fa3_forward_params* params, size_t* bytes) {
+  fa3::clear_error();
+  return fa3::workspace_bytes(params, bytes);
+}
+
+extern "C" int fa3_plan_forward(const fa3_forward_params* params, int32_t num_sms, fa3_forward_plan* plan) {
+  fa3::clear_error();
+  if (!plan) return fa3::fail(FA3_ERROR_NULL, "plan: null pointer");
+  return fa3::plan_checked(params, num_sms, *plan);
+}
+
+extern "C" int fa3_forward_variant(int32_t index, fa3_variant* variant) {
+  fa3::clear_error();
+  const auto variants = fa3::forward_variants();
+  if (!variant) return fa3::fail(FA3_ERROR_NULL, "variant: null pointer");
+  if (index < 0 || index >= static_cast<int>(variants.size()))
+    return fa3::fail(FA3_ERROR_SHAPE, "index: %d, but there are %zu variants", index, variants.size());
+  const fa3::ForwardVariant& v = variants[index];
+  *variant = {v.name, v.dtype, v.head_dim, v.head_dim_v, v.tile_m(), v.tile_n, v.threads, v.shared_memory};
+  return FA3_OK;
+}

@@ -1,0 +1,74 @@
+// Which keys a query sees, and what that makes of a tile: which blocks of keys it needs, which of them need masking.
+#pragma once
+#include "arch/host_device.h"
+
+namespace fa3 {
+
+/// Keys [begin, end) of a sequence; empty when end <= begin.
+struct KeyInterval {
+  int begin, end;
+};
+
+/// The mask as numbers. A query at position p sees keys p - left .. p + right, and those of its own chunk.
+struct Visibility {
+  static constexpr int kUnbounded = 1 << 30;
+  int left, right;  // kUnbounded, or at most that
+  int chunk;        // 0: none; at most kUnbounded
+
+  /// Without bounds the interval does not depend on the query.
+  FA3_HOST_DEVICE bool full() const { return left == kUnbounded && right == kUnbounded && chunk == 0; }
+  FA3_HOST_DEVICE bool bounded_left() const { return left != kUnbounded || chunk != 0; }
+
+  /// Keys that query `row` sees, of a sequence of these lengths. Both ends are monotone in `row`.
+  FA3_HOST_DEVICE KeyInterval keys(int row, int seqlen_q, int seqlen_k) const {
+    const int position = row + seqlen_k - seqlen_q;
+    KeyInterval seen{0, seqlen_k};
+    if (left != kUnbounded) seen.begin = larger(0, position - left);
+    if (right != kUnbounded) seen.end = smaller(seqlen_k, position + right + 1);
+    if (chunk) {
+      const int start = (position - (position < 0 ? chunk - 1 : 0)) / chunk * chunk;  // rounds down
+      seen.begin = larger(seen.begin, start);
+      if (start < seqlen_k - chunk) seen.end = smaller(seen.end, start + chunk);
+    }
+    return seen;
+  }
+};
+
+/// Blocks of tile_n keys that a group of query rows needs. Blocks [begin, end) hold a key that some row sees; every row
+/// sees all of the blocks [plain_begin, plain_end). Blocks are taken from the last to the first, so `settled` counts
+/// too: once the blocks [settled, end) are done, each row has met its last key, if it has any.
+struct BlockRange {
+  int begin, end;
+  int plain_begin, plain_end;
+  int settled;
+
+  FA3_HOST_DEVICE int count() const { return end - begin; }
+  FA3_HOST_DEVICE bool needs_mask(int block) const { return block < plain_begin || block >= plain_end; }
+};
+
+/// The range for query rows [first, last] (both inside the sequence).
+template <int kTileN>
+FA3_HOST_DEVICE BlockRange block_range(const Visibility& visibility, int first, int last, int seqlen_q, int seqlen_k) {
+  const KeyInterval top = visibility.keys(first, seqlen_q, seqlen_k),
+                    bottom = visibility.keys(last, seqlen_q, seqlen_k);
+  BlockRange range;
+  range.begin = top.begin / kTileN;
+  range.end = larger(range.begin, ceil_div(larger(bottom.end, 0), kTileN));
+  range.plain_begin = ceil_div(bottom.begin, kTileN);
+  range.plain_end = larger(top.end, 0) / kTileN;
+  range.settled = clamped((larger(top.end, 1) - 1) / kTileN, range.begin, range.end);
+  return range;
+}
+
+/// The rows of a tile that exist: [first, last], of which there are none when last < first.
+struct RowSpan {
+  int first, last;
+  FA3_HOST_DEVICE bool empty() const { return last < first; }
+};
+
+/// An empty range that begins where `outer` begins: a warpgroup without work in a tile of others.
+FA3_HOST_DEVICE BlockRange no_blocks(const BlockRange& outer) {
+  return {outer.begin, outer.begin, outer.begin, outer.begin, outer.begin};
+}
+
+}  // namespace fa3

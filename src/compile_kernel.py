@@ -1,0 +1,102 @@
+"""Run nvcc on one file, and refuse what ptxas reports only as information.
+
+ptxas tells the two worst faults of a Hopper kernel, serialised wgmma and an ignored setmaxnreg, in info lines with
+exit code 0. Here any C75xx message fails the build, and so do spills and local memory that resources.csv does not list.
+
+    compile_kernel.py compile RESOURCES.csv OBJECT nvcc ARGUMENTS...    one file; writes OBJECT.resources beside it
+    compile_kernel.py check RESOURCES.csv BUILD_FOLDER                  the table is what was built: CI's question
+    compile_kernel.py update RESOURCES.csv BUILD_FOLDER                 write the table anew, reasons kept
+
+The last two ask the installed fa3 for each kernel's shared memory, so install what was built in that folder first.
+"""
+
+import csv
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+MEASURED = ["kernel", "registers", "stack", "spill_stores", "spill_loads"]
+LIMITS = MEASURED[2:]
+COLUMNS = [*MEASURED, "shared_memory", "reason"]
+
+
+def read_table(path):
+    with open(path, newline="") as file:
+        return {row["kernel"]: row for row in csv.DictReader(file)}
+
+
+def measured(report, kernel):
+    """What `ptxas -v` said of the worst function in this report, as a row of the table."""
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    worst = [max(map(int, column)) for column in zip(*frames, strict=True)]
+    registers = max(map(int, re.findall(r"Used (\d+) registers", report)))
+    return dict(zip(MEASURED, [kernel, *map(str, [registers, *worst])], strict=True))
+
+
+def compile_file(table, target, command):
+    kernel = Path(target).name.split(".")[0]
+    done = subprocess.run([*command, "-Xptxas=-v"], stderr=subprocess.PIPE, text=True)
+    figures = re.compile(r"ptxas info|\s+\d+ bytes stack frame")
+    ordinary = [line for line in done.stderr.splitlines() if not figures.match(line)]
+    print(*ordinary, sep="\n", end="\n" if ordinary else "", file=sys.stderr)
+    if done.returncode:
+        return done.returncode
+    if faults := [line for line in done.stderr.splitlines() if "C75" in line]:
+        print(f"{kernel}: ptxas weakened the kernel:", *faults, sep="\n  ", file=sys.stderr)
+        return 1
+    row = measured(done.stderr, kernel)
+    allowed = read_table(table).get(kernel, {})
+    if any(int(row[name]) > int(allowed.get(name) or 0) for name in LIMITS):
+        print(f"{kernel}: {row['stack']} bytes of stack, {row['spill_stores']} + {row['spill_loads']} bytes spilled; "
+              f"{Path(table).name} allows no more than it lists, each with a measured reason", file=sys.stderr)
+        return 1
+    Path(target + ".resources").write_text(",".join(row.values()) + "\n")
+    return 0
+
+
+def shared_memory():
+    """Bytes of dynamic shared memory a thread block, which ptxas cannot know: the installed library tells."""
+    from fa3._core import variants
+
+    return {variant["name"]: variant["shared_memory"] for variant in variants()}
+
+
+def collect(folder):
+    rows = {}
+    dynamic = shared_memory()
+    for path in sorted(Path(folder).rglob("*.resources")):
+        row = dict(zip(MEASURED, next(csv.reader([path.read_text()])), strict=True))
+        rows[row["kernel"]] = row | {"shared_memory": dynamic.get(row["kernel"], 0)}
+    if not rows:
+        sys.exit(f"no kernel was compiled in {folder}")
+    return rows
+
+
+def as_text(rows):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows[kernel] for kernel in sorted(rows))
+    return text.getvalue()
+
+
+def main():
+    verb, table, place, *command = sys.argv[1:]
+    if verb == "compile":
+        return compile_file(table, place, command)
+    built, listed = collect(place), read_table(table)
+    for kernel, row in built.items():
+        row["reason"] = listed.get(kernel, {}).get("reason", "")
+    if verb == "update":
+        Path(table).write_text(as_text(built))
+    elif Path(table).read_text() != as_text(built):
+        print(f"{table} is not what was built; this is:\n{as_text(built)}"
+              f"If that is right, run: python {sys.argv[0]} update {table} {place}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

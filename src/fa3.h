@@ -1,0 +1,184 @@
+/* fa3: exact attention on Hopper GPUs (compute capability 9.0). The C interface.
+ *
+ *   out = softmax(softmax_scale * q k^T + mask) v,   lse = log(sum(exp(scores)))
+ *
+ * How to call: fill an fa3_forward_params (zero it first, set struct_size), ask fa3_forward_workspace() how much device
+ * memory the call needs, and hand that to fa3_forward() with a CUDA stream. A call checks every argument before it
+ * enqueues anything, never allocates, never synchronises, keeps no state, and may be captured in a CUDA graph.
+ *
+ * Memory is the caller's throughout: nothing is kept after a call returns but what was enqueued on the stream, so
+ * arrays and workspace must stay until that work is done. Calls from several threads, streams and devices are
+ * independent; two calls that may run at once need a workspace each.
+ *
+ * Every function returns an fa3_status. On failure fa3_last_error() gives this thread's sentence about it.
+ * Pointers named "device" are addresses on `device`; the library never reads them on the host.
+ */
+#ifndef FA3_H
+#define FA3_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define FA3_API __attribute__((visibility("default")))
+#else
+#define FA3_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum fa3_status {
+  FA3_OK = 0,
+  FA3_ERROR_NULL = -1,         /* a pointer that the call needs is null */
+  FA3_ERROR_HEAD_DIM = -2,     /* no kernel for this head dim */
+  FA3_ERROR_HEAD_DIM_FP8 = -3, /* no fp8 kernel for this head dim */
+  FA3_ERROR_DTYPE = -4,        /* an unknown or unfitting element type */
+  FA3_ERROR_SHAPE = -5,        /* a size, stride or option that does not fit */
+  FA3_ERROR_CU_SEQLENS = -6,   /* cumulative lengths that do not fit (told only under FA3_CHECK=1) */
+  FA3_ERROR_NO_FP8 = -10,      /* -10 ... -17: meaningful, but this build lacks it */
+  FA3_ERROR_NO_PAGED_CACHE = -11,
+  FA3_ERROR_NO_CACHE_UPDATE = -12, /* new keys, rotary, left padding, cache_batch_idx */
+  FA3_ERROR_NO_SPLIT = -13,
+  FA3_ERROR_NO_QV = -14,
+  FA3_ERROR_NO_BACKWARD = -15,
+  FA3_ERROR_NO_DROPOUT = -16,
+  FA3_ERROR_DEVICE = -17, /* the device is not compute capability 9.0 */
+  FA3_ERROR_CUDA = -100   /* CUDA failed; fa3_last_cuda_error() has its code */
+} fa3_status;
+
+typedef enum fa3_dtype { FA3_FLOAT16 = 1, FA3_BFLOAT16 = 2, FA3_FLOAT8_E4M3 = 3, FA3_FLOAT32 = 4 } fa3_dtype;
+
+/* A strided device array. Strides count elements and may be 0 or negative, except the last axis of q, k, v and out,
+ * which must be contiguous. Axes are (batch, row, head, dim) for q, k, v, out and (batch, head, row, -) for lse;
+ * a ragged batch (cu_seqlens) has no batch axis: its stride[0] is ignored. 16-byte aligned addresses and strides are
+ * read by TMA as they are; others are first copied into the workspace. */
+typedef struct fa3_array {
+  void* data; /* device; may be null when the array has no elements */
+  int64_t stride[4];
+} fa3_array;
+
+/* Where each sequence's rows lie. Dense: sequence b has rows [0, rows) of batch entry b. Ragged: sequence b has rows
+ * [cu_seqlens[b], cu_seqlens[b + 1]) of all `rows` rows. seqused then keeps the first seqused[b] of them. */
+typedef struct fa3_lengths {
+  int32_t rows;              /* dense: rows of a batch entry; ragged: rows of the array; at most 2^30 */
+  int32_t max_seqlen;        /* ragged: the longest sequence, or 0 if not known; only steers the choice of tiles */
+  const int32_t* cu_seqlens; /* device (batch + 1), or null: dense */
+  const int32_t* seqused;    /* device (batch), or null: all rows */
+} fa3_lengths;
+
+/* Query i of a sequence stands at position p = i + seqlen_k - seqlen_q. It sees key j if
+ * p - window_left <= j <= p + window_right (-1: unbounded), j <= p if causal, and, if attention_chunk = c > 0,
+ * floor(p / c) == floor(j / c). */
+typedef struct fa3_mask {
+  int32_t causal; /* 0 or 1 */
+  int32_t window_left, window_right;
+  int32_t attention_chunk;
+} fa3_mask;
+
+/* A key-value cache: what is appended to it before attention, and how its rows are found. All zero: no cache. */
+typedef struct fa3_cache {
+  fa3_array k_new, v_new;          /* (batch, row, head_kv, dim), or null data */
+  const int32_t* cu_seqlens_k_new; /* device (batch + 1), or null */
+  int32_t rows_new;                /* rows of k_new along its row axis */
+  const int32_t* page_table;       /* device (batch, max_pages), or null: contiguous */
+  int64_t page_table_stride;       /* elements between sequences */
+  int32_t max_pages, page_size, num_pages;
+  const int32_t* cache_batch_idx;      /* device (batch), or null */
+  const int32_t* cache_leftpad;        /* device (batch), or null */
+  const void *rotary_cos, *rotary_sin; /* device (rotary_rows, rotary_dim / 2), or null */
+  const int32_t* rotary_seqlens;       /* device (batch), or null */
+  int32_t rotary_rows, rotary_dim, rotary_dtype, rotary_interleaved;
+} fa3_cache;
+
+/* Per-head factors of fp8 operands: fp32, strides (batch, head), 0 to broadcast; null: 1. */
+typedef struct fa3_descale {
+  const float* data; /* device */
+  int64_t stride[2];
+} fa3_descale;
+
+typedef struct fa3_forward_params {
+  size_t struct_size; /* sizeof(fa3_forward_params): lets the struct grow */
+  int32_t device;     /* CUDA ordinal of every array */
+  int32_t dtype;      /* of q, k, v: fa3_dtype */
+  int32_t out_dtype;  /* dtype, or for fp8 FA3_BFLOAT16 / FA3_FLOAT16 */
+
+  int32_t batch, num_heads, num_heads_kv; /* num_heads % num_heads_kv == 0 */
+  int32_t head_dim, head_dim_v;           /* of q, k; of v, out */
+
+  fa3_array q, k, v, out;
+  fa3_array lse; /* fp32 (batch, head, row), or null data */
+  fa3_array qv;  /* (batch, row, head, head_dim_v), or null data */
+  fa3_lengths queries, keys;
+
+  fa3_mask mask;
+  float softmax_scale;
+  float softcap;      /* 0: none; else scores become softcap * tanh(scores / softcap) */
+  const float* sinks; /* device (num_heads), or null: a logit that joins each row's denominator */
+  fa3_descale q_descale, k_descale, v_descale;
+  float dropout_p;
+  uint64_t dropout_seed;
+
+  fa3_cache cache;
+  int32_t num_splits;      /* 0: chosen; 1: none; n: that many */
+  int32_t batch_invariant; /* 1: a sequence's bits do not depend on the rest of the batch */
+  int32_t pack_gqa;        /* -1: chosen; 0, 1 */
+  int32_t sm_margin;       /* multiprocessors to leave free */
+} fa3_forward_params;
+
+/* What a call will do: the choices that fa3_forward makes from its arguments and the device. */
+typedef struct fa3_forward_plan {
+  int32_t variant;                           /* index for fa3_forward_variant */
+  int32_t tile_m, tile_n;                    /* queries and keys of a tile */
+  int32_t num_m_blocks;                      /* tiles along the queries of the longest sequence */
+  int32_t grid;                              /* thread blocks */
+  int32_t dynamic;                           /* 1: tiles are handed out by a counter in the workspace */
+  int32_t heads_per_section, short_m_blocks; /* the order of tiles: see attention/tile_scheduler.h */
+  int32_t copy_q, copy_k, copy_v;            /* 1: copied to the workspace first, because TMA cannot address it */
+  size_t workspace;                          /* bytes */
+} fa3_forward_plan;
+
+typedef struct fa3_variant {
+  const char* name;
+  int32_t dtype, head_dim, head_dim_v, tile_m, tile_n;
+  int32_t threads, shared_memory; /* threads, bytes of a thread block */
+} fa3_variant;
+
+typedef struct fa3_device {
+  char name[256];
+  int32_t major, minor, num_sms;
+  uint64_t total_memory; /* bytes */
+} fa3_device;
+
+/* Bytes of device memory, 256-byte aligned, that fa3_forward needs for these arguments; often 0. */
+FA3_API int fa3_forward_workspace(const fa3_forward_params* params, size_t* bytes);
+
+/* Enqueue attention on `stream` (a cudaStream_t). `workspace` may be null if none is needed. */
+FA3_API int fa3_forward(const fa3_forward_params* params, void* workspace, void* stream);
+
+/* The choices fa3_forward would make on a device with num_sms multiprocessors. Needs no GPU. */
+FA3_API int fa3_plan_forward(const fa3_forward_params* params, int32_t num_sms, fa3_forward_plan* plan);
+
+/* The compiled forward kernels: FA3_ERROR_SHAPE once index is past the last. */
+FA3_API int fa3_forward_variant(int32_t index, fa3_variant* variant);
+
+/* A status as a few words; this thread's last failure in a sentence; its CUDA code (0 if CUDA did not fail). */
+FA3_API const char* fa3_status_string(int status);
+FA3_API const char* fa3_last_error(void);
+FA3_API int fa3_last_cuda_error(void);
+
+/* Devices. count is 0, without an error, where there is no driver. */
+FA3_API int fa3_device_count(int32_t* count);
+FA3_API int fa3_device_query(int32_t device, fa3_device* info);
+FA3_API int fa3_versions(int32_t* runtime, int32_t* driver); /* as CUDA counts: 13000 is 13.0; driver 0: none */
+
+/* The device that owns a pointer; -1 if it is host memory. */
+FA3_API int fa3_pointer_device(const void* pointer, int* device);
+/* Order `waiting` behind all that is enqueued on `signalling` so far, without a host sync. */
+FA3_API int fa3_stream_wait(void* waiting, void* signalling, int device);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* FA3_H */

@@ -1,0 +1,237 @@
+// The consumer warpgroups: S = Q K^T, P = softmax(S), O = P V.
+#pragma once
+#include "arch/barrier.cuh"
+#include "arch/warpgroup.cuh"
+#include "attention/mask.h"
+#include "attention/softmax.cuh"
+#include "kernels/forward_args.h"
+#include "kernels/forward_traits.cuh"
+#include "tile/ring.cuh"
+
+namespace fa3 {
+
+/// Warpgroups take turns at issuing products, so that one's softmax runs beside the others' products. Barrier 1 + w is
+/// warpgroup w's turn: its 128 threads wait there, and the 128 of the one before it arrive. Every warpgroup takes the
+/// same number of turns a tile: one less than the blocks that are loaded.
+template <int kConsumers>
+struct Turns {
+  int mine, next;
+  bool leads;  // warpgroup 0, the first to go
+
+  __device__ __forceinline__ explicit Turns(int warpgroup)
+      : mine(1 + warpgroup), next(1 + (warpgroup + 1) % kConsumers), leads(warpgroup == 0) {
+    if (warpgroup == kConsumers - 1) pass();
+  }
+  __device__ __forceinline__ void take() const { arch::barrier_sync(mine, 256); }
+  __device__ __forceinline__ void pass() const { arch::barrier_arrive(next, 256); }
+  /// The last warpgroup's last arrival is still under way.
+  __device__ __forceinline__ void finish() const {
+    if (leads) take();
+  }
+};
+
+template <class Traits>
+class Consumer {
+  using Element = typename Traits::Element;
+  using Shared = ForwardShared<Traits>;
+  using TileQ = typename Traits::TileQ;
+  using TileK = typename Traits::TileK;
+  using TileV = typename Traits::TileV;
+  static constexpr int kTileN = Traits::kTileN;
+  using Scores = float[kTileN / 2];
+  using Probabilities = uint32_t[kTileN / 4];
+  using Output = float[Traits::kHeadDimV / 2];
+
+ public:
+  __device__ __forceinline__ Consumer(const ForwardArgs& args, Shared& shared, int warpgroup)
+      : args_(args),
+        shared_(shared),
+        warpgroup_(warpgroup),
+        lane_(threadIdx.x % 32),
+        warp_(threadIdx.x / 32 % 4),
+        turns_(warpgroup),
+        q_address_(arch::shared_address(shared.q[warpgroup]) >> 4),
+        k_address_(arch::shared_address(shared.k) >> 4),
+        v_address_(arch::shared_address(shared.v) >> 4) {
+    softmax_.scale_log2 = args.score_scale_log2;
+  }
+
+  /// The next tile, or null. It stays in shared memory, where it costs no registers, until done() gives it back.
+  __device__ __forceinline__ const TileWork* next() const {
+    shared_.tile_full[tiles_.stage].wait(tiles_.parity);
+    const TileWork* work = &shared_.tile[tiles_.stage];
+    return work->m_block == TileWork::kNone ? nullptr : work;
+  }
+  __device__ __forceinline__ void done() {
+    release(shared_.tile_empty[tiles_.stage]);
+    tiles_.advance();
+  }
+
+  __device__ __forceinline__ int first_row(const TileWork& work) const {
+    return work.m_block * Traits::kTileM + 64 * warpgroup_;
+  }
+
+  /// One tile: this warpgroup's 64 rows against every block of keys that they see, last block first.
+  __device__ __forceinline__ void attend(const TileWork& work, Output& o) {
+    softmax_.reset();
+    if (work.first_block == work.end_block) return;
+    const BlockRange blocks = own_blocks(work);
+
+    skip_blocks(work.end_block - blocks.end, blocks.count() == 0);
+    shared_.q_full[warpgroup_].wait(q_parity_);
+    if (blocks.count() > 0) {
+      Scores s;
+      Probabilities p;
+      bool accumulate = false;
+
+      auto step = [&](int n_block, bool masked) {
+        shared_.k_full[k_ring_.stage].wait(k_ring_.parity);
+        shared_.v_full[v_ring_.stage].wait(v_ring_.parity);
+        turns_.take();
+        arch::wgmma_fence();
+        add_values(o, p, accumulate);
+        multiply_keys(s);
+        turns_.pass();
+        arch::wgmma_wait<0>();
+        arch::wgmma_wrote(o);
+        arch::wgmma_wrote(s);
+        release_k();
+        release_v();
+        accumulate = true;
+        shape_scores(s, work, n_block, masked);
+        softmax_.update(s, p, o, args_.exact_max || (masked && softmax_.met_no_key()));
+      };
+
+      int n_block = blocks.end - 1;
+      shared_.k_full[k_ring_.stage].wait(k_ring_.parity);
+      arch::wgmma_fence();
+      multiply_keys(s);
+      arch::wgmma_wait<0>();
+      arch::wgmma_wrote(s);
+      release_k();
+      shape_scores(s, work, n_block, blocks.needs_mask(n_block));
+      softmax_.first(s, p);
+      clear_values_past(work.seqlen_k - n_block * kTileN);
+#pragma unroll 1
+      for (--n_block; n_block >= larger(blocks.settled, blocks.begin); --n_block) step(n_block, true);
+#pragma unroll 1
+      for (; n_block >= larger(blocks.plain_begin, blocks.begin); --n_block) step(n_block, false);
+#pragma unroll 1
+      for (; n_block >= blocks.begin; --n_block) step(n_block, true);
+      release(shared_.q_empty[warpgroup_]);
+
+      shared_.v_full[v_ring_.stage].wait(v_ring_.parity);
+      arch::wgmma_fence();
+      add_values(o, p, accumulate);
+      arch::wgmma_wait<0>();
+      arch::wgmma_wrote(o);
+      release_v();
+    } else {
+      release(shared_.q_empty[warpgroup_]);
+    }
+    q_parity_ ^= 1;
+    skip_blocks(blocks.begin - work.first_block, false);
+  }
+
+  __device__ __forceinline__ void finish() const { turns_.finish(); }
+
+  __device__ __forceinline__ const Softmax<Element, kTileN>& softmax() const { return softmax_; }
+  __device__ __forceinline__ int warp() const { return warp_; }
+  __device__ __forceinline__ int lane() const { return lane_; }
+
+ private:
+  __device__ __forceinline__ BlockRange own_blocks(const TileWork& work) const {
+    const int first = first_row(work), last = smaller(first + 64, work.seqlen_q) - 1;
+    BlockRange blocks = block_range<kTileN>(args_.visibility, first, larger(first, last), work.seqlen_q, work.seqlen_k);
+    if (last < first || blocks.count() == 0) blocks = no_blocks({work.first_block, 0, 0, 0, 0});
+    return blocks;
+  }
+
+  /// Blocks that other warpgroups need and this one does not: let them pass in order, with their turns.
+  __device__ __forceinline__ void skip_blocks(int count, bool last_has_no_turn) {
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      shared_.k_full[k_ring_.stage].wait(k_ring_.parity);
+      release_k();
+      shared_.v_full[v_ring_.stage].wait(v_ring_.parity);
+      release_v();
+      if (last_has_no_turn && i == count - 1) break;
+      turns_.take();  // never held while waiting for a skipped block: the others may need it to free that block's stage
+      turns_.pass();
+    }
+  }
+
+  __device__ __forceinline__ void multiply_keys(Scores& s) const {
+    const uint32_t k = k_address_ + k_ring_.stage * (TileK::kBytes >> 4);
+#pragma unroll
+    for (int step = 0; step < Traits::kHeadDim / 16; ++step)
+      arch::WgmmaSS<Element, kTileN>::mma(s, TileQ::kMajorColumns | (q_address_ + TileQ::column_step(step)),
+                                          TileK::kMajorColumns | (k + TileK::column_step(step)), step > 0);
+    arch::wgmma_commit();
+  }
+
+  __device__ __forceinline__ void add_values(Output& o, const Probabilities& p, bool accumulate) const {
+    const uint32_t v = v_address_ + v_ring_.stage * (TileV::kBytes >> 4);
+#pragma unroll
+    for (int step = 0; step < kTileN / 16; ++step)
+      arch::WgmmaRS<Element, Traits::kHeadDimV>::mma(o, p + 4 * step, TileV::kMajorRows | (v + TileV::row_step(step)),
+                                                     step > 0 || accumulate);
+    arch::wgmma_commit();
+  }
+
+  /// The next block of V holds `rows` of the sequence's keys. Their probabilities past the end are 0, but 0 times NaN
+  /// is NaN: what follows, another sequence or unused rows, becomes 0 too. TMA does that at the array's own end. Every
+  /// warpgroup clears the whole rest for itself, which spares them waiting for each other.
+  __device__ __forceinline__ void clear_values_past(int rows) const {
+    if (rows >= kTileN || !(args_.keys.cu_seqlens || args_.keys.seqused)) return;
+    shared_.v_full[v_ring_.stage].wait(v_ring_.parity);
+    constexpr int kVectors = Traits::kSwizzleV / 16;  // of a row's chunk
+    for (int chunk = 0; chunk < TileV::kChunks; ++chunk) {
+      auto* vectors = reinterpret_cast<uint4*>(shared_.v[v_ring_.stage] + chunk * TileV::kChunkBytes);
+      for (int i = rows * kVectors + threadIdx.x % 128; i < kTileN * kVectors; i += 128)
+        vectors[i] = make_uint4(0, 0, 0, 0);
+    }
+    arch::fence_async_proxy();
+    arch::barrier_sync(1 + Traits::kConsumers + warpgroup_, 128);  // all 128 of this warpgroup
+  }
+
+  /// Softcap and mask.
+  __device__ __forceinline__ void shape_scores(Scores& s, const TileWork& work, int n_block, bool masked) const {
+    if (args_.softcap_scale != 0) squash(s, args_.softcap_scale);
+    if (!masked) return;
+    const int first_column = n_block * kTileN + 2 * (lane_ % 4);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = first_row(work) + 16 * warp_ + lane_ / 4 + 8 * r;
+      const KeyInterval seen = args_.visibility.keys(row, work.seqlen_q, work.seqlen_k);
+      hide_columns(s, r, seen.begin - first_column, seen.end - first_column, args_.visibility.bounded_left(),
+                   args_.hidden);
+    }
+  }
+
+  /// Each warp gives back what it has finished reading.
+  __device__ __forceinline__ void release(arch::Barrier& empty) const {
+    __syncwarp();
+    if (lane_ == 0) empty.arrive();
+  }
+  __device__ __forceinline__ void release_k() {
+    release(shared_.k_empty[k_ring_.stage]);
+    k_ring_.advance();
+  }
+  __device__ __forceinline__ void release_v() {
+    release(shared_.v_empty[v_ring_.stage]);
+    v_ring_.advance();
+  }
+
+  const ForwardArgs& args_;
+  Shared& shared_;
+  const int warpgroup_, lane_, warp_;
+  const Turns<Traits::kConsumers> turns_;
+  const uint32_t q_address_, k_address_, v_address_;  // in units of 16 bytes
+  Softmax<Element, kTileN> softmax_;
+  Ring<Traits::kStages> k_ring_, v_ring_;
+  Ring<Shared::kTileSlots> tiles_;
+  uint32_t q_parity_ = 0;
+};
+
+}  // namespace fa3

@@ -1,0 +1,84 @@
+// Everything about a forward kernel that follows from its line in the variant table, and its shared memory.
+#pragma once
+#include "arch/barrier.cuh"
+#include "arch/convert.cuh"
+#include "tile/shared_tile.cuh"
+
+namespace fa3 {
+
+/// The chunk width that pads a row least, the widest of equals.
+FA3_HOST_DEVICE constexpr int swizzle_for(int columns) {
+  const int bytes = 2 * columns;
+  return ceil_div(bytes, 128) * 128 > ceil_div(bytes, 64) * 64 ? 64 : 128;
+}
+
+template <class Element_, int kHeadDim_, int kHeadDimV_, int kConsumers_, int kTileN_>
+struct ForwardTraits {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;
+  static constexpr int kConsumers = kConsumers_;  // warpgroups, 64 query rows each
+  static constexpr int kTileM = 64 * kConsumers, kTileN = kTileN_;
+  static constexpr int kStages = 2;  // of K and of V: a third never helped
+  static constexpr int kThreads = 128 * (kConsumers + 1);
+
+  // A thread block starts with kThreads times the registers that kThreads of them can have each; setmaxnreg deals that
+  // pool out anew, and waits forever for more than there is. 168 and 128 are 65,536 / kThreads, rounded down to 8.
+  static constexpr int kPoolRegisters = kConsumers == 2 ? 168 : 128;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+  static constexpr int kProducerRegisters = (kConsumers + 1) * kPoolRegisters - kConsumers * kConsumerRegisters;
+  static_assert(kConsumers == 2 || kConsumers == 3, "registers are split for two or three consumer warpgroups");
+  static_assert(kTileN / 2 + kTileN / 4 + kHeadDimV / 2 <= (kConsumers == 2 ? 208 : 128),
+                "S, P and O must fit in a consumer's registers, or ptxas serialises wgmma");
+
+  static constexpr int kSwizzleQK = swizzle_for(kHeadDim), kSwizzleV = swizzle_for(kHeadDimV);
+  using TileQ = SharedTile<64, kHeadDim, kSwizzleQK>;  // one warpgroup's rows
+  using TileK = SharedTile<kTileN, kHeadDim, kSwizzleQK>;
+  using TileV = SharedTile<kTileN, kHeadDimV, kSwizzleV>;
+};
+
+/// A tile of work, as the producer hands it to the consumers.
+struct alignas(16) TileWork {
+  int m_block;  // kNone: there is no more
+  int head, batch;
+  int q_begin;  // the sequence's first row along q's row axis
+  int seqlen_q, seqlen_k;
+  int first_block, end_block;  // blocks of keys that are loaded for this tile
+  static constexpr int kNone = -1;
+};
+
+template <class Traits>
+struct ForwardShared {
+  static constexpr int kTileSlots = 2;
+
+  alignas(1024) uint8_t q[Traits::kConsumers][Traits::TileQ::kBytes];
+  alignas(1024) uint8_t k[Traits::kStages][Traits::TileK::kBytes];
+  alignas(1024) uint8_t v[Traits::kStages][Traits::TileV::kBytes];
+
+  // full: the producer announces bytes, the copy engine delivers them. empty: each consumer warp arrives once.
+  arch::Barrier q_full[Traits::kConsumers], q_empty[Traits::kConsumers];  // one warpgroup's own: 4 warps arrive
+  arch::Barrier k_full[Traits::kStages], k_empty[Traits::kStages];
+  arch::Barrier v_full[Traits::kStages], v_empty[Traits::kStages];
+  arch::Barrier tile_full[kTileSlots], tile_empty[kTileSlots];  // full: the producer's lane arrives
+
+  TileWork tile[kTileSlots];
+
+  __device__ void init_barriers() {
+    constexpr int kWarps = 4 * Traits::kConsumers;
+    for (int w = 0; w < Traits::kConsumers; ++w) {
+      q_full[w].init(1);
+      q_empty[w].init(4);
+    }
+    for (int stage = 0; stage < Traits::kStages; ++stage) {
+      k_full[stage].init(1);
+      v_full[stage].init(1);
+      k_empty[stage].init(kWarps);
+      v_empty[stage].init(kWarps);
+    }
+    for (int slot = 0; slot < kTileSlots; ++slot) {
+      tile_full[slot].init(1);
+      tile_empty[slot].init(kWarps);
+    }
+  }
+};
+
+}  // namespace fa3

@@ -1,0 +1,146 @@
+// Pure decisions: arguments and device in, plan out.
+#include "plan.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "attention/block_range.h"
+#include "status.h"
+#include "variants.h"
+
+namespace fa3 {
+namespace {
+
+// Keys and values that stay in L2 (60 MB) beside what streams through it; kernel_facts: 32 MB a section is best.
+constexpr double kSectionBytes = 32e6;
+constexpr int kElementBytes = 2;
+
+/// Rows of a typical sequence: the caller's maximum, or the mean where no maximum was given.
+int typical_seqlen(const fa3_lengths& lengths, int batch) {
+  if (!lengths.cu_seqlens) return lengths.rows;
+  if (lengths.max_seqlen) return std::min(lengths.max_seqlen, lengths.rows);
+  return lengths.rows / std::max(batch, 1) + 1;
+}
+
+/// Short sequences take the smaller tile: a tile of 192 rows loses more to rounding and to its longer prologue than it
+/// gains inside the loop. Measured at head dim 128: full attention to 1,024 rows, causal to 2,048.
+bool prefers_small_tile(const fa3_forward_params& p) {
+  if (p.batch_invariant) return false;  // the tile decides the order of sums: it must not depend on the batch
+  const bool full = visibility_of(p.mask).full();
+  return typical_seqlen(p.queries, p.batch) <= (full ? 1024 : 2048);
+}
+
+int choose_variant(const fa3_forward_params& p) {
+  const auto variants = forward_variants();
+  int best = -1;
+  auto cost = [&](int i) {  // padded head dims first, then the tile
+    const ForwardVariant& v = variants[i];
+    const int preferred = prefers_small_tile(p) ? v.tile_m() : -v.tile_m();
+    return (v.head_dim + v.head_dim_v) * 1024 + preferred;
+  };
+  for (int i = 0; i < static_cast<int>(variants.size()); ++i) {
+    const ForwardVariant& v = variants[i];
+    if (v.dtype != p.dtype || v.head_dim < p.head_dim || v.head_dim_v < p.head_dim_v) continue;
+    if (best < 0 || cost(i) < cost(best)) best = i;
+  }
+  return best;
+}
+
+/// Whether TMA can address an operand as it is: a step of 0 bytes is handled by not stepping, the rest must be positive
+/// multiples of 16 below 2^40.
+bool tma_addressable(const fa3_array& array, const fa3_lengths& lengths, int batch, int heads) {
+  auto step_fits = [](int64_t stride, bool may_be_zero) {
+    const int64_t bytes = stride * kElementBytes;
+    if (bytes == 0) return may_be_zero;
+    return bytes > 0 && bytes % kTmaAlignment == 0 && bytes < int64_t{1} << 40;
+  };
+  if (reinterpret_cast<uintptr_t>(array.data) % kTmaAlignment) return false;
+  if (!lengths.cu_seqlens && batch > 1 && !step_fits(array.stride[0], true)) return false;
+  if (lengths.rows > 1 && !step_fits(array.stride[1], false)) return false;
+  return heads == 1 || step_fits(array.stride[2], true);
+}
+
+/// Tiles of all queries: exact for dense batches, an upper bound for ragged ones.
+int64_t count_tiles(const fa3_forward_params& p, int tile_m) {
+  if (p.queries.cu_seqlens) return (int64_t{p.queries.rows} / tile_m + std::min(p.batch, p.queries.rows)) * p.num_heads;
+  return int64_t{ceil_div(p.queries.rows, tile_m)} * p.batch * p.num_heads;
+}
+
+void plan_order(const fa3_forward_params& p, fa3_forward_plan& plan) {
+  plan.heads_per_section = 1;
+  plan.short_m_blocks = 0;
+  if (visibility_of(p.mask).full()) return;
+  const int ratio = p.num_heads / p.num_heads_kv;
+  const double kv_bytes = double(typical_seqlen(p.keys, p.batch)) * (p.head_dim + p.head_dim_v) * kElementBytes;
+  const int kv_heads = std::max({static_cast<int>(kSectionBytes / std::max(kv_bytes, 1.0)), p.head_dim > 192 ? 2 : 4});
+  const int64_t heads = int64_t{p.num_heads} * (p.queries.cu_seqlens ? 1 : p.batch);
+  plan.heads_per_section = static_cast<int>(std::min<int64_t>(int64_t{kv_heads} * ratio, heads));
+  plan.short_m_blocks = plan.num_m_blocks / 4;  // 25%: simulated tails of at most 1.5% for most shapes
+}
+
+}  // namespace
+
+Visibility visibility_of(const fa3_mask& mask) {
+  auto bound = [](int window) {
+    return window < 0 ? Visibility::kUnbounded : std::min(window, Visibility::kUnbounded);
+  };
+  const int right = bound(mask.window_right);
+  return {bound(mask.window_left), mask.causal ? std::min(right, 0) : right,
+          std::min(mask.attention_chunk, Visibility::kUnbounded)};
+}
+
+size_t copy_bytes(const fa3_lengths& lengths, int batch, int heads, int head_dim) {
+  const size_t rows = size_t(lengths.rows) * (lengths.cu_seqlens ? 1 : batch);
+  const size_t bytes = rows * heads * head_dim * kElementBytes;
+  return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+}
+
+fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_plan& plan) {
+  plan = {};
+  plan.variant = choose_variant(p);
+  if (plan.variant < 0)
+    return fail(FA3_ERROR_HEAD_DIM, "head_dim: (%d, %d) has no kernel of this dtype in this build", p.head_dim,
+                p.head_dim_v);
+  const ForwardVariant& variant = forward_variants()[plan.variant];
+  plan.tile_m = variant.tile_m();
+  plan.tile_n = variant.tile_n;
+  plan.num_m_blocks = ceil_div(typical_seqlen(p.queries, p.batch), plan.tile_m);
+  plan_order(p, plan);
+
+  const int64_t tiles = count_tiles(p, plan.tile_m);
+  plan.grid = static_cast<int>(std::min<int64_t>(tiles, std::max(num_sms - p.sm_margin, 1)));
+  if (tiles > INT32_MAX - plan.grid)  // each thread block asks for one tile more than there are
+    return fail(FA3_ERROR_SHAPE, "q: %lld tiles of %d rows, but at most 2^31 - 1 are possible",
+                static_cast<long long>(tiles), plan.tile_m);
+  // Equal tiles need no counter: measured equal to handing them out, and it spares zeroing one.
+  const bool equal_tiles = visibility_of(p.mask).full() && !p.queries.cu_seqlens && !p.queries.seqused &&
+                           !p.keys.cu_seqlens && !p.keys.seqused;
+  plan.dynamic = tiles > plan.grid && !equal_tiles;
+
+  plan.workspace = plan.dynamic ? kWorkspaceAlignment : 0;
+  auto plan_copy = [&](const fa3_array& array, const fa3_lengths& lengths, int heads, int head_dim, int32_t& copy) {
+    copy = !tma_addressable(array, lengths, p.batch, heads);
+    if (copy) plan.workspace += copy_bytes(lengths, p.batch, heads, head_dim);
+  };
+  plan_copy(p.q, p.queries, p.num_heads, p.head_dim, plan.copy_q);
+  plan_copy(p.k, p.keys, p.num_heads_kv, p.head_dim, plan.copy_k);
+  plan_copy(p.v, p.keys, p.num_heads_kv, p.head_dim_v, plan.copy_v);
+  return FA3_OK;
+}
+
+void log_plan(const fa3_forward_params& p, const fa3_forward_plan& plan) {
+  const char* wanted = std::getenv("FA3_LOG");
+  if (!wanted || std::strcmp(wanted, "plan")) return;
+  std::fprintf(
+      stderr,
+      "fa3 forward: batch %d, heads %d on %d, head_dim %d and %d, rows %d on %d%s: %s, tile %d x %d, grid %d%s, "
+      "sections of %d heads, %d short m_blocks, copies q %d k %d v %d, workspace %zu bytes\n",
+      p.batch, p.num_heads, p.num_heads_kv, p.head_dim, p.head_dim_v, p.queries.rows, p.keys.rows,
+      p.queries.cu_seqlens ? " (ragged)" : "", forward_variants()[plan.variant].name, plan.tile_m, plan.tile_n,
+      plan.grid, plan.dynamic ? " (dynamic)" : "", plan.heads_per_section, plan.short_m_blocks, plan.copy_q,
+      plan.copy_k, plan.copy_v, plan.workspace);
+}
+
+}  // namespace fa3

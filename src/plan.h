@@ -1,0 +1,23 @@
+#pragma once
+#include "fa3.h"
+
+namespace fa3 {
+
+/// Every choice that a forward call makes, from its (validated) arguments and the device alone. Calls no CUDA.
+fa3_status plan_forward(const fa3_forward_params& params, int num_sms, fa3_forward_plan& plan);
+
+/// The plan as one line on stderr, if the environment has FA3_LOG=plan.
+void log_plan(const fa3_forward_params& params, const fa3_forward_plan& plan);
+
+/// The mask of the arguments as the kernels take it.
+struct Visibility visibility_of(const fa3_mask& mask);
+
+/// Bytes that TMA wants addresses and strides to be multiples of.
+inline constexpr int kTmaAlignment = 16;
+/// Parts of the workspace begin at multiples of this.
+inline constexpr size_t kWorkspaceAlignment = 256;
+
+/// Bytes of a contiguous copy of an operand, for one that TMA cannot address; see fa3_forward_plan::copy_q.
+size_t copy_bytes(const fa3_lengths& lengths, int batch, int heads, int head_dim);
+
+}  // namespace fa3

@@ -1,0 +1,62 @@
+// TMA descriptors. cuTensorMapEncodeTiled is fetched from the driver at run time: libcuda is never linked.
+#include "tensor_map.h"
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include "status.h"
+
+namespace fa3 {
+namespace {
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+fa3_status find_encoder(Encode& encode) {
+  static Encode found = nullptr;  // the same for every thread: a race would store the same address twice
+  if (!found) {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+    if (auto status = check_cuda(error, "cudaGetDriverEntryPointByVersion", cudaGetErrorString(error))) return status;
+    if (result != cudaDriverEntryPointSuccess) return fail(FA3_ERROR_CUDA, "the driver has no cuTensorMapEncodeTiled");
+    found = reinterpret_cast<Encode>(function);
+  }
+  encode = found;
+  return FA3_OK;
+}
+
+CUtensorMapSwizzle swizzle_mode(int bytes) {
+  return bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+         : bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                       : CU_TENSOR_MAP_SWIZZLE_32B;
+}
+
+}  // namespace
+
+fa3_status encode_operand(const fa3_array& array, const OperandShape& shape, TmaOperand& operand) {
+  Encode encode = nullptr;
+  if (auto status = find_encoder(encode)) return status;
+
+  constexpr int64_t kElementBytes = 2;
+  const int64_t row_bytes = (shape.rows > 1 ? array.stride[1] : shape.head_dim) * kElementBytes;
+  // An axis that does not move (one entry, or a broadcast) gets one entry in the map and no step in the kernel.
+  operand.head_step = shape.heads > 1 && array.stride[2] != 0;
+  operand.batch_step = shape.batch > 1 && array.stride[0] != 0;
+  const int64_t head_bytes = operand.head_step ? array.stride[2] * kElementBytes : row_bytes;
+  const int64_t batch_bytes = operand.batch_step ? array.stride[0] * kElementBytes : row_bytes;
+
+  const cuuint64_t extents[4] = {cuuint64_t(shape.head_dim), cuuint64_t(shape.rows),
+                                 cuuint64_t(operand.head_step ? shape.heads : 1),
+                                 cuuint64_t(operand.batch_step ? shape.batch : 1)};
+  const cuuint64_t strides[3] = {cuuint64_t(row_bytes), cuuint64_t(head_bytes), cuuint64_t(batch_bytes)};
+  const cuuint32_t box[4] = {cuuint32_t(shape.swizzle / kElementBytes), cuuint32_t(shape.box_rows), 1, 1};
+  const cuuint32_t unit[4] = {1, 1, 1, 1};
+  const CUresult result = encode(
+      &operand.map, shape.dtype == FA3_FLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
+      array.data, extents, strides, box, unit, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_mode(shape.swizzle),
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return check_cuda(result, "cuTensorMapEncodeTiled", "the driver refused an array's shape or strides");
+}
+
+}  // namespace fa3

@@ -1,0 +1,32 @@
+// How a tile lies in shared memory for TMA and wgmma.
+#pragma once
+#include "arch/host_device.h"
+#include "arch/wgmma.cuh"
+
+namespace fa3 {
+
+/// kRows rows of kColumns 16-bit elements, cut into chunks of kSwizzle bytes of each row: [chunk][row][kSwizzle bytes],
+/// swizzled within 8 rows. TMA brings a chunk as one box; a row that does not fill its last chunk is padded with zeros.
+template <int kRows, int kColumns, int kSwizzle>
+struct SharedTile {
+  static constexpr int kElementBytes = 2;
+  static constexpr int kChunkColumns = kSwizzle / kElementBytes;
+  static constexpr int kChunks = ceil_div(kColumns * kElementBytes, kSwizzle);
+  static constexpr int kChunkBytes = kRows * kSwizzle;
+  static constexpr int kBytes = kChunks * kChunkBytes;
+  static_assert(kRows % 8 == 0, "the swizzle repeats every 8 rows");
+  static_assert(kColumns % 16 == 0, "a product consumes 16 columns or rows at a time");
+
+  /// As an operand whose contraction runs along the columns (Q, K): 8 rows further is 8 kSwizzle bytes further.
+  static constexpr uint64_t kMajorColumns = arch::descriptor_layout(kSwizzle, 16, 8 * kSwizzle);
+  /// As an operand whose contraction runs along the rows (V): the next chunk of columns is a chunk further.
+  static constexpr uint64_t kMajorRows = arch::descriptor_layout(kSwizzle, kChunkBytes, 8 * kSwizzle);
+
+  /// Where the products' step-th 16 columns (or rows) begin, in a descriptor's units of 16 bytes.
+  FA3_HOST_DEVICE static constexpr int column_step(int step) {
+    return (step * 32 / kSwizzle * kChunkBytes + step * 32 % kSwizzle) >> 4;
+  }
+  FA3_HOST_DEVICE static constexpr int row_step(int step) { return step * 16 * kSwizzle >> 4; }
+};
+
+}  // namespace fa3

@@ -1,0 +1,128 @@
+// Every rule on arguments, one named check each. None reads device memory. The first that fails gives the status.
+#include "validate.h"
+
+#include <cmath>
+#include <initializer_list>
+
+#include "status.h"
+
+namespace fa3 {
+namespace {
+
+constexpr int kMaxRows = 1 << 30;  // positions plus a window must fit in 32 bits
+constexpr int kMaxHeadDim = 256;
+
+fa3_status check_struct(const fa3_forward_params& p) {
+  if (p.struct_size == sizeof(fa3_forward_params)) return FA3_OK;
+  return fail(FA3_ERROR_SHAPE, "struct_size: %zu, but this library's fa3_forward_params has %zu bytes", p.struct_size,
+              sizeof(fa3_forward_params));
+}
+
+fa3_status check_features(const fa3_forward_params& p) {
+  if (p.dtype == FA3_FLOAT8_E4M3)
+    return fail(FA3_ERROR_NO_FP8, "q: float8_e4m3fn is not built for the GPU yet; needs float16 or bfloat16");
+  if (p.qv.data) return fail(FA3_ERROR_NO_QV, "qv: attention with qv is not built for the GPU yet");
+  if (p.head_dim_v == 512 && (p.head_dim == 64 || p.head_dim == 576))
+    return fail(FA3_ERROR_NO_QV, "q, v: head_dim %d and 512 (MLA) are not built for the GPU yet", p.head_dim);
+  const fa3_cache& c = p.cache;
+  if (c.page_table) return fail(FA3_ERROR_NO_PAGED_CACHE, "page_table: a paged cache is not built for the GPU yet");
+  if (c.k_new.data || c.v_new.data)
+    return fail(FA3_ERROR_NO_CACHE_UPDATE, "k, v: appending to a cache is not built for the GPU yet");
+  if (c.rotary_cos || c.rotary_sin)
+    return fail(FA3_ERROR_NO_CACHE_UPDATE, "rotary_cos, rotary_sin: rotary embedding is not built for the GPU yet");
+  if (c.cache_batch_idx) return fail(FA3_ERROR_NO_CACHE_UPDATE, "cache_batch_idx: is not built for the GPU yet");
+  if (c.cache_leftpad) return fail(FA3_ERROR_NO_CACHE_UPDATE, "cache_leftpad: is not built for the GPU yet");
+  if (p.num_splits > 1)
+    return fail(FA3_ERROR_NO_SPLIT,
+                "num_splits: %d, but splitting along keys is not built for the GPU yet; needs 0 or 1", p.num_splits);
+  if (p.pack_gqa > 0)
+    return fail(FA3_ERROR_NO_SPLIT,
+                "pack_gqa: packing query heads into a tile is not built for the GPU yet; needs False or None");
+  if (p.dropout_p != 0)
+    return fail(FA3_ERROR_NO_DROPOUT, "dropout_p: %g, but dropout is not built yet; needs 0", p.dropout_p);
+  return FA3_OK;
+}
+
+fa3_status check_dtypes(const fa3_forward_params& p) {
+  if (p.dtype != FA3_FLOAT16 && p.dtype != FA3_BFLOAT16)
+    return fail(FA3_ERROR_DTYPE, "dtype: %d is no fa3_dtype that q, k, v can have", p.dtype);
+  if (p.out_dtype != p.dtype) return fail(FA3_ERROR_DTYPE, "out_dtype: %d, but q has %d", p.out_dtype, p.dtype);
+  return FA3_OK;
+}
+
+fa3_status check_sizes(const fa3_forward_params& p) {
+  if (p.batch < 0) return fail(FA3_ERROR_SHAPE, "batch: %d is negative", p.batch);
+  if (p.num_heads < 1 || p.num_heads_kv < 1)
+    return fail(FA3_ERROR_SHAPE, "num_heads: %d on %d, but both must be at least 1", p.num_heads, p.num_heads_kv);
+  if (p.num_heads % p.num_heads_kv)
+    return fail(FA3_ERROR_SHAPE, "num_heads: %d, not a multiple of num_heads_kv %d", p.num_heads, p.num_heads_kv);
+  if (p.num_splits < 0) return fail(FA3_ERROR_SHAPE, "num_splits: %d is negative", p.num_splits);
+  if (p.sm_margin < 0) return fail(FA3_ERROR_SHAPE, "sm_margin: %d is negative", p.sm_margin);
+  return FA3_OK;
+}
+
+fa3_status check_head_dims(const fa3_forward_params& p) {
+  for (int dim : {p.head_dim, p.head_dim_v})
+    if (dim < 8 || dim % 8 || dim > kMaxHeadDim)
+      return fail(FA3_ERROR_HEAD_DIM, "head_dim: %d, but it must be a multiple of 8 up to %d on the GPU", dim,
+                  kMaxHeadDim);
+  return FA3_OK;
+}
+
+fa3_status check_lengths(const fa3_lengths& lengths, const char* name) {
+  if (lengths.rows < 0 || lengths.rows > kMaxRows)
+    return fail(FA3_ERROR_SHAPE, "%s: %d rows, but 0 to 2^30 are possible", name, lengths.rows);
+  if (lengths.max_seqlen < 0)
+    return fail(FA3_ERROR_SHAPE, "max_seqlen of %s: %d is negative", name, lengths.max_seqlen);
+  return FA3_OK;
+}
+
+fa3_status check_array(const fa3_array& array, bool empty, const char* name) {
+  if (!empty && !array.data) return fail(FA3_ERROR_NULL, "%s: null data", name);
+  if (array.stride[3] != 1 && !empty)
+    return fail(FA3_ERROR_SHAPE, "%s: stride %lld along head_dim, but it must be contiguous (1)", name,
+                static_cast<long long>(array.stride[3]));
+  return FA3_OK;
+}
+
+fa3_status check_arrays(const fa3_forward_params& p) {
+  const bool no_queries = p.batch == 0 || p.queries.rows == 0, no_keys = p.batch == 0 || p.keys.rows == 0;
+  if (auto status = check_array(p.q, no_queries, "q")) return status;
+  if (auto status = check_array(p.out, no_queries, "out")) return status;
+  if (auto status = check_array(p.k, no_keys, "k")) return status;
+  return check_array(p.v, no_keys, "v");
+}
+
+fa3_status check_mask(const fa3_mask& mask) {
+  if (mask.window_left < -1 || mask.window_right < -1)
+    return fail(FA3_ERROR_SHAPE, "window_size: (%d, %d), but each must be at least -1 (unbounded)", mask.window_left,
+                mask.window_right);
+  if (mask.attention_chunk < 0) return fail(FA3_ERROR_SHAPE, "attention_chunk: %d is negative", mask.attention_chunk);
+  return FA3_OK;
+}
+
+fa3_status check_scalars(const fa3_forward_params& p) {
+  if (!std::isfinite(p.softmax_scale)) return fail(FA3_ERROR_SHAPE, "softmax_scale: %g is not finite", p.softmax_scale);
+  if (!(p.softcap >= 0) || std::isinf(p.softcap))
+    return fail(FA3_ERROR_SHAPE, "softcap: %g, but it must be 0 or positive", p.softcap);
+  return FA3_OK;
+}
+
+}  // namespace
+
+fa3_status validate(const fa3_forward_params* params) {
+  if (!params) return fail(FA3_ERROR_NULL, "params: null pointer");
+  const fa3_forward_params& p = *params;
+  if (auto status = check_struct(p)) return status;
+  if (auto status = check_features(p)) return status;
+  if (auto status = check_dtypes(p)) return status;
+  if (auto status = check_sizes(p)) return status;
+  if (auto status = check_head_dims(p)) return status;
+  if (auto status = check_lengths(p.queries, "q")) return status;
+  if (auto status = check_lengths(p.keys, "k")) return status;
+  if (auto status = check_arrays(p)) return status;
+  if (auto status = check_mask(p.mask)) return status;
+  return check_scalars(p);
+}
+
+}  // namespace fa3

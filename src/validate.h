@@ -1,0 +1,9 @@
+#pragma once
+#include "fa3.h"
+
+namespace fa3 {
+
+/// Every rule on the arguments of a forward call that the host can check without reading device memory.
+fa3_status validate(const fa3_forward_params* params);
+
+}  // namespace fa3

@@ -1,0 +1,227 @@
+/* The C interface without a GPU: statuses and their texts, every check on arguments, plans, variants, devices.
+ * `forward NAME` runs one check and exits 0 when all is as fa3.h says. tests/test_c_api.py compiles and runs it. */
+#include <math.h>
+#include <threads.h>
+
+#include "checks.h"
+
+static char memory[4096]; /* stands for device memory that nothing reads */
+static void *const address = memory;
+
+static void check_statuses(void) {
+  static const int codes[] = {0, -1, -2, -3, -4, -5, -6, -10, -11, -12, -13, -14, -15, -16, -17, -100};
+  const int count = (int)(sizeof codes / sizeof *codes);
+  const char *unknown = fa3_status_string(-9999);
+  CHECK(unknown && *unknown, "an unknown status has a text too");
+  for (int i = 0; i < count; ++i) {
+    const char *text = fa3_status_string(codes[i]);
+    CHECK(text && *text && strcmp(text, unknown), "status %d: \"%s\"", codes[i], text);
+    for (int j = 0; j < i; ++j) CHECK(strcmp(text, fa3_status_string(codes[j])), "%d and %d", codes[i], codes[j]);
+  }
+}
+
+/* All three entry points refuse the same way, before anything else is looked at, with a sentence that has `words`. */
+static void expect(const fa3_forward_params *p, int code, const char *words) {
+  size_t bytes = 1;
+  fa3_forward_plan plan;
+  int status = fa3_plan_forward(p, 132, &plan);
+  CHECK(status == code, "fa3_plan_forward: %d, not %d (%s)", status, code, words);
+  CHECK(strstr(fa3_last_error(), words), "no \"%s\"", words);
+  status = fa3_forward_workspace(p, &bytes);
+  CHECK(status == code && bytes == 0, "fa3_forward_workspace: %d, %zu bytes (%s)", status, bytes, words);
+  CHECK(strstr(fa3_last_error(), words), "no \"%s\"", words);
+  status = fa3_forward(p, NULL, NULL);
+  CHECK(status == code, "fa3_forward: %d, not %d (%s)", status, code, words);
+  CHECK(strstr(fa3_last_error(), words), "no \"%s\"", words);
+  CHECK(fa3_last_cuda_error() == 0, "CUDA was not asked");
+}
+
+#define REFUSES(code, words, ...)                                                \
+  do {                                                                           \
+    fa3_forward_params p = dense_call(2, 10, 20, 4, 2, address);                 \
+    __VA_ARGS__;                                                                 \
+    expect(&p, code, words);                                                     \
+  } while (0)
+
+static void check_arguments(void) {
+  expect(NULL, FA3_ERROR_NULL, "params");
+  REFUSES(FA3_ERROR_SHAPE, "struct_size", p.struct_size = 0);
+  REFUSES(FA3_ERROR_SHAPE, "struct_size", p.struct_size -= 8);
+  REFUSES(FA3_ERROR_NULL, "q", p.q.data = NULL);
+  REFUSES(FA3_ERROR_NULL, "k", p.k.data = NULL);
+  REFUSES(FA3_ERROR_NULL, "v", p.v.data = NULL);
+  REFUSES(FA3_ERROR_NULL, "out", p.out.data = NULL);
+  REFUSES(FA3_ERROR_HEAD_DIM, "head_dim", p.head_dim = 0);
+  REFUSES(FA3_ERROR_HEAD_DIM, "head_dim", p.head_dim = -128);
+  REFUSES(FA3_ERROR_HEAD_DIM, "12,", p.head_dim = 12);
+  REFUSES(FA3_ERROR_HEAD_DIM, "264", p.head_dim_v = 264);
+  REFUSES(FA3_ERROR_DTYPE, "dtype", p.dtype = 0);
+  REFUSES(FA3_ERROR_DTYPE, "dtype", p.dtype = FA3_FLOAT32);
+  REFUSES(FA3_ERROR_DTYPE, "dtype", p.dtype = 99);
+  REFUSES(FA3_ERROR_DTYPE, "out_dtype", p.out_dtype = FA3_FLOAT32);
+  REFUSES(FA3_ERROR_SHAPE, "batch", p.batch = -1);
+  REFUSES(FA3_ERROR_SHAPE, "num_heads", p.num_heads = 0);
+  REFUSES(FA3_ERROR_SHAPE, "num_heads", p.num_heads_kv = -1);
+  REFUSES(FA3_ERROR_SHAPE, "multiple", p.num_heads_kv = 3);
+  REFUSES(FA3_ERROR_SHAPE, "q", p.queries.rows = -1);
+  REFUSES(FA3_ERROR_SHAPE, "2^30", p.keys.rows = (1 << 30) + 1);
+  REFUSES(FA3_ERROR_SHAPE, "max_seqlen", p.queries.max_seqlen = -1);
+  REFUSES(FA3_ERROR_SHAPE, "q: stride 2", p.q.stride[3] = 2);
+  REFUSES(FA3_ERROR_SHAPE, "k: stride 0", p.k.stride[3] = 0);
+  REFUSES(FA3_ERROR_SHAPE, "v: stride -1", p.v.stride[3] = -1);
+  REFUSES(FA3_ERROR_SHAPE, "out: stride 3", p.out.stride[3] = 3);
+  REFUSES(FA3_ERROR_SHAPE, "window_size", p.mask.window_left = -2);
+  REFUSES(FA3_ERROR_SHAPE, "window_size", p.mask.window_right = -7);
+  REFUSES(FA3_ERROR_SHAPE, "attention_chunk", p.mask.attention_chunk = -1);
+  REFUSES(FA3_ERROR_SHAPE, "softmax_scale", p.softmax_scale = NAN);
+  REFUSES(FA3_ERROR_SHAPE, "softmax_scale", p.softmax_scale = INFINITY);
+  REFUSES(FA3_ERROR_SHAPE, "softcap", p.softcap = -1);
+  REFUSES(FA3_ERROR_SHAPE, "softcap", p.softcap = NAN);
+  REFUSES(FA3_ERROR_SHAPE, "num_splits", p.num_splits = -1);
+  REFUSES(FA3_ERROR_SHAPE, "sm_margin", p.sm_margin = -1);
+}
+
+static void check_missing_features(void) {
+  static const int32_t *const integers = (const int32_t *)(const void *)memory;
+  REFUSES(FA3_ERROR_NO_FP8, "float8_e4m3fn", p.dtype = FA3_FLOAT8_E4M3);
+  REFUSES(FA3_ERROR_NO_PAGED_CACHE, "page_table", p.cache.page_table = integers);
+  REFUSES(FA3_ERROR_NO_CACHE_UPDATE, "append", p.cache.k_new = p.k; p.cache.v_new = p.v);
+  REFUSES(FA3_ERROR_NO_CACHE_UPDATE, "rotary", p.cache.rotary_cos = p.cache.rotary_sin = address);
+  REFUSES(FA3_ERROR_NO_CACHE_UPDATE, "cache_batch_idx", p.cache.cache_batch_idx = integers);
+  REFUSES(FA3_ERROR_NO_CACHE_UPDATE, "cache_leftpad", p.cache.cache_leftpad = integers);
+  REFUSES(FA3_ERROR_NO_SPLIT, "num_splits: 2", p.num_splits = 2);
+  REFUSES(FA3_ERROR_NO_SPLIT, "pack_gqa", p.pack_gqa = 1);
+  REFUSES(FA3_ERROR_NO_QV, "qv", p.qv = p.q);
+  REFUSES(FA3_ERROR_NO_QV, "576", p.head_dim = 576; p.head_dim_v = 512);
+  REFUSES(FA3_ERROR_NO_DROPOUT, "dropout_p: 0.1", p.dropout_p = 0.1f);
+}
+
+static void check_null_results(void) {
+  const fa3_forward_params p = dense_call(2, 10, 20, 4, 2, address);
+  int device = 0;
+  CHECK(fa3_forward_workspace(&p, NULL) == FA3_ERROR_NULL, "bytes");
+  CHECK(fa3_plan_forward(&p, 132, NULL) == FA3_ERROR_NULL, "plan");
+  CHECK(fa3_forward_variant(0, NULL) == FA3_ERROR_NULL, "variant");
+  CHECK(fa3_device_count(NULL) == FA3_ERROR_NULL, "count");
+  CHECK(fa3_device_query(0, NULL) == FA3_ERROR_NULL, "info");
+  CHECK(fa3_versions(NULL, &device) == FA3_ERROR_NULL, "runtime");
+  CHECK(fa3_pointer_device(memory, NULL) == FA3_ERROR_NULL, "device");
+}
+
+static void check_variants(void) {
+  fa3_variant variant;
+  int count = 0;
+  for (; fa3_forward_variant(count, &variant) == FA3_OK; ++count) {
+    CHECK(variant.name && *variant.name, "variant %d", count);
+    CHECK(variant.tile_m % 64 == 0 && variant.tile_n % 8 == 0 && variant.threads % 128 == 0, "%s", variant.name);
+    CHECK(*fa3_last_error() == '\0', "a call that succeeds leaves no error");
+  }
+  CHECK(count > 0, "no kernels");
+  CHECK(fa3_forward_variant(count, &variant) == FA3_ERROR_SHAPE, "past the last");
+  CHECK(fa3_forward_variant(-1, &variant) == FA3_ERROR_SHAPE, "before the first");
+}
+
+static void check_plans(void) {
+  fa3_forward_plan plan;
+  fa3_forward_params p = dense_call(2, 10, 20, 4, 2, address);
+  CHECK(fa3_plan_forward(&p, 132, &plan) == FA3_OK, "a plain call");
+  CHECK(plan.grid == 8 && plan.dynamic == 0 && plan.workspace == 0, "8 equal tiles on 132 multiprocessors");
+  CHECK(!plan.copy_q && !plan.copy_k && !plan.copy_v, "aligned operands");
+  p.k.stride[1] += 1;
+  CHECK(fa3_plan_forward(&p, 132, &plan) == FA3_OK && plan.copy_k, "a stride that TMA cannot address");
+  CHECK(plan.workspace == 2 * 20 * 2 * 128 * 2, "the copy's bytes, not %zu", plan.workspace);
+}
+
+/* With batch_invariant a sequence meets the same kernel whatever else is in the batch. */
+static void check_batch_invariant_plan(void) {
+  static const int32_t placeholder = 0;
+  fa3_forward_plan plan, other;
+  fa3_forward_params p = dense_call(1, 100, 100, 4, 2, address);
+  p.queries.cu_seqlens = p.keys.cu_seqlens = &placeholder;
+  p.batch_invariant = 1;
+  CHECK(fa3_plan_forward(&p, 132, &plan) == FA3_OK, "one sequence of 100");
+  p.batch = 2;
+  p.queries.rows = p.keys.rows = 100 + 50000;
+  CHECK(fa3_plan_forward(&p, 132, &other) == FA3_OK, "beside one of 50,000");
+  CHECK(plan.variant == other.variant, "batch_invariant: tiles of %d x %d and %d x %d", plan.tile_m, plan.tile_n,
+        other.tile_m, other.tile_n);
+}
+
+/* Empty problems succeed and launch nothing, so they need no device. */
+static void check_empty(void) {
+  size_t bytes = 1;
+  fa3_forward_params p = dense_call(0, 10, 20, 4, 2, NULL);
+  CHECK(fa3_forward_workspace(&p, &bytes) == FA3_OK && bytes == 0, "batch 0");
+  CHECK(fa3_forward(&p, NULL, NULL) == FA3_OK, "batch 0");
+  p = dense_call(3, 0, 20, 4, 2, address);
+  p.q.data = p.out.data = NULL;
+  CHECK(fa3_forward_workspace(&p, &bytes) == FA3_OK && bytes == 0, "no queries");
+  CHECK(fa3_forward(&p, NULL, NULL) == FA3_OK, "no queries");
+}
+
+static int fail_in_thread(void *unused) {
+  (void)unused;
+  fa3_forward_params p = dense_call(2, 10, 20, 4, 2, address);
+  CHECK(*fa3_last_error() == '\0', "a new thread has not failed");
+  p.batch = -3;
+  CHECK(fa3_forward(&p, NULL, NULL) == FA3_ERROR_SHAPE && strstr(fa3_last_error(), "batch"), "this thread's error");
+  return 0;
+}
+
+static void check_errors_are_per_thread(void) {
+  thrd_t thread;
+  fa3_forward_params p = dense_call(2, 10, 20, 4, 2, address);
+  p.sm_margin = -1;
+  CHECK(fa3_forward(&p, NULL, NULL) == FA3_ERROR_SHAPE, "sm_margin");
+  CHECK(thrd_create(&thread, fail_in_thread, NULL) == thrd_success, "a thread");
+  thrd_join(thread, NULL);
+  CHECK(strstr(fa3_last_error(), "sm_margin"), "another thread's failure replaced this thread's sentence");
+}
+
+static void check_devices(void) {
+  int32_t count = -1, runtime = 0, driver = -1;
+  fa3_device info;
+  CHECK(fa3_device_count(&count) == FA3_OK && count >= 0, "%d devices", count);
+  CHECK(fa3_versions(&runtime, &driver) == FA3_OK && runtime >= 13000 && driver >= 0, "%d, %d", runtime, driver);
+  CHECK(fa3_device_query(count, &info) == FA3_ERROR_CUDA && fa3_last_cuda_error() != 0, "a device past the last");
+  printf("devices %d\n", count);
+  if (count > 0) return;
+
+  /* Without a driver every call that needs one says so, and nothing crashes. */
+  size_t bytes = 1;
+  const fa3_forward_params p = dense_call(2, 10, 20, 4, 2, address);
+  CHECK(fa3_forward(&p, NULL, NULL) == FA3_ERROR_CUDA, "no device");
+  CHECK(fa3_last_cuda_error() != 0 && *fa3_last_error(), "what CUDA said");
+  CHECK(fa3_forward_workspace(&p, &bytes) == FA3_ERROR_CUDA && bytes == 0, "no device");
+  CHECK(fa3_stream_wait(NULL, NULL, 0) == FA3_ERROR_CUDA, "no device");
+  CHECK(fa3_device_count(&count) == FA3_OK && fa3_last_cuda_error() == 0, "a failure is not kept");
+}
+
+static const struct {
+  const char *name;
+  void (*run)(void);
+} checks[] = {
+    {"statuses", check_statuses},
+    {"arguments", check_arguments},
+    {"missing_features", check_missing_features},
+    {"null_results", check_null_results},
+    {"variants", check_variants},
+    {"plans", check_plans},
+    {"batch_invariant_plan", check_batch_invariant_plan},
+    {"empty", check_empty},
+    {"errors_are_per_thread", check_errors_are_per_thread},
+    {"devices", check_devices},
+};
+
+/* Runs the check that the argument names; without one, lists them. */
+int main(int argc, char **argv) {
+  for (size_t i = 0; i < sizeof checks / sizeof *checks; ++i) {
+    if (argc < 2) {
+      printf("%s\n", checks[i].name);
+    } else if (!strcmp(argv[1], checks[i].name)) {
+      checks[i].run();
+      return 0;
+    }
+  }
+  return argc < 2 ? 0 : 2;
+}

@@ -1,0 +1,41 @@
+"""Compile C and C++ at test time: what the library's headers promise is tested as their users would see it."""
+
+import ctypes
+import functools
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).resolve().parents[1] / "src"
+HERE = Path(__file__).resolve().parent
+WARNINGS = ("-Wall", "-Wextra", "-Werror")
+
+
+def compile_with(compiler, output, sources, *flags):
+    """Run gcc or g++; skips the test where the machine has none, and fails it with what the compiler said."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"needs {compiler}")
+    done = subprocess.run([compiler, *WARNINGS, *sources, *flags, "-o", output],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@functools.cache
+def sanitizer_flags():
+    """Undefined behaviour is told on stderr as "runtime error: …", where g++ has the runtime for it."""
+    flags = ("-fsanitize=undefined",)
+    probe = subprocess.run(["g++", *flags, "-shared", "-fPIC", "-x", "c++", "-", "-o", "/dev/null"],
+                           input="int f(int a) { return a + 1; }", capture_output=True, text=True)
+    return flags if probe.returncode == 0 else ()
+
+
+def host_library(folder, name, sources, *flags):
+    """A shared library of the host-callable parts of src/, for ctypes."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    library = compile_with("g++", folder / f"lib{name}.so", sources, "-std=c++20", "-O1", "-g", "-shared", "-fPIC",
+                           f"-I{SRC}", *flags, *sanitizer_flags())
+    return ctypes.CDLL(str(library))

@@ -1,0 +1,37 @@
+// src/plan.cpp without CUDA, for tests/test_plan.py: with a variant table of its own and the names in cuda_names/.
+#include "plan.h"
+
+#include "attention/block_range.h"
+#include "variants.h"
+
+namespace fa3 {
+
+std::span<const ForwardVariant> forward_variants() {
+  static const ForwardVariant table[] = {
+      {"large", FA3_BFLOAT16, 128, 128, 3, 80, 512, 0, 128, 128, nullptr},
+      {"small", FA3_BFLOAT16, 128, 128, 2, 128, 384, 0, 128, 128, nullptr},
+  };
+  return table;
+}
+
+}  // namespace fa3
+
+/// The keys that a query row sees under the mask of a call's arguments.
+extern "C" void key_interval(const fa3_mask* mask, int row, int seqlen_q, int seqlen_k, fa3::KeyInterval* out) {
+  *out = fa3::visibility_of(*mask).keys(row, seqlen_q, seqlen_k);
+}
+
+/// Plan a small causal call of (batch, rows, heads) as fa3_forward does, and log it.
+extern "C" int plan_and_log(int batch, int rows, int heads) {
+  fa3_forward_params params{};
+  params.dtype = FA3_BFLOAT16;
+  params.batch = batch;
+  params.num_heads = params.num_heads_kv = heads;
+  params.head_dim = params.head_dim_v = 128;
+  params.queries.rows = params.keys.rows = rows;
+  params.mask.causal = 1;
+  fa3_forward_plan plan;
+  if (auto status = fa3::plan_forward(params, 132, plan)) return status;
+  fa3::log_plan(params, plan);
+  return FA3_OK;
+}

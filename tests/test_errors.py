@@ -1,0 +1,344 @@
+"""One test per rule on arguments: the exception, and a message that says which argument, what it got, what it needs.
+
+Each case starts from a call that works and breaks one thing. The GPU's own rules are in test_gpu_rules.py.
+"""
+
+import pickle
+import re
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import fa3
+from fa3._errors import raise_status
+
+BF16 = ml_dtypes.bfloat16
+FP8 = ml_dtypes.float8_e4m3fn
+
+
+def zeros(*shape, dtype=np.float32):
+    return np.zeros(shape, dtype)
+
+
+def ints(*values):
+    return np.array(values, np.int32)
+
+
+def read_only(*shape):
+    array = zeros(*shape)
+    array.flags.writeable = False
+    return array
+
+
+# Calls that work: batch 2, seqlen_q 5, seqlen_k 7, 4 query heads on 2, head_dim 16, head_dim_v 8.
+Q, K, V = zeros(2, 5, 4, 16), zeros(2, 7, 2, 16), zeros(2, 7, 2, 8)
+
+
+def dense(**changes):
+    return fa3.flash_attn_func(**{"q": Q, "k": K, "v": V, **changes})
+
+
+def varlen(**changes):
+    call = {"q": zeros(10, 4, 16), "k": zeros(14, 2, 16), "v": zeros(14, 2, 8), "cu_seqlens_q": ints(0, 5, 10),
+            "cu_seqlens_k": ints(0, 7, 14)}
+    return fa3.flash_attn_varlen_func(**{**call, **changes})
+
+
+def kvcache(**changes):
+    return fa3.flash_attn_with_kvcache(**{"q": Q, "k_cache": K.copy(), "v_cache": V.copy(), **changes})
+
+
+def append(**changes):
+    return kvcache(**{"k": zeros(2, 3, 2, 16), "v": zeros(2, 3, 2, 8), "cache_seqlens": ints(4, 0), **changes})
+
+
+def rotary(**changes):
+    return append(**{"rotary_cos": zeros(16, 8), "rotary_sin": zeros(16, 8), **changes})
+
+
+def paged(**changes):
+    call = {"k_cache": zeros(6, 4, 2, 16), "v_cache": zeros(6, 4, 2, 8), "page_table": ints([0, 1], [2, 3])}
+    return kvcache(**{**call, **changes})
+
+
+def fp8(**changes):
+    return dense(**{"q": Q.astype(FP8), "k": K.astype(FP8), "v": V.astype(FP8), **changes})
+
+
+def combine(**changes):
+    call = {"out_partial": zeros(3, 2, 5, 4, 8), "lse_partial": zeros(3, 2, 5, 4)}
+    return fa3.flash_attn_combine(**{**call, **changes})
+
+
+CALLS = [dense, varlen, kvcache, append, rotary, paged, fp8, combine]
+
+# (call, what to change, exception, message)
+RULES = [
+    # arrays at all, and of which dtype
+    (dense, {"q": [1.0]}, TypeError, "q: "),
+    (dense, {"k": 3}, TypeError, "k: "),
+    (dense, {"sinks": "none"}, TypeError, "sinks: "),
+    (dense, {"q": Q.astype(np.int32)}, TypeError,
+     "q: dtype int32, needs float16 or bfloat16 or float8_e4m3fn or float32 or float64"),
+    (dense, {"k": K.astype(np.float16)}, TypeError, "k: dtype float16, but q has float32"),
+    (dense, {"v": V.astype(BF16)}, TypeError, "v: dtype bfloat16, but q has float32"),
+    (dense, {"seqused_q": np.array([1, 2])}, TypeError, "seqused_q: dtype int64, needs int32"),
+    (dense, {"seqused_k": zeros(2)}, TypeError, "seqused_k: dtype float32, needs int32"),
+    (dense, {"sinks": np.zeros(4)}, TypeError, "sinks: dtype float64, needs float32"),
+    (dense, {"qv": zeros(2, 5, 4, 8, dtype=np.float16)}, TypeError, "qv: dtype float16, but q has float32"),
+    (varlen, {"cu_seqlens_q": np.array([0, 5, 10])}, TypeError, "cu_seqlens_q: dtype int64, needs int32"),
+    (varlen, {"cu_seqlens_k": np.array([0, 7, 14])}, TypeError, "cu_seqlens_k: dtype int64, needs int32"),
+    (kvcache, {"cache_seqlens": np.array([3, 4])}, TypeError, "cache_seqlens: dtype int64, needs int32"),
+    (kvcache, {"cache_batch_idx": np.array([0, 1])}, TypeError, "cache_batch_idx: dtype int64, needs int32"),
+    (kvcache, {"cache_leftpad": np.array([0, 1])}, TypeError, "cache_leftpad: dtype int64, needs int32"),
+    (paged, {"page_table": np.array([[0], [1]])}, TypeError, "page_table: dtype int64, needs int32"),
+    (append, {"k": zeros(2, 3, 2, 16, dtype=np.float16)}, TypeError, "k: dtype float16, but k_cache has float32"),
+    (append, {"v": zeros(2, 3, 2, 8, dtype=np.float16)}, TypeError, "v: dtype float16, but v_cache has float32"),
+    (rotary, {"rotary_cos": np.zeros((16, 8))}, TypeError, "rotary_cos: dtype float64, needs float32"),
+    (rotary, {"rotary_sin": zeros(16, 8, dtype=np.float16)}, TypeError,
+     "rotary_sin: dtype float16, needs float32"),
+    (fp8, {"q_descale": np.ones(())}, TypeError, "q_descale: dtype float64, needs float32"),
+    (combine, {"out_partial": zeros(3, 2, 5, 4, 8, dtype=np.float16)}, TypeError,
+     "out_partial: dtype float16, needs float32"),
+    (combine, {"lse_partial": np.zeros((3, 2, 5, 4))}, TypeError, "lse_partial: dtype float64, needs float32"),
+    # q, k, v
+    (dense, {"q": zeros(5, 4, 16)}, ValueError,
+     "q: 3 dimensions, needs 4: (batch, seqlen_q, num_heads, head_dim)"),
+    (dense, {"k": zeros(7, 2, 16)}, ValueError,
+     "k: 3 dimensions, needs 4: (batch, seqlen_k, num_heads_kv, head_dim)"),
+    (dense, {"v": zeros(7, 2, 8)}, ValueError, "v: 3 dimensions, needs 4: "),
+    (dense, {"k": zeros(3, 7, 2, 16), "v": zeros(3, 7, 2, 8)}, ValueError, "k: batch 3, but q has 2"),
+    (dense, {"v": zeros(1, 7, 2, 8)}, ValueError, "v: batch 1, but k has 2"),
+    (dense, {"v": zeros(2, 6, 2, 8)}, ValueError, "v: seqlen_k 6, but k has 7"),
+    (dense, {"v": zeros(2, 7, 4, 8)}, ValueError, "v: num_heads_kv 4, but k has 2"),
+    (dense, {"k": zeros(2, 7, 2, 24)}, ValueError, "k: head_dim 24, but q has 16"),
+    (dense, {"q": zeros(2, 5, 3, 16)}, ValueError, "k: num_heads_kv 2, needs a divisor of q's num_heads 3"),
+    (dense, {"k": zeros(2, 7, 0, 16), "v": zeros(2, 7, 0, 8)}, ValueError,
+     "k: num_heads_kv 0, needs a divisor of q's num_heads 4"),
+    (dense, {"q": zeros(2, 5, 4, 0), "k": zeros(2, 7, 2, 0)}, ValueError, "q: head_dim 0, needs at least 1"),
+    (dense, {"v": zeros(2, 7, 2, 0)}, ValueError, "v: head_dim 0, needs at least 1"),
+    (varlen, {"q": Q}, ValueError, "q: 4 dimensions, needs 3: (total_q, num_heads, head_dim)"),
+    (varlen, {"k": K, "v": V}, ValueError, "k: 4 dimensions, needs 3: (total_k, num_heads_kv, head_dim)"),
+    (varlen, {"v": zeros(13, 2, 8)}, ValueError, "v: total_k 13, but k has 14"),
+    # where sequences are
+    (varlen, {"cu_seqlens_q": ints([0, 5])}, ValueError, "cu_seqlens_q: shape (1, 2), needs (batch + 1,)"),
+    (varlen, {"cu_seqlens_q": ints()}, ValueError, "cu_seqlens_q: shape (0,), needs (batch + 1,)"),
+    (varlen, {"cu_seqlens_k": ints(0, 14)}, ValueError, "cu_seqlens_k: shape (2,), needs (3,): (batch + 1,)"),
+    (varlen, {"cu_seqlens_k": None}, ValueError, "cu_seqlens_k: got None, needs int32 (batch + 1,), or a page_table"),
+    (varlen, {"max_seqlen_q": -1}, ValueError, "max_seqlen_q: -1, needs at least 0"),
+    (varlen, {"max_seqlen_k": 1.5}, TypeError, "max_seqlen_k: got float, needs an int"),
+    (dense, {"seqused_q": ints(1)}, ValueError, "seqused_q: shape (1,), needs (2,): (batch,)"),
+    (dense, {"seqused_k": ints([1, 2])}, ValueError, "seqused_k: shape (1, 2), needs (2,): (batch,)"),
+    # optional arrays
+    (dense, {"sinks": zeros(2)}, ValueError, "sinks: shape (2,), needs (4,): (num_heads,)"),
+    (dense, {"qv": zeros(2, 5, 4, 16)}, ValueError,
+     "qv: shape (2, 5, 4, 16), needs (2, 5, 4, 8): q's shape with head_dim_v"),
+    (dense, {"q_descale": np.ones((), "f")}, ValueError,
+     "q_descale: needs q of dtype float8_e4m3fn, but q has float32"),
+    (fp8, {"q_descale": zeros(3)}, ValueError, "q_descale: shape (3,), needs () or (2,) or (2, 2) or (4,) or (2, 4)"),
+    (fp8, {"k_descale": zeros(4)}, ValueError, "k_descale: shape (4,), needs () or (2,) or (2, 2)"),
+    (fp8, {"v_descale": zeros(3, 2)}, ValueError, "v_descale: shape (3, 2), needs () or (2,) or (2, 2)"),
+    # numbers
+    (dense, {"softmax_scale": "1"}, TypeError, "softmax_scale: got str, needs a number"),
+    (dense, {"softmax_scale": zeros(1)}, TypeError, "softmax_scale: got ndarray, needs a number"),
+    (dense, {"softmax_scale": float("nan")}, ValueError, "softmax_scale: nan, needs a finite number"),
+    (dense, {"softmax_scale": float("inf")}, ValueError, "softmax_scale: inf, needs a finite number"),
+    (dense, {"causal": "yes"}, TypeError, "causal: got str, needs True or False"),
+    (dense, {"window_size": 5}, TypeError, "window_size: got 5, needs two ints (left, right)"),
+    (dense, {"window_size": (1, 2, 3)}, TypeError, "window_size: got (1, 2, 3), needs two ints (left, right)"),
+    (dense, {"window_size": (-2, 0)}, ValueError, "window_size[0]: -2, needs at least -1"),
+    (dense, {"window_size": (0, -2)}, ValueError, "window_size[1]: -2, needs at least -1"),
+    (dense, {"window_size": (0.5, 0)}, TypeError, "window_size[0]: got float, needs an int"),
+    (dense, {"attention_chunk": -1}, ValueError, "attention_chunk: -1, needs at least 0"),
+    (dense, {"softcap": -1.0}, ValueError, "softcap: -1.0, needs at least 0"),
+    (dense, {"softcap": float("inf")}, ValueError, "softcap: inf, needs a finite number"),
+    (dense, {"num_splits": -1}, ValueError, "num_splits: -1, needs at least 0"),
+    (dense, {"num_splits": 2**31}, ValueError, "num_splits: 2147483648, needs at most 2147483647"),
+    (dense, {"batch_invariant": 2}, TypeError, "batch_invariant: got int, needs True or False"),
+    (dense, {"pack_gqa": "auto"}, TypeError, "pack_gqa: got str, needs True or False"),
+    (dense, {"sm_margin": -1}, ValueError, "sm_margin: -1, needs at least 0"),
+    (dense, {"dropout_p": 1.0}, ValueError, "dropout_p: 1.0, needs 0 ≤ dropout_p < 1"),
+    (dense, {"dropout_p": -0.1}, ValueError, "dropout_p: -0.1, needs 0 ≤ dropout_p < 1"),
+    (dense, {"dropout_p": 0.1}, NotImplementedError, "dropout_p: 0.1, but dropout is not built yet; needs 0.0"),
+    (dense, {"dropout_seed": -1}, ValueError, "dropout_seed: -1, needs at least 0"),
+    (dense, {"dropout_seed": 2**64}, ValueError, "dropout_seed: 18446744073709551616, needs at most "),
+    (dense, {"return_lse": None}, TypeError, "return_lse: got NoneType, needs True or False"),
+    (kvcache, {"rotary_interleaved": None}, TypeError, "rotary_interleaved: got NoneType, needs True or False"),
+    # the result
+    (dense, {"out": [0.0]}, TypeError, "out: "),
+    (dense, {"out": zeros(2, 5, 4, 16)}, ValueError,
+     "out: shape (2, 5, 4, 16), needs (2, 5, 4, 8): the result's shape"),
+    (dense, {"out": zeros(2, 5, 4, 8, dtype=np.float16)}, TypeError, "out: dtype float16, needs float32"),
+    (dense, {"out": read_only(2, 5, 4, 8)}, BufferError, "out: "),
+    (dense, {"out": np.lib.stride_tricks.as_strided(zeros(32), (2, 5, 4, 8), (0, 0, 32, 4))}, ValueError,
+     "out: dimension 0 has stride 0, so that its elements share memory that would be written"),
+    (dense, {"out": np.lib.stride_tricks.as_strided(zeros(400), (2, 5, 4, 8), (640, 128, 28, 4))}, ValueError,
+     "out: shape (2, 5, 4, 8) with strides (160, 32, 7, 1) lets elements overlap, needs a place in memory for each"),
+    (dense, {"v": zeros(2, 7, 2, 16), "out": Q}, ValueError, "out: is the memory of q, needs memory of its own"),
+    (dense, {"out_dtype": "float16"}, TypeError, "out_dtype: float16, needs float32"),
+    (fp8, {"out_dtype": "float32"}, TypeError, "out_dtype: float32, needs bfloat16 or float16"),
+    (fp8, {"out": zeros(2, 5, 4, 8)}, TypeError, "out: dtype float32, needs bfloat16 or float16"),
+    (fp8, {"out": zeros(2, 5, 4, 8, dtype=BF16), "out_dtype": "float16"}, TypeError,
+     "out: dtype bfloat16, needs float16"),
+    # a cache
+    (kvcache, {"k_cache": zeros(3, 7, 2, 16), "v_cache": zeros(3, 7, 2, 8)}, ValueError,
+     "k_cache: batch 3, but q has 2"),
+    (kvcache, {"q": zeros(10, 4, 16), "cu_seqlens_q": ints(0, 10)}, ValueError,
+     "k_cache: batch 2, but cu_seqlens_q has 1"),
+    (kvcache, {"v_cache": zeros(2, 8, 2, 8)}, ValueError, "v_cache: seqlen_k 8, but k_cache has 7"),
+    (kvcache, {"cache_seqlens": -1}, ValueError, "cache_seqlens: -1, needs at least 0"),
+    (kvcache, {"cache_seqlens": 8}, ValueError, "cache_seqlens: 8, needs at most 7, the rows of k_cache"),
+    (kvcache, {"cache_seqlens": ints(1, 2, 3)}, ValueError, "cache_seqlens: shape (3,), needs (2,): (batch,)"),
+    (kvcache, {"cache_seqlens": 1.5}, TypeError, "cache_seqlens: "),
+    (kvcache, {"cache_batch_idx": ints(0)}, ValueError, "cache_batch_idx: shape (1,), needs (2,): (batch,)"),
+    (kvcache, {"cache_leftpad": ints(0)}, ValueError, "cache_leftpad: shape (1,), needs (2,): (batch,)"),
+    (kvcache, {"scheduler_metadata": ints(0)}, NotImplementedError, "scheduler_metadata: not built yet, needs None"),
+    (append, {"v": None}, ValueError, "v: got None, but k is given and needs it"),
+    (append, {"k": None}, ValueError, "k: got None, but v is given and needs it"),
+    (append, {"cache_seqlens": None}, ValueError, "cache_seqlens: got None, but k is given and needs it"),
+    (append, {"cache_seqlens": 5}, ValueError,
+     "cache_seqlens: 5, needs at most 4, the rows of k_cache less those of k"),
+    (append, {"k": zeros(3, 2, 16)}, ValueError,
+     "k: 3 dimensions, needs 4: (batch, seqlen_k_new, num_heads_kv, head_dim)"),
+    (append, {"k": zeros(1, 3, 2, 16)}, ValueError, "k: batch 1, but q has 2"),
+    (append, {"k": zeros(2, 3, 1, 16)}, ValueError, "k: num_heads_kv 1, but k_cache has 2"),
+    (append, {"k": zeros(2, 3, 2, 8)}, ValueError, "k: head_dim 8, but k_cache has 16"),
+    (append, {"v": zeros(2, 3, 2, 16)}, ValueError, "v: head_dim 16, but v_cache has 8"),
+    (append, {"v": zeros(2, 2, 2, 8)}, ValueError, "v: shape (2, 2, 2, 8), needs (2, 3, 2, 8), as k's (2, 3, 2, 16)"),
+    (append, {"cu_seqlens_k_new": ints(0, 2)}, ValueError,
+     "cu_seqlens_k_new: shape (2,), needs (3,): (batch + 1,)"),
+    (append, {"cu_seqlens_k_new": ints(0, 2, 3)}, ValueError, "k: 4 dimensions, needs 3: (total_k_new, "),
+    (append, {"k_cache": read_only(2, 7, 2, 16)}, BufferError, "k_cache: "),
+    (append, {"v_cache": read_only(2, 7, 2, 8)}, BufferError, "v_cache: "),
+    (append, {"k_cache": np.lib.stride_tricks.as_strided(zeros(7, 2, 16), (2, 7, 2, 16), (0, 128, 64, 4))}, ValueError,
+     "k_cache: dimension 0 has stride 0, so that its elements share memory that would be written"),
+    (append, {"v_cache": np.lib.stride_tricks.as_strided(zeros(200), (2, 7, 2, 8), (448, 64, 28, 4))}, ValueError,
+     "v_cache: shape (2, 7, 2, 8) with strides (112, 16, 7, 1) lets elements overlap, needs a place"),
+    (kvcache, {"cu_seqlens_k_new": ints(0, 2, 3)}, ValueError,
+     "k: got None, but cu_seqlens_k_new is given and needs it"),
+    (rotary, {"k": None, "v": None}, ValueError, "k: got None, but rotary_cos is given and needs it"),
+    (rotary, {"rotary_sin": None}, ValueError, "rotary_sin: got None, but rotary_cos is given and needs it"),
+    (rotary, {"rotary_cos": None}, ValueError, "rotary_cos: got None, but rotary_sin is given and needs it"),
+    (append, {"rotary_seqlens": ints(0, 0)}, ValueError,
+     "rotary_cos: got None, but rotary_seqlens is given and needs it"),
+    (rotary, {"rotary_seqlens": ints(0)}, ValueError, "rotary_seqlens: shape (1,), needs (2,): (batch,)"),
+    (rotary, {"rotary_cos": zeros(128)}, ValueError,
+     "rotary_cos: 1 dimensions, needs 2: (seqlen_rotary, rotary_dim / 2)"),
+    (rotary, {"rotary_cos": zeros(16, 4)}, ValueError,
+     "rotary_cos: rotary_dim 8, needs a multiple of 16 from 16 to q's head_dim 16"),
+    (rotary, {"rotary_cos": zeros(16, 16)}, ValueError,
+     "rotary_cos: rotary_dim 32, needs a multiple of 16 from 16 to q's head_dim 16"),
+    (rotary, {"rotary_sin": zeros(17, 8)}, ValueError, "rotary_sin: shape (17, 8), needs (16, 8): as rotary_cos"),
+    # pages
+    (paged, {"page_table": ints(0, 1)}, ValueError, "page_table: 1 dimensions, needs 2: (batch, max_pages)"),
+    (paged, {"page_table": ints([0, 1])}, ValueError, "page_table: batch 1, but q has 2"),
+    (paged, {"k_cache": zeros(6, 0, 2, 16), "v_cache": zeros(6, 0, 2, 8)}, ValueError,
+     "k_cache: page_size 0, needs at least 1"),
+    (paged, {"v_cache": zeros(5, 4, 2, 8)}, ValueError, "v_cache: num_pages 5, but k_cache has 6"),
+    (paged, {"v_cache": zeros(6, 3, 2, 8)}, ValueError, "v_cache: page_size 3, but k_cache has 4"),
+    (paged, {"cache_batch_idx": ints(0, 1)}, ValueError,
+     "cache_batch_idx: given, but page_table is too, and needs it to be None"),
+    # parts to combine
+    (combine, {"out_partial": zeros(3, 5, 4, 8)}, ValueError,
+     "out_partial: 4 dimensions, needs 5: (splits, batch, seqlen_q, num_heads, head_dim_v)"),
+    (combine, {"lse_partial": zeros(3, 2, 4, 5)}, ValueError,
+     "lse_partial: shape (3, 2, 4, 5), needs (3, 2, 5, 4): (splits, batch, seqlen_q, num_heads)"),
+    (combine, {"out_partial": zeros(0, 2, 5, 4, 8), "lse_partial": zeros(0, 2, 5, 4)}, ValueError,
+     "out_partial: splits 0, needs at least 1"),
+    (combine, {"out_dtype": "float64"}, TypeError, "out_dtype: float64, needs float32 or float16 or bfloat16"),
+    (combine, {"out": zeros(2, 5, 4, 16)}, ValueError, "out: shape (2, 5, 4, 16), needs (2, 5, 4, 8)"),
+]
+
+# What only the values in memory tell; the CPU can look.
+VALUES = [
+    (varlen, {"cu_seqlens_q": ints(1, 5, 10)}, "cu_seqlens_q"),
+    (varlen, {"cu_seqlens_q": ints(0, 6, 5)}, "cu_seqlens_q"),
+    (varlen, {"cu_seqlens_k": ints(0, 7, 15)}, "cu_seqlens_k"),
+    (varlen, {"max_seqlen_q": 4}, "max_seqlen_q"),
+    (dense, {"seqused_q": ints(6, 0)}, "seqused_q"),
+    (dense, {"seqused_k": ints(0, -1)}, "seqused_k"),
+    (kvcache, {"cache_seqlens": ints(8, 0)}, "cache_seqlens"),
+    (kvcache, {"cache_batch_idx": ints(0, 2)}, "cache_batch_idx"),
+    (kvcache, {"cache_leftpad": ints(0, 8)}, "cache_leftpad"),
+    (append, {"cache_seqlens": ints(5, 0)}, "cache_seqlens"),
+    (rotary, {"rotary_seqlens": ints(0, 14)}, "rotary_cos"),
+    (paged, {"page_table": ints([0, 6], [1, 2])}, "page_table"),
+]
+
+
+def rule_id(value):
+    return value.__name__ if callable(value) and not isinstance(value, type) else \
+        "-".join(value) if isinstance(value, dict) else None
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_unbroken_call_works(call):
+    call()
+
+
+@pytest.mark.parametrize(("call", "changes", "error", "message"), RULES, ids=rule_id)
+def test_rule(call, changes, error, message):
+    with pytest.raises(error, match=re.escape(message)) as caught:
+        call(**changes)
+    assert caught.type is error
+
+
+@pytest.mark.parametrize(("call", "changes", "name"), VALUES, ids=rule_id)
+def test_value_rule_on_the_cpu(call, changes, name):
+    with pytest.raises(ValueError, match=name):
+        call(**changes)
+
+
+@pytest.mark.parametrize(("call", "changes", "name"), VALUES, ids=rule_id)
+def test_nothing_is_written_before_the_last_check(call, changes, name):
+    k_cache, v_cache = np.full_like(K, 3), np.full_like(V, 3)
+    out = np.full((10, 4, 8) if call is varlen else (2, 5, 4, 8), 3, np.float32)
+    if call in (kvcache, append, rotary):
+        changes = {"k_cache": k_cache, "v_cache": v_cache, **changes}
+    with pytest.raises(ValueError):
+        call(out=out, **changes)
+    assert (out == 3).all() and (k_cache == 3).all() and (v_cache == 3).all()
+
+
+@pytest.mark.parametrize("changes", [
+    {"softmax_scale": np.float32(0.5)}, {"softmax_scale": 1}, {"causal": np.True_}, {"causal": 1},
+    {"window_size": [np.int64(3), 2**40 // 2**12]}, {"attention_chunk": np.int32(4)}, {"dropout_seed": 7},
+    {"window_size": (2**31 - 1, 0)}, {"attention_chunk": 2**31 - 1}, {"out_dtype": np.float32},
+    {"out_dtype": np.dtype("float32")}, {"stream": None},
+])
+def test_numbers_of_other_types_are_taken(changes):
+    dense(**changes)
+
+
+@pytest.mark.parametrize("name", [
+    "flash_attn_backward", "flash_attn_varlen_backward", "get_scheduler_metadata", "quantize_fp8"])
+def test_planned_functions_say_what_is_missing(name):
+    arguments = {"flash_attn_backward": 6, "flash_attn_varlen_backward": 8, "get_scheduler_metadata": 7,
+                 "quantize_fp8": 1}
+    with pytest.raises(NotImplementedError, match=f"{name}: .*not built yet"):
+        getattr(fa3, name)(*[None] * arguments[name])
+
+
+# Status codes.
+
+@pytest.mark.parametrize(("code", "error"), [
+    (-1, ValueError), (-2, ValueError), (-3, ValueError), (-4, TypeError), (-5, ValueError), (-6, ValueError),
+    *((code, NotImplementedError) for code in range(-10, -18, -1)), (-99, RuntimeError)])
+def test_status_codes(code, error):
+    with pytest.raises(error, match=r"^k: head_dim 96, but q has 128$") as caught:
+        raise_status(code, "shape", "k: head_dim 96, but q has 128")
+    assert caught.type is error
+    with pytest.raises(error, match=r"^shape$"):
+        raise_status(code, "shape", "")
+
+
+def test_status_ok():
+    assert raise_status(0, "ok", "") is None
+
+
+def test_cuda_error_has_its_code():
+    with pytest.raises(fa3.CudaError, match=r"^CUDA error: no device$") as caught:
+        raise_status(-100, "CUDA error", "no device", 100)
+    assert caught.value.code == 100 and isinstance(caught.value, RuntimeError)
+    assert pickle.loads(pickle.dumps(caught.value)).code == 100

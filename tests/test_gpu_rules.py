@@ -1,0 +1,85 @@
+"""The rules that hold for the GPU's arrays only, on stand-ins for them, so that they are tested everywhere."""
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from fa3 import _checks as check
+from fa3._problem import Problem
+
+
+class DeviceBorder:
+    """What `fa3._array.Border` is to the checks, with views that were made by hand."""
+
+    device_type = check.CUDA
+
+    def __init__(self, view):
+        self.view = view
+
+    def take(self, array, name, dtype=None, writable=False):
+        return array
+
+
+def device_array(*shape, dtype="float16", strides=None):
+    if strides is None:
+        strides = tuple(int(np.prod(shape[axis + 1:])) for axis in range(len(shape)))
+    return SimpleNamespace(shape=shape, strides=strides, ndim=len(shape), dtype=dtype, data=4096)
+
+
+def on_gpu(q, k, v, **arrays):
+    border = DeviceBorder(q)
+    problem = Problem(border, k, v)
+    problem.dense_q()
+    problem.dense_k()
+    problem.take(border, **arrays)
+    problem.finish()
+
+
+def heads(head_dim, head_dim_v=None, dtype="float16", **arrays):
+    head_dim_v = head_dim_v or head_dim
+    on_gpu(device_array(2, 5, 4, head_dim, dtype=dtype), device_array(2, 7, 2, head_dim, dtype=dtype),
+           device_array(2, 7, 2, head_dim_v, dtype=dtype), **arrays)
+
+
+@pytest.mark.parametrize(("head_dim", "head_dim_v", "dtype", "error", "message"), [
+    (64, 64, "float32", TypeError, "q: dtype float32, needs float16 or bfloat16 or float8_e4m3fn"),
+    (20, 16, "float16", ValueError, "q: head_dim 20, needs a multiple of 8 for float16 on the GPU"),
+    (16, 20, "bfloat16", ValueError, "v: head_dim 20, needs a multiple of 8 for bfloat16 on the GPU"),
+    (24, 16, "float8_e4m3fn", ValueError, "q: head_dim 24, needs a multiple of 16 for float8_e4m3fn on the GPU"),
+    (264, 64, "float16", NotImplementedError, "q: head_dim 264, needs at most 256 on the GPU"),
+    (128, 512, "float16", NotImplementedError, "v: head_dim 512, needs at most 256 on the GPU"),
+    (64, 512, "float16", NotImplementedError, "v: head_dim 512 and q's 64 without qv, needs qv on the GPU"),
+])
+def test_head_dims_of_the_gpu(head_dim, head_dim_v, dtype, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        heads(head_dim, head_dim_v, dtype)
+
+
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(8, 8), (64, 256), (192, 128), (256, 256), (576, 512)])
+def test_head_dims_that_the_gpu_takes(head_dim, head_dim_v):
+    heads(head_dim, head_dim_v)
+
+
+def test_head_dims_of_mla_with_qv():
+    heads(64, 512, qv=device_array(2, 5, 4, 512))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_last_dimension_is_contiguous_on_the_gpu(name):
+    arrays = {"q": device_array(2, 5, 4, 16), "k": device_array(2, 7, 2, 16), "v": device_array(2, 7, 2, 16)}
+    arrays[name].strides = (1000, 100, 32, 2)
+    with pytest.raises(ValueError, match=re.escape(f"{name}: stride 2 in the last dimension, needs 1 on the GPU")):
+        on_gpu(**arrays)
+
+
+@pytest.mark.parametrize("name", ["seqused_q", "seqused_k"])
+def test_lengths_are_contiguous_on_the_gpu(name):
+    with pytest.raises(ValueError, match=f"{name}: stride 2 in the last dimension, needs 1"):
+        heads(64, **{name: device_array(2, dtype="int32", strides=(2,))})
+
+
+def test_free_strides_are_taken_on_the_gpu():
+    on_gpu(device_array(2, 5, 4, 16, strides=(-1000, 0, 17, 1)), device_array(2, 0, 2, 16, strides=(0, 0, 0, 0)),
+           device_array(2, 0, 2, 16, strides=(0, 0, 0, 0)))

@@ -1,0 +1,239 @@
+"""The host's plan of a forward call (src/plan.cpp), brute-forced: its kernel, its thread blocks, its copies."""
+
+import ctypes
+
+import numpy as np
+import pytest
+from compilers import HERE, SRC, host_library
+from hypothesis import example, given
+from hypothesis import strategies as st
+from test_host_math import INT_MAX, MAX_ROWS, visible
+
+from fa3 import _core
+
+VARIANTS = _core.variants()
+MINIMAL = {(v["dtype"], v["head_dim"], v["head_dim_v"]) for v in VARIANTS} == {("bfloat16", 128, 128)}
+DTYPES = sorted({v["dtype"] for v in VARIANTS})
+LARGEST = max(v["head_dim"] for v in VARIANTS)
+NATIVE = [(d, d) for d in (32, 48, 64, 80, 96, 112, 128, 160, 192, 256)] + [(192, 128)]
+COUNTER_BYTES = 256
+SWITCHED_OFF = {"window_left": -1, "window_right": -1, "attention_chunk": 0, "causal": False}
+
+head_dims = st.integers(1, LARGEST // 8).map(lambda n: 8 * n)
+rows = st.one_of(st.integers(1, 20), st.integers(1, 5000))
+
+
+def ceil_div(a, b):
+    return -(-a // b)
+
+
+@st.composite
+def calls(draw, **fixed):
+    """Arguments of _core.plan; `fixed` ones are as given."""
+    num_heads_kv = draw(st.integers(1, 5))
+    call = {
+        "dtype": draw(st.sampled_from(DTYPES)), "batch": draw(st.integers(1, 9)), "seqlen_q": draw(rows),
+        "seqlen_k": draw(rows), "num_heads": num_heads_kv * draw(st.integers(1, 5)), "num_heads_kv": num_heads_kv,
+        "head_dim": draw(head_dims), "head_dim_v": draw(head_dims), "ragged": draw(st.booleans()),
+        "sm_margin": draw(st.sampled_from([0, 1, 20, 131, 132, 500])), "num_sms": draw(st.sampled_from([132, 78, 1])),
+        **SWITCHED_OFF,
+    }
+    mask = draw(st.sampled_from(list(SWITCHED_OFF)))
+    call[mask] = {"causal": True, "attention_chunk": 100}.get(mask, 50) if draw(st.booleans()) else call[mask]
+    return {**call, **fixed}
+
+
+def is_full(call):
+    return all(call[name] == value for name, value in SWITCHED_OFF.items())
+
+
+def padding(variant, call):
+    return variant["head_dim"] - call["head_dim"], variant["head_dim_v"] - call["head_dim_v"]
+
+
+@given(calls())
+def test_variant_fits_and_pads_least(call):
+    fitting = [v for v in VARIANTS if v["dtype"] == call["dtype"] and min(padding(v, call)) >= 0]
+    plan = _core.plan(**call)
+    chosen = VARIANTS[plan["variant"]]
+    assert chosen in fitting
+    assert sum(padding(chosen, call)) == min(sum(padding(v, call)) for v in fitting)
+    assert (plan["tile_m"], plan["tile_n"]) == (chosen["tile_m"], chosen["tile_n"])
+
+
+@pytest.mark.skipif(MINIMAL, reason="a minimal build has one head dim")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dims", NATIVE, ids=str)
+def test_native_tiles(dtype, dims):
+    """No work is wasted on padding at the head dims that models use."""
+    head_dim, head_dim_v = dims
+    plan = _core.plan(dtype=dtype, batch=2, seqlen_q=700, seqlen_k=700, num_heads=4, num_heads_kv=2,
+                      head_dim=head_dim, head_dim_v=head_dim_v)
+    chosen = VARIANTS[plan["variant"]]
+    assert (chosen["dtype"], chosen["head_dim"], chosen["head_dim_v"]) == (dtype, head_dim, head_dim_v)
+
+
+def test_variants_are_told_apart_by_name():
+    assert len({v["name"] for v in VARIANTS}) == len(VARIANTS)
+    for v in VARIANTS:
+        assert v["threads"] == 128 * (v["tile_m"] // 64 + 1)
+        assert v["shared_memory"] <= 227 * 1024
+
+
+@pytest.mark.parametrize(("dims", "error"), [((0, 128), ValueError), ((128, 4), ValueError), ((264, 128), ValueError)])
+def test_head_dims_without_a_kernel(dims, error):
+    with pytest.raises(error, match="head_dim"):
+        _core.plan(dtype="bfloat16", batch=1, seqlen_q=1, seqlen_k=1, num_heads=1, num_heads_kv=1, head_dim=dims[0],
+                   head_dim_v=dims[1])
+
+
+@given(calls(ragged=False))
+def test_grid_of_dense_batches(call):
+    plan = _core.plan(**call)
+    tiles = ceil_div(call["seqlen_q"], plan["tile_m"]) * call["batch"] * call["num_heads"]
+    assert plan["grid"] == min(tiles, max(call["num_sms"] - call["sm_margin"], 1)) >= 1
+    assert plan["num_m_blocks"] == ceil_div(call["seqlen_q"], plan["tile_m"])
+    equal_tiles = is_full(call)
+    assert plan["dynamic"] == (tiles > plan["grid"] and not equal_tiles)
+
+
+@given(calls(ragged=True), st.data())
+def test_grid_of_ragged_batches(call, data):
+    """The lengths are not known on the host: whatever they are, no thread block is missing and none waits in vain."""
+    cuts = sorted(data.draw(st.lists(st.integers(0, call["seqlen_q"]), min_size=call["batch"] - 1,
+                                     max_size=call["batch"] - 1)))
+    lengths = np.diff([0, *cuts, call["seqlen_q"]])
+    plan = _core.plan(**call, max_seqlen_q=data.draw(st.sampled_from([0, int(lengths.max())])))
+    tiles = int(sum(ceil_div(int(n), plan["tile_m"]) for n in lengths)) * call["num_heads"]
+    sms = max(call["num_sms"] - call["sm_margin"], 1)
+    assert min(tiles, sms) <= plan["grid"] <= sms
+    if tiles > plan["grid"]:
+        assert plan["dynamic"]
+
+
+@given(calls())
+def test_order_of_tiles(call):
+    plan = _core.plan(**call)
+    heads = call["num_heads"] * (1 if call["ragged"] else call["batch"])
+    assert 1 <= plan["heads_per_section"] <= heads
+    assert 0 <= plan["short_m_blocks"] <= plan["num_m_blocks"]
+    if is_full(call):
+        assert (plan["heads_per_section"], plan["short_m_blocks"]) == (1, 0), "equal tiles need no order"
+
+
+def test_more_tiles_than_an_index_counts():
+    """The last index that a thread block asks for, one past the tiles for each block, must still be an int."""
+    call = {"dtype": "bfloat16", "seqlen_q": 1, "seqlen_k": 1, "num_heads": 1, "num_heads_kv": 1, "head_dim": 128,
+            "head_dim_v": 128, "causal": True}
+    assert _core.plan(**call, batch=INT_MAX - 1000)["grid"] == 132
+    with pytest.raises(ValueError, match="tiles"):
+        _core.plan(**call, batch=INT_MAX)
+
+
+@pytest.mark.parametrize("call", [{"batch": 0}, {"seqlen_q": 0}], ids=str)
+def test_nothing_to_do(call):
+    """No tile, no thread block: fa3_forward returns before it launches one."""
+    call = {"batch": 2, "seqlen_q": 5} | call
+    plan = _core.plan(dtype="bfloat16", seqlen_k=5, num_heads=1, num_heads_kv=1, head_dim=128, head_dim_v=128, **call)
+    assert (plan["grid"], plan["dynamic"], plan["workspace"]) == (0, 0, 0)
+
+
+# What TMA can address, and what must be copied.
+
+steps = st.one_of(st.sampled_from([0, 8, 16, 128, 1024, 4, 1, 2**20, 2**39, 2**38]), st.integers(-300, 3000))
+sizes = st.one_of(st.just(1), st.integers(1, 4))
+
+
+def tma_addresses(strides, address, ragged, batch, length, heads):
+    """CUDA's rule for cuTensorMapEncodeTiled (16 bytes, below 2^40), where an axis of one entry has no stride and a
+    stride of 0 is an axis that the kernel does not step along."""
+    def fits(stride):
+        return 0 < stride * 2 < 2**40 and stride * 2 % 16 == 0
+
+    batch_stride, row, head = strides
+    return (address % 16 == 0
+            and (ragged or batch == 1 or batch_stride == 0 or fits(batch_stride))
+            and (length == 1 or fits(row))
+            and (heads == 1 or head == 0 or fits(head)))
+
+
+@given(calls(), st.data())
+def test_copies_and_workspace(call, data):
+    call |= {"batch": data.draw(sizes), "seqlen_q": data.draw(sizes), "seqlen_k": data.draw(sizes)}
+    axes = {name: (call[f"seqlen_{'q' if name == 'q' else 'k'}"], call["num_heads" if name == "q" else "num_heads_kv"],
+                   call["head_dim_v" if name == "v" else "head_dim"]) for name in "qkv"}
+    strides = {name: data.draw(st.none() | st.tuples(steps, steps, steps)) for name in axes}
+    address = data.draw(st.sampled_from([4096, 4096, 4112, 4098, 4104]))
+    plan = _core.plan(**call, **{f"{name}_strides": s for name, s in strides.items()}, address=address)
+    workspace = COUNTER_BYTES if plan["dynamic"] else 0
+    for name, (length, heads, head_dim) in axes.items():
+        given_strides = strides[name] or (length * heads * head_dim, heads * head_dim, head_dim)
+        copied = not tma_addresses(given_strides, address, call["ragged"], call["batch"], length, heads)
+        assert plan[f"copy_{name}"] == copied, f"{name} {given_strides} at {address}"
+        if copied:
+            total_rows = length * (1 if call["ragged"] else call["batch"])
+            workspace += ceil_div(total_rows * heads * head_dim * 2, 256) * 256
+    assert plan["workspace"] == workspace, "the counter and the copies, each from a multiple of 256 bytes on"
+
+
+@pytest.mark.parametrize(("strides", "copied"), [
+    ((0, 256, 128), False), ((5000, 256, 0), False), ((0, 256, 0), False),  # broadcast along batch or head
+    ((5000, 0, 128), True), ((5000, -256, 128), True), ((-5000, 256, 128), True), ((5000, 256, -128), True),
+    ((5000, 257, 128), True), ((5001, 256, 128), True), ((5000, 256, 129), True), ((5000, 260, 128), True),
+], ids=str)
+def test_strides_of_one_operand(strides, copied):
+    plan = _core.plan(dtype="bfloat16", batch=3, seqlen_q=9, seqlen_k=9, num_heads=2, num_heads_kv=2, head_dim=128,
+                      head_dim_v=128, k_strides=strides)
+    assert (plan["copy_q"], plan["copy_k"], plan["copy_v"]) == (0, copied, 0)
+
+
+# What needs no built package: the plan's own C++, compiled here.
+
+
+class Mask(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int32) for name in ("causal", "window_left", "window_right", "attention_chunk")]
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    sources = [HERE / "host" / "plan.cpp", SRC / "plan.cpp", SRC / "status.cpp"]
+    return host_library(tmp_path_factory.mktemp("plan"), "plan", sources, f"-I{HERE / 'host' / 'cuda_names'}",
+                        "-Wno-unknown-pragmas")
+
+
+windows = st.one_of(st.integers(-1, 10), st.integers(MAX_ROWS - 2, MAX_ROWS + 2), st.integers(-1, INT_MAX))
+lengths = st.one_of(st.integers(1, 20), st.integers(MAX_ROWS - 2, MAX_ROWS), st.integers(1, MAX_ROWS))
+
+
+@given(st.booleans(), windows, windows, windows.map(lambda size: max(size, 0)), lengths, lengths, st.data())
+@example(False, -1, -1, INT_MAX, 9, 4, None)
+@example(False, INT_MAX, INT_MAX, 0, MAX_ROWS, 1, None)
+@example(True, INT_MAX, INT_MAX, 0, 1, MAX_ROWS, None)
+def test_every_mask_that_a_call_may_have(host, causal, left, right, chunk, seqlen_q, seqlen_k, data):
+    """Windows and chunks up to the largest int, on lengths up to 2^30: as the formula says, without overflow."""
+    row = data.draw(st.integers(0, seqlen_q - 1)) if data else 0
+    interval = (ctypes.c_int * 2)()
+    host.key_interval(ctypes.byref(Mask(causal, left, right, chunk)), row, seqlen_q, seqlen_k, interval)
+    begin, end = interval
+    keys = np.array(sorted({edge + step for edge in interval for step in (-1, 0, 1)} | {0, seqlen_k - 1}))
+    seen = visible((left, 0 if causal else right, chunk), [row], seqlen_q, keys, seqlen_k)[0]
+    assert np.array_equal((begin <= keys) & (keys < end), seen)
+
+
+def test_the_plan_is_logged_in_one_line(host, capfd, monkeypatch):
+    """FA3_LOG=plan, as fa3_forward logs it (which needs a GPU: there tests/test_c_api.py looks at its stderr)."""
+    monkeypatch.setenv("FA3_LOG", "plan")
+    assert host.plan_and_log(3, 500, 4) == 0
+    line, nothing = capfd.readouterr().err.split("\n")
+    assert nothing == ""
+    for part in ("fa3 forward: batch 3, heads 4 on 4", "rows 500 on 500", "small, tile 128 x 128", "grid 48"):
+        assert part in line
+
+
+@pytest.mark.parametrize("value", [None, "", "launch"])
+def test_nothing_is_logged_unasked(host, capfd, monkeypatch, value):
+    monkeypatch.delenv("FA3_LOG", raising=False)
+    if value is not None:
+        monkeypatch.setenv("FA3_LOG", value)
+    assert host.plan_and_log(1, 5, 1) == 0
+    assert capfd.readouterr().err == ""
