@@ -225,7 +225,8 @@ def variants():
         found.append({
             "name": variant.name.decode(), "dtype": _DTYPE_NAMES[variant.dtype], "head_dim": variant.head_dim,
             "head_dim_v": variant.head_dim_v, "tile_m": variant.tile_m, "tile_n": variant.tile_n,
-            "threads": variant.threads, "shared_memory": variant.shared_memory})
+            "threads": variant.threads, "shared_memory": variant.shared_memory,
+            "blocks_per_sm": variant.blocks_per_sm})
     return found
 
 

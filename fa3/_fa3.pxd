@@ -105,6 +105,7 @@ cdef extern from "fa3.h" nogil:
         int32_t tile_n
         int32_t threads
         int32_t shared_memory
+        int32_t blocks_per_sm
 
     ctypedef struct fa3_device:
         char name[256]

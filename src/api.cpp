@@ -51,10 +51,10 @@ struct Launch {
   fa3_status operand(fa3_array array, const fa3_lengths& lengths, int heads, int head_dim, bool copy, int box_rows,
                      int swizzle, TmaOperand& operand) {
     const int batch = lengths.cu_seqlens ? 1 : params.batch;
-    if (lengths.rows == 0) {  // nothing will be loaded, but a map must name an address and an extent
-      array.data = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(params.q.data) / kTmaAlignment * kTmaAlignment);
-      const fa3_lengths one_row{1, 0, nullptr, nullptr};
-      return this->operand(array, one_row, 1, head_dim, false, box_rows, swizzle, operand);
+    if (lengths.rows == 0) {  // nothing will be loaded, but a map must have an address, and an entry on each axis
+      const auto address = reinterpret_cast<uintptr_t>(params.q.data) / kTmaAlignment * kTmaAlignment;
+      const fa3_array nothing{reinterpret_cast<void*>(address), {0, 0, 0, 1}};
+      return encode_operand(nothing, {params.dtype, head_dim, 1, 1, 1, box_rows, swizzle}, operand);
     }
     if (copy) {
       const RowsToCopy rows{array.data, {array.stride[0], array.stride[1], array.stride[2]}, batch, lengths.rows, heads,
@@ -173,6 +173,7 @@ extern "C" int fa3_forward_variant(int32_t index, fa3_variant* variant) {
   if (index < 0 || index >= static_cast<int>(variants.size()))
     return fa3::fail(FA3_ERROR_SHAPE, "index: %d, but there are %zu variants", index, variants.size());
   const fa3::ForwardVariant& v = variants[index];
-  *variant = {v.name, v.dtype, v.head_dim, v.head_dim_v, v.tile_m(), v.tile_n, v.threads, v.shared_memory};
+  *variant = {v.name,   v.dtype,   v.head_dim,      v.head_dim_v,   v.tile_m(),
+              v.tile_n, v.threads, v.shared_memory, v.blocks_per_sm};
   return FA3_OK;
 }

@@ -143,6 +143,7 @@ typedef struct fa3_variant {
   const char* name;
   int32_t dtype, head_dim, head_dim_v, tile_m, tile_n;
   int32_t threads, shared_memory; /* threads, bytes of a thread block */
+  int32_t blocks_per_sm;          /* thread blocks that share a multiprocessor */
 } fa3_variant;
 
 typedef struct fa3_device {

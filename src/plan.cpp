@@ -2,6 +2,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -16,34 +17,65 @@ namespace {
 // Keys and values that stay in L2 (60 MB) beside what streams through it; kernel_facts: 32 MB a section is best.
 constexpr double kSectionBytes = 32e6;
 constexpr int kElementBytes = 2;
+constexpr double kLongTime = 60;  // microseconds
 
-/// Rows of a typical sequence: the caller's maximum, or the mean where no maximum was given.
+/// Rows of a typical sequence: between the mean and the caller's maximum, or the mean where no maximum was given.
 int typical_seqlen(const fa3_lengths& lengths, int batch) {
   if (!lengths.cu_seqlens) return lengths.rows;
-  if (lengths.max_seqlen) return std::min(lengths.max_seqlen, lengths.rows);
-  return lengths.rows / std::max(batch, 1) + 1;
+  const int mean = lengths.rows / std::max(batch, 1) + 1;
+  if (!lengths.max_seqlen) return mean;
+  return mean + (std::max(std::min(lengths.max_seqlen, lengths.rows), mean) - mean) / 2;
 }
 
-/// Short sequences take the smaller tile: a tile of 192 rows loses more to rounding and to its longer prologue than it
-/// gains inside the loop. Measured at head dim 128: full attention to 1,024 rows, causal to 2,048.
-bool prefers_small_tile(const fa3_forward_params& p) {
-  if (p.batch_invariant) return false;  // the tile decides the order of sums: it must not depend on the batch
-  const bool full = visibility_of(p.mask).full();
-  return typical_seqlen(p.queries, p.batch) <= (full ? 1024 : 2048);
+/// What a variant's tile costs an SM, in microseconds: its prologue and epilogue, and each block of keys. The constants
+/// fit a sweep on an H200 over head dims 64, 80, 128, lengths 64 to 4,096, full and causal, one to three consumer
+/// warpgroups; choosing by them costs 0.8% over choosing by measurement.
+struct TileCost {
+  double tile, block;
+};
+
+TileCost tile_cost(const ForwardVariant& v) {
+  const int dim = (v.head_dim + v.head_dim_v) / 2;
+  const double score =
+      std::max(35 + 0.42 * dim, 0.7 * dim) * 1e-6;  // exponentials bound small dims, products large ones
+  const double block = score * v.tile_m() * v.tile_n;
+  if (v.consumers == 1) return {1.2, std::max(1.15 * block, 0.53)};  // two share an SM: half of what each takes
+  if (v.consumers == 2) return {1.8, 1.07 * block};
+  return {0.03 * dim, 0.95 * block};
 }
 
-int choose_variant(const fa3_forward_params& p) {
+/// About how long a call takes with a variant, in microseconds.
+double estimated_time(const fa3_forward_params& p, const ForwardVariant& v, int num_sms) {
+  const TileCost cost = tile_cost(v);
+  const Visibility visibility = visibility_of(p.mask);
+  const int seqlen_q = typical_seqlen(p.queries, p.batch), seqlen_k = typical_seqlen(p.keys, p.batch);
+  const int last = std::max(seqlen_q - 1, 0), half_tile = v.tile_m() / 2;
+  auto tile_around = [&](int row) {
+    const KeyInterval first = visibility.keys(std::max(row - half_tile, 0), seqlen_q, seqlen_k);
+    const KeyInterval final = visibility.keys(std::min(row + half_tile, last), seqlen_q, seqlen_k);
+    return cost.tile + (std::max(final.end - first.begin, 0) / double(v.tile_n) + 0.5) * cost.block;
+  };
+  const double tiles = double(ceil_div(seqlen_q, v.tile_m())) * p.batch * p.num_heads;
+  // Equal tiles come in whole rounds; unequal ones fill each other's gaps, up to a rest.
+  const double rounds = visibility.full() ? std::ceil(tiles / num_sms) : std::max(tiles / num_sms + 0.3, 1.0);
+  const double alone = v.blocks_per_sm == 2 ? 1.6 : 1.0;  // without a neighbour a block runs faster, but not twice
+  return std::max(rounds * tile_around(last / 2), alone * tile_around(last));
+}
+
+/// The variant that wastes least on padded head dims, and of those the one that is estimated to be fastest.
+int choose_variant(const fa3_forward_params& p, int num_sms) {
   const auto variants = forward_variants();
   int best = -1;
-  auto cost = [&](int i) {  // padded head dims first, then the tile
-    const ForwardVariant& v = variants[i];
-    const int preferred = prefers_small_tile(p) ? v.tile_m() : -v.tile_m();
-    return (v.head_dim + v.head_dim_v) * 1024 + preferred;
-  };
+  double best_time = 0;
   for (int i = 0; i < static_cast<int>(variants.size()); ++i) {
     const ForwardVariant& v = variants[i];
     if (v.dtype != p.dtype || v.head_dim < p.head_dim || v.head_dim_v < p.head_dim_v) continue;
-    if (best < 0 || cost(i) < cost(best)) best = i;
+    // The tile decides the order of sums: where bits must not depend on the batch, neither may the choice.
+    const double time = p.batch_invariant ? -v.tile_m() : estimated_time(p, v, num_sms);
+    const int padding = best < 0 ? 0 : v.head_dim + v.head_dim_v - variants[best].head_dim - variants[best].head_dim_v;
+    if (best >= 0 && (padding > 0 || (padding == 0 && time >= best_time))) continue;
+    best = i;
+    best_time = time;
   }
   return best;
 }
@@ -99,7 +131,7 @@ size_t copy_bytes(const fa3_lengths& lengths, int batch, int heads, int head_dim
 
 fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_plan& plan) {
   plan = {};
-  plan.variant = choose_variant(p);
+  plan.variant = choose_variant(p, std::max(num_sms - p.sm_margin, 1));
   if (plan.variant < 0)
     return fail(FA3_ERROR_HEAD_DIM, "head_dim: (%d, %d) has no kernel of this dtype in this build", p.head_dim,
                 p.head_dim_v);
@@ -110,14 +142,14 @@ fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_pl
   plan_order(p, plan);
 
   const int64_t tiles = count_tiles(p, plan.tile_m);
-  plan.grid = static_cast<int>(std::min<int64_t>(tiles, std::max(num_sms - p.sm_margin, 1)));
-  if (tiles > INT32_MAX - plan.grid)  // each thread block asks for one tile more than there are
+  plan.grid = static_cast<int>(std::min<int64_t>(tiles, variant.blocks_per_sm * std::max(num_sms - p.sm_margin, 1)));
+  if (tiles > INT32_MAX - 2 * plan.grid)  // a thread block asks for a tile of up to two rounds after the last
     return fail(FA3_ERROR_SHAPE, "q: %lld tiles of %d rows, but at most 2^31 - 1 are possible",
                 static_cast<long long>(tiles), plan.tile_m);
-  // Equal tiles need no counter: measured equal to handing them out, and it spares zeroing one.
+  // A counter must be zeroed first, which costs about 4 us: worth it for unequal tiles that run for long.
   const bool equal_tiles = visibility_of(p.mask).full() && !p.queries.cu_seqlens && !p.queries.seqused &&
                            !p.keys.cu_seqlens && !p.keys.seqused;
-  plan.dynamic = tiles > plan.grid && !equal_tiles;
+  plan.dynamic = tiles > plan.grid && !equal_tiles && estimated_time(p, variant, num_sms) > kLongTime;
 
   plan.workspace = plan.dynamic ? kWorkspaceAlignment : 0;
   auto plan_copy = [&](const fa3_array& array, const fa3_lengths& lengths, int heads, int head_dim, int32_t& copy) {

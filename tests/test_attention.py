@@ -292,3 +292,13 @@ def test_a_row_that_sees_only_nan_is_nan(framework):
     k[:, 0] = np.nan
     out, lse = fa3.flash_attn_func(*(framework.put(x)[0] for x in (q, k, v)), causal=True, return_lse=True)
     assert np.isnan(framework.numpy(out)).all() and np.isnan(framework.numpy(lse)).all()
+
+
+@every_backend
+@pytest.mark.parametrize("varlen", [False, True])
+def test_no_keys_in_an_odd_layout(framework, varlen):
+    """Strides that no tensor map can hold do not matter where there is no row to load."""
+    problem = Problem(seqlens_q=(1, 1, 1), seqlens_k=(0, 0, 0), varlen=varlen, placement_kv="sliced")
+    out, lse = pose(framework, problem, strategies.make(problem), return_lse=True)
+    assert not framework.numpy(out).any()
+    assert np.isneginf(framework.numpy(lse)).all()

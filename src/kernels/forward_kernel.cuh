@@ -9,7 +9,8 @@
 namespace fa3 {
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1) forward_kernel(const __grid_constant__ ForwardArgs args) {
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
+    forward_kernel(const __grid_constant__ ForwardArgs args) {
   using Shared = ForwardShared<Traits>;
   extern __shared__ __align__(1024) uint8_t dynamic_shared[];
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
@@ -45,7 +46,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) forward_kernel(const __gr
 template <class Traits>
 cudaError_t launch_forward(const ForwardArgs& args, int grid, cudaStream_t stream) {
   constexpr int kSharedBytes = sizeof(ForwardShared<Traits>);
-  static_assert(kSharedBytes <= 227 * 1024, "a thread block has at most 227 KB of shared memory");
+  static_assert(Traits::kBlocksPerSm * (kSharedBytes + 1024) <= 228 * 1024,
+                "a multiprocessor has 228 KB of shared memory, and keeps 1 KB for each thread block");
   const cudaError_t error =
       cudaFuncSetAttribute(forward_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
@@ -63,6 +65,7 @@ ForwardVariant describe_forward(const char* name, int dtype) {
           Traits::kTileN,
           Traits::kThreads,
           static_cast<int>(sizeof(ForwardShared<Traits>)),
+          Traits::kBlocksPerSm,
           Traits::kSwizzleQK,
           Traits::kSwizzleV,
           launch_forward<Traits>};

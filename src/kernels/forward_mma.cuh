@@ -22,8 +22,12 @@ struct Turns {
       : mine(1 + warpgroup), next(1 + (warpgroup + 1) % kConsumers), leads(warpgroup == 0) {
     if (warpgroup == kConsumers - 1) pass();
   }
-  __device__ __forceinline__ void take() const { arch::barrier_sync(mine, 256); }
-  __device__ __forceinline__ void pass() const { arch::barrier_arrive(next, 256); }
+  __device__ __forceinline__ void take() const {
+    if (kConsumers > 1) arch::barrier_sync(mine, 256);
+  }
+  __device__ __forceinline__ void pass() const {
+    if (kConsumers > 1) arch::barrier_arrive(next, 256);
+  }
   /// The last warpgroup's last arrival is still under way.
   __device__ __forceinline__ void finish() const {
     if (leads) take();

@@ -11,7 +11,7 @@ template <class Traits>
 class TileWalk {
  public:
   __device__ __forceinline__ TileWalk(const ForwardArgs& args, int lane)
-      : args_(args), lane_(lane), upcoming_(blockIdx.x) {}
+      : args_(args), lane_(lane), upcoming_(blockIdx.x), stride_(2 * (gridDim.x - blockIdx.x) - 1) {}
 
   __device__ __forceinline__ TileWork next() {
     while (true) {
@@ -35,8 +35,9 @@ class TileWalk {
   }
 
  private:
-  /// The index of this thread block's next tile. With a counter, the one after it is asked for at once, so that its
-  /// latency hides behind this tile.
+  /// The index of this thread block's next tile. Without a counter tiles are dealt out to and fro: who got the longest
+  /// of one round gets the shortest of the next. With one, the tile after this is asked for at once, so that the
+  /// counter's latency hides behind this tile.
   __device__ __forceinline__ int take_index() {
     const int index = upcoming_;
     if (args_.tile_counter) {
@@ -44,7 +45,8 @@ class TileWalk {
       if (lane_ == 0) handed_out = atomicAdd(args_.tile_counter, 1);
       upcoming_ = gridDim.x + __shfl_sync(~0u, handed_out, 0);
     } else {
-      upcoming_ += gridDim.x;
+      upcoming_ += stride_;
+      stride_ = 2 * gridDim.x - stride_;
     }
     return index;
   }
@@ -91,6 +93,7 @@ class TileWalk {
   const ForwardArgs& args_;
   const int lane_;
   int upcoming_;
+  int stride_;               // to the next index dealt out
   int group_ = 0;            // first sequence of the group searched
   int64_t group_first_ = 0;  // index of its first tile
 };

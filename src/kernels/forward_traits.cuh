@@ -21,13 +21,17 @@ struct ForwardTraits {
   static constexpr int kStages = 2;  // of K and of V: a third never helped
   static constexpr int kThreads = 128 * (kConsumers + 1);
 
+  // One warpgroup leaves its multiprocessor half idle while it waits: such blocks are small enough for two on each.
+  static constexpr int kBlocksPerSm = kConsumers == 1 ? 2 : 1;
+
   // A thread block starts with kThreads times the registers that kThreads of them can have each; setmaxnreg deals that
-  // pool out anew, and waits forever for more than there is. 168 and 128 are 65,536 / kThreads, rounded down to 8.
+  // pool out anew, and waits forever for more than there is. 168 and 128 are 65,536 / (kThreads * kBlocksPerSm),
+  // rounded down to 8.
   static constexpr int kPoolRegisters = kConsumers == 2 ? 168 : 128;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+  static constexpr int kConsumerRegisters = kConsumers == 1 ? 216 : kConsumers == 2 ? 232 : 160;
   static constexpr int kProducerRegisters = (kConsumers + 1) * kPoolRegisters - kConsumers * kConsumerRegisters;
-  static_assert(kConsumers == 2 || kConsumers == 3, "registers are split for two or three consumer warpgroups");
-  static_assert(kTileN / 2 + kTileN / 4 + kHeadDimV / 2 <= (kConsumers == 2 ? 208 : 128),
+  static_assert(kConsumers >= 1 && kConsumers <= 3, "registers are split for one to three consumer warpgroups");
+  static_assert(kTileN / 2 + kTileN / 4 + kHeadDimV / 2 <= (kConsumers == 3 ? 128 : kConsumerRegisters - 24),
                 "S, P and O must fit in a consumer's registers, or ptxas serialises wgmma");
 
   static constexpr int kSwizzleQK = swizzle_for(kHeadDim), kSwizzleV = swizzle_for(kHeadDimV);
