@@ -44,7 +44,8 @@ def flash_attn_func(
     contiguous; the other strides are free, 0 and negative included. An array whose address or strides are not
     multiples of 16 bytes cannot be read by Hopper's tensor memory accelerator: a small kernel first copies it
     into workspace, once a call. A call only enqueues work on its stream. It never waits for the GPU and never
-    reads device memory from the host.
+    reads device memory from the host; only CUDA itself may wait when a process launches a kernel for the first
+    time and it is loaded, so warm up before capturing a graph.
 
     *Nothing to see.* A query without a visible key has out 0 and lse -inf (or its sink). Empty arrays are no
     error.

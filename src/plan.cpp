@@ -22,9 +22,10 @@ constexpr double kLongTime = 60;  // microseconds
 /// Rows of a typical sequence: between the mean and the caller's maximum, or the mean where no maximum was given.
 int typical_seqlen(const fa3_lengths& lengths, int batch) {
   if (!lengths.cu_seqlens) return lengths.rows;
-  const int mean = lengths.rows / std::max(batch, 1) + 1;
+  const int mean = lengths.rows > 0 && batch > 0 ? (lengths.rows - 1) / batch + 1 : 0;
   if (!lengths.max_seqlen) return mean;
-  return mean + (std::max(std::min(lengths.max_seqlen, lengths.rows), mean) - mean) / 2;
+  const int longest = std::min(lengths.max_seqlen, lengths.rows);
+  return longest - std::max(longest - mean, 0) / 2;
 }
 
 /// What a variant's tile costs an SM, in microseconds: its prologue and epilogue, and each block of keys. The constants

@@ -102,6 +102,16 @@ def test_a_counter_is_for_long_unequal_tiles():
     assert not _core.plan(**call, **large)["dynamic"]
 
 
+def test_short_sequences_take_small_tiles():
+    """84 sequences of 64: a tile of 128 rows would be half empty, whether or not the maximum is given."""
+    call = {"dtype": "bfloat16", "batch": 84, "num_heads": 16, "num_heads_kv": 16, "head_dim": 128, "head_dim_v": 128}
+    for longest in (0, 64):
+        plan = _core.plan(**call, seqlen_q=84 * 64, seqlen_k=84 * 64, ragged=True, max_seqlen_q=longest,
+                          max_seqlen_k=longest)
+        assert plan["tile_m"] == 64
+    assert _core.plan(**call | {"batch": 1}, seqlen_q=16384, seqlen_k=16384)["tile_m"] > 64
+
+
 @given(calls(ragged=False))
 def test_grid_of_dense_batches(call):
     plan = _core.plan(**call)
