@@ -182,6 +182,44 @@ def test_call_does_not_wait_for_the_gpu(torch):
     torch.cuda.synchronize()
 
 
+def ragged_call(torch, cu_seqlens_q, cu_seqlens_k, **options):
+    """300 queries on 400 keys, in two sequences that the lengths may lie about; out has rows of 7 around it."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(rows, 4, 64, device="cuda", dtype=torch.float16) for rows in (300, 400, 400))
+    guarded = torch.full((500, 4, 64), 7.0, device="cuda", dtype=torch.float16)
+    fa3.flash_attn_varlen_func(q, k, v, ints(torch, *cu_seqlens_q), ints(torch, *cu_seqlens_k),
+                               out=guarded[100:400], **options)
+    torch.cuda.synchronize()
+    return guarded
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [
+    (0, 200, 100), (-5, 150, 2**31 - 1), (2**31 - 1, -2**31, 0), (0, 1000, 2000), (50, 50, 50)], ids=str)
+def test_lengths_that_lie_stay_inside_the_arrays(torch, lengths, causal):
+    guarded = ragged_call(torch, lengths, lengths, causal=causal)
+    assert (guarded[:100] == 7).all() and (guarded[400:] == 7).all()
+    guarded = ragged_call(torch, (0, 150, 300), lengths, causal=causal, window_size=(30, -1))
+    assert (guarded[:100] == 7).all() and (guarded[400:] == 7).all()
+    assert guarded[100:400].isfinite().all(), "something other than keys was read"
+
+
+@pytest.mark.parametrize(("lengths", "said"), [
+    ((0, 200, 100), "falls from 200 to 100"), ((5, 150, 300), "begins with 5"), ((0, 150, 301), "ends with 301")])
+def test_lengths_that_lie_are_told_on_request(torch, monkeypatch, lengths, said):
+    monkeypatch.setenv("FA3_CHECK", "1")
+    with pytest.raises(ValueError, match=f"cu_seqlens_q: {said}"):
+        ragged_call(torch, lengths, (0, 200, 400))
+    guarded = ragged_call(torch, (0, 150, 300), (0, 200, 400))
+    assert guarded[100:400].isfinite().all()
+
+
+def test_used_lengths_that_lie_are_told_on_request(torch, monkeypatch):
+    monkeypatch.setenv("FA3_CHECK", "1")
+    with pytest.raises(ValueError, match="seqused_k: 8 at 1, but the sequence has 7 rows"):
+        dense_call(torch, seqused_k=ints(torch, 7, 8))
+
+
 def test_threads_do_not_disturb_each_other(torch):
     problems = [call_problem(head_dim=d, head_dim_v=d) for d in (64, 96, 128, 256)]
     results = [None] * len(problems)
