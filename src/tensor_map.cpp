@@ -4,6 +4,8 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 #include "status.h"
 
 namespace fa3 {
@@ -12,17 +14,17 @@ namespace {
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
 fa3_status find_encoder(Encode& encode) {
-  static Encode found = nullptr;  // the same for every thread: a race would store the same address twice
-  if (!found) {
+  static std::atomic<Encode> found = nullptr;  // every thread that looks finds the same
+  encode = found;
+  if (!encode) {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult result;
     const cudaError_t error =
         cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
     if (auto status = check_cuda(error, "cudaGetDriverEntryPointByVersion", cudaGetErrorString(error))) return status;
     if (result != cudaDriverEntryPointSuccess) return fail(FA3_ERROR_CUDA, "the driver has no cuTensorMapEncodeTiled");
-    found = reinterpret_cast<Encode>(function);
+    found = encode = reinterpret_cast<Encode>(function);
   }
-  encode = found;
   return FA3_OK;
 }
 

@@ -12,7 +12,7 @@ struct ForwardVariant {
   int dtype, head_dim, head_dim_v;
   int consumers, tile_n;  // consumer warpgroups of 64 query rows each; keys of a block
   int threads, shared_memory;
-  int blocks_per_sm;             // thread blocks that share a multiprocessor
+  int blocks_per_sm;           // thread blocks that share a multiprocessor
   int swizzle_q_k, swizzle_v;  // bytes: the width of a shared memory chunk, and of a TMA box
   cudaError_t (*launch)(const ForwardArgs& args, int grid, cudaStream_t stream);
 

@@ -38,10 +38,6 @@ __device__ __forceinline__ void publish_barriers() {
   cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
 }
 
-__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 /// One box of a 4-axis operand into shared memory; its bytes count on `barrier`.
 __device__ __forceinline__ void load_box(void* shared, const CUtensorMap* map, const int32_t (&at)[4],
                                          Barrier& barrier) {

@@ -60,15 +60,7 @@ FA3_HOST_DEVICE BlockRange block_range(const Visibility& visibility, int first, 
   return range;
 }
 
-/// The rows of a tile that exist: [first, last], of which there are none when last < first.
-struct RowSpan {
-  int first, last;
-  FA3_HOST_DEVICE bool empty() const { return last < first; }
-};
-
-/// An empty range that begins where `outer` begins: a warpgroup without work in a tile of others.
-FA3_HOST_DEVICE BlockRange no_blocks(const BlockRange& outer) {
-  return {outer.begin, outer.begin, outer.begin, outer.begin, outer.begin};
-}
+/// An empty range at `block`: a warpgroup without work in a tile of others.
+FA3_HOST_DEVICE BlockRange no_blocks(int block) { return {block, block, block, block, block}; }
 
 }  // namespace fa3

@@ -147,7 +147,7 @@ class Consumer {
   __device__ __forceinline__ BlockRange own_blocks(const TileWork& work) const {
     const int first = first_row(work), last = smaller(first + 64, work.seqlen_q) - 1;
     BlockRange blocks = block_range<kTileN>(args_.visibility, first, larger(first, last), work.seqlen_q, work.seqlen_k);
-    if (last < first || blocks.count() == 0) blocks = no_blocks({work.first_block, 0, 0, 0, 0});
+    if (last < first || blocks.count() == 0) blocks = no_blocks(work.first_block);
     return blocks;
   }
 

@@ -31,18 +31,18 @@ static float draw(void) {
   return sum - 6;
 }
 
-static device_pointer on_device(const void *data, size_t bytes) {
+static device_pointer on_device(const void* data, size_t bytes) {
   device_pointer pointer = 0;
   CHECK(driver.allocate(&pointer, bytes) == 0, "%zu bytes of device memory", bytes);
   if (data) CHECK(driver.upload(pointer, data, bytes) == 0, "an upload");
   return pointer;
 }
 
-static void *as_pointer(device_pointer pointer) { return (void *)(uintptr_t)pointer; }
+static void* as_pointer(device_pointer pointer) { return (void*)(uintptr_t)pointer; }
 
 /* A (batch, rows, heads, dim) array whose rows are `padding` elements further apart than they need be. */
 typedef struct operand {
-  uint16_t *values;
+  uint16_t* values;
   fa3_array array;
   size_t count;
 } operand;
@@ -59,21 +59,21 @@ static operand random_operand(int rows, int heads, int padding) {
   return made;
 }
 
-static const uint16_t *row_of(const operand *x, int batch, int row, int head) {
+static const uint16_t* row_of(const operand* x, int batch, int row, int head) {
   return x->values + batch * x->array.stride[0] + row * x->array.stride[1] + head * x->array.stride[2];
 }
 
 /* One row by the formula; returns its lse. */
-static double attend_row(const operand *q, const operand *k, const operand *v, const fa3_forward_params *p, int batch,
-                         int row, int head, double *out) {
+static double attend_row(const operand* q, const operand* k, const operand* v, const fa3_forward_params* p, int batch,
+                         int row, int head, double* out) {
   const int head_kv = head / (kHeads / kHeadsKv);
   const int last = p->mask.causal ? row + kRowsK - kRowsQ : kRowsK - 1;
   double scores[kRowsK], top = -INFINITY, sum = 0;
   for (int j = 0; j <= last; ++j) {
     scores[j] = 0;
     for (int d = 0; d < kDim; ++d)
-      scores[j] += (double)from_bfloat16(row_of(q, batch, row, head)[d]) *
-                   from_bfloat16(row_of(k, batch, j, head_kv)[d]);
+      scores[j] +=
+          (double)from_bfloat16(row_of(q, batch, row, head)[d]) * from_bfloat16(row_of(k, batch, j, head_kv)[d]);
     scores[j] *= p->softmax_scale;
     top = fmax(top, scores[j]);
   }
@@ -91,8 +91,8 @@ static void check_attention(int causal, int padding) {
   const operand q = random_operand(kRowsQ, kHeads, 0), k = random_operand(kRowsK, kHeadsKv, padding),
                 v = random_operand(kRowsK, kHeadsKv, 0);
   const size_t count = (size_t)kBatch * kRowsQ * kHeads * kDim, rows = (size_t)kBatch * kHeads * kRowsQ;
-  uint16_t *out = malloc((count + 2 * kGuard) * sizeof *out);
-  float *lse = malloc(rows * sizeof *lse);
+  uint16_t* out = malloc((count + 2 * kGuard) * sizeof *out);
+  float* lse = malloc(rows * sizeof *lse);
   memset(out, 0xff, (count + 2 * kGuard) * sizeof *out);
   const device_pointer out_device = on_device(out, (count + 2 * kGuard) * sizeof *out);
   const device_pointer lse_device = on_device(NULL, rows * sizeof *lse);
@@ -124,13 +124,13 @@ static void check_attention(int causal, int padding) {
       for (int h = 0; h < kHeads; ++h) {
         double expected[kDim];
         const double expected_lse = attend_row(&q, &k, &v, &p, b, i, h, expected);
-        const float *got = lse + (b * kHeads + h) * kRowsQ + i;
-        CHECK(fabs(*got - expected_lse) <= 1e-3 + 1e-5 * fabs(expected_lse), "lse of (%d, %d, %d): %g, not %g", b,
-              i, h, (double)*got, expected_lse);
+        const float* got = lse + (b * kHeads + h) * kRowsQ + i;
+        CHECK(fabs(*got - expected_lse) <= 1e-3 + 1e-5 * fabs(expected_lse), "lse of (%d, %d, %d): %g, not %g", b, i, h,
+              (double)*got, expected_lse);
         for (int d = 0; d < kDim; ++d) {
           const float x = from_bfloat16(out[kGuard + ((b * kRowsQ + i) * kHeads + h) * kDim + d]);
-          CHECK(fabs(x - expected[d]) <= 0.01 + 0.01 * fabs(expected[d]), "out of (%d, %d, %d, %d): %g, not %g", b,
-                i, h, d, (double)x, expected[d]);
+          CHECK(fabs(x - expected[d]) <= 0.01 + 0.01 * fabs(expected[d]), "out of (%d, %d, %d, %d): %g, not %g", b, i,
+                h, d, (double)x, expected[d]);
         }
       }
   free(out);
@@ -140,7 +140,7 @@ static void check_attention(int causal, int padding) {
   free(v.values);
 }
 
-static int skip(const char *reason) {
+static int skip(const char* reason) {
   printf("%s\n", reason);
   return 77;
 }
@@ -148,12 +148,12 @@ static int skip(const char *reason) {
 int main(void) {
   int32_t count = 0, device = -1;
   fa3_device info;
-  void *context = NULL;
+  void* context = NULL;
   CHECK(fa3_device_count(&count) == FA3_OK, "devices");
   if (count == 0) return skip("no CUDA device");
   CHECK(fa3_device_query(0, &info) == FA3_OK, "device 0");
   if (info.major != 9 || info.minor != 0) return skip("device 0 is not of compute capability 9.0");
-  const char *missing = open_driver();
+  const char* missing = open_driver();
   CHECK(!missing, "%s", missing);
   CHECK(!driver.init(0) && !driver.retain(&context, 0) && !driver.set_current(context), "device 0's context");
 

@@ -6,22 +6,22 @@
 #include "checks.h"
 
 static char memory[4096]; /* stands for device memory that nothing reads */
-static void *const address = memory;
+static void* const address = memory;
 
 static void check_statuses(void) {
   static const int codes[] = {0, -1, -2, -3, -4, -5, -6, -10, -11, -12, -13, -14, -15, -16, -17, -100};
   const int count = (int)(sizeof codes / sizeof *codes);
-  const char *unknown = fa3_status_string(-9999);
+  const char* unknown = fa3_status_string(-9999);
   CHECK(unknown && *unknown, "an unknown status has a text too");
   for (int i = 0; i < count; ++i) {
-    const char *text = fa3_status_string(codes[i]);
+    const char* text = fa3_status_string(codes[i]);
     CHECK(text && *text && strcmp(text, unknown), "status %d: \"%s\"", codes[i], text);
     for (int j = 0; j < i; ++j) CHECK(strcmp(text, fa3_status_string(codes[j])), "%d and %d", codes[i], codes[j]);
   }
 }
 
 /* All three entry points refuse the same way, before anything else is looked at, with a sentence that has `words`. */
-static void expect(const fa3_forward_params *p, int code, const char *words) {
+static void expect(const fa3_forward_params* p, int code, const char* words) {
   size_t bytes = 1;
   fa3_forward_plan plan;
   int status = fa3_plan_forward(p, 132, &plan);
@@ -36,11 +36,11 @@ static void expect(const fa3_forward_params *p, int code, const char *words) {
   CHECK(fa3_last_cuda_error() == 0, "CUDA was not asked");
 }
 
-#define REFUSES(code, words, ...)                                                \
-  do {                                                                           \
-    fa3_forward_params p = dense_call(2, 10, 20, 4, 2, address);                 \
-    __VA_ARGS__;                                                                 \
-    expect(&p, code, words);                                                     \
+#define REFUSES(code, words, ...)                                \
+  do {                                                           \
+    fa3_forward_params p = dense_call(2, 10, 20, 4, 2, address); \
+    __VA_ARGS__;                                                 \
+    expect(&p, code, words);                                     \
   } while (0)
 
 static void check_arguments(void) {
@@ -82,7 +82,7 @@ static void check_arguments(void) {
 }
 
 static void check_missing_features(void) {
-  static const int32_t *const integers = (const int32_t *)(const void *)memory;
+  static const int32_t* const integers = (const int32_t*)(const void*)memory;
   REFUSES(FA3_ERROR_NO_FP8, "float8_e4m3fn", p.dtype = FA3_FLOAT8_E4M3);
   REFUSES(FA3_ERROR_NO_PAGED_CACHE, "page_table", p.cache.page_table = integers);
   REFUSES(FA3_ERROR_NO_CACHE_UPDATE, "append", p.cache.k_new = p.k; p.cache.v_new = p.v);
@@ -159,7 +159,7 @@ static void check_empty(void) {
   CHECK(fa3_forward(&p, NULL, NULL) == FA3_OK, "no queries");
 }
 
-static int fail_in_thread(void *unused) {
+static int fail_in_thread(void* unused) {
   (void)unused;
   fa3_forward_params p = dense_call(2, 10, 20, 4, 2, address);
   CHECK(*fa3_last_error() == '\0', "a new thread has not failed");
@@ -198,7 +198,7 @@ static void check_devices(void) {
 }
 
 static const struct {
-  const char *name;
+  const char* name;
   void (*run)(void);
 } checks[] = {
     {"statuses", check_statuses},
@@ -214,7 +214,7 @@ static const struct {
 };
 
 /* Runs the check that the argument names; without one, lists them. */
-int main(int argc, char **argv) {
+int main(int argc, char** argv) {
   for (size_t i = 0; i < sizeof checks / sizeof *checks; ++i) {
     if (argc < 2) {
       printf("%s\n", checks[i].name);

@@ -16,19 +16,24 @@ void ranges(const Visibility& visibility, int seqlen_q, int seqlen_k, int count,
 
 template <int kCount>
 void hide(float* scores, int row, int begin, int end, bool bounded_left, float hidden) {
-  hide_columns(*reinterpret_cast<float(*)[kCount]>(scores), row, begin, end, bounded_left, hidden);
+  hide_columns(*reinterpret_cast<float (*)[kCount]>(scores), row, begin, end, bounded_left, hidden);
 }
 
 }  // namespace
 
 /// The compiled tiles, one call each.
-#define FOR_TILE_N(tile_n, call)   \
-  switch (tile_n) {                \
-    case 64: return call(64);      \
-    case 80: return call(80);      \
-    case 96: return call(96);      \
-    case 112: return call(112);    \
-    case 128: return call(128);    \
+#define FOR_TILE_N(tile_n, call) \
+  switch (tile_n) {              \
+    case 64:                     \
+      return call(64);           \
+    case 80:                     \
+      return call(80);           \
+    case 96:                     \
+      return call(96);           \
+    case 112:                    \
+      return call(112);          \
+    case 128:                    \
+      return call(128);          \
   }
 
 extern "C" {
