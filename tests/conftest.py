@@ -6,6 +6,7 @@ run by themselves where a GPU of compute capability 9.0 is present, and report w
 
 import functools
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,23 @@ def tiles(request):
             patch.setattr(_numpy, "TILE_SCORES", 24 * 20)
             patch.setattr(_numpy, "MIN_TILE_KEYS", 16)
         yield
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """What stream was made to wait for what, in place of CUDA: (waiting, signalling, device)."""
+    from fa3 import _array
+
+    calls = []
+    monkeypatch.setattr(_array, "stream_wait", lambda *call: calls.append(call))
+    return calls
+
+
+@pytest.fixture
+def owner(monkeypatch):
+    """The device that owns every pointer, in place of CUDA."""
+    from fa3 import _view
+
+    answer = types.SimpleNamespace(device=0)
+    monkeypatch.setattr(_view, "pointer_device", lambda address: answer.device)
+    return answer

@@ -7,27 +7,11 @@ import numpy as np
 import pytest
 from capsules import CPU, CUDA, Exporter, Interface, OldExporter
 
-from fa3 import _array, _stream, _view
+from fa3 import _array, _stream
 
 Border = _array.Border
 ARRAY = np.arange(12, dtype=np.float32).reshape(3, 4)
 GPU = (CUDA, 0)
-
-
-@pytest.fixture
-def waits(monkeypatch):
-    """What stream was made to wait for what, in place of CUDA: (waiting, signalling, device)."""
-    calls = []
-    monkeypatch.setattr(_array, "stream_wait", lambda *call: calls.append(call))
-    return calls
-
-
-@pytest.fixture
-def owner(monkeypatch):
-    """The device that owns every pointer, in place of CUDA."""
-    answer = types.SimpleNamespace(device=0)
-    monkeypatch.setattr(_view, "pointer_device", lambda address: answer.device)
-    return answer
 
 
 # ---- streams -------------------------------------------------------------------------------------------
