@@ -50,12 +50,12 @@ struct Launch {
   /// An operand for TMA: the caller's array, or a copy of one that TMA cannot address.
   fa3_status operand(fa3_array array, const fa3_lengths& lengths, int heads, int head_dim, bool copy, int box_rows,
                      int swizzle, TmaOperand& operand) {
-    const int batch = lengths.cu_seqlens ? 1 : params.batch;
     if (lengths.rows == 0) {  // nothing will be loaded, but a map must have an address, and an entry on each axis
       const auto address = reinterpret_cast<uintptr_t>(params.q.data) / kTmaAlignment * kTmaAlignment;
       const fa3_array nothing{reinterpret_cast<void*>(address), {0, 0, 0, 1}};
       return encode_operand(nothing, {params.dtype, head_dim, 1, 1, 1, box_rows, swizzle}, operand);
     }
+    const int batch = lengths.cu_seqlens ? 1 : params.batch;
     if (copy) {
       const RowsToCopy rows{array.data, {array.stride[0], array.stride[1], array.stride[2]}, batch, lengths.rows, heads,
                             head_dim};

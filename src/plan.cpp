@@ -2,6 +2,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -14,10 +15,11 @@
 namespace fa3 {
 namespace {
 
-// Keys and values that stay in L2 (60 MB) beside what streams through it; kernel_facts: 32 MB a section is best.
+// Keys and values that stay in L2 (60 MB) beside what streams through it: measured best, causal, 4,096 and 16,384 keys.
 constexpr double kSectionBytes = 32e6;
 constexpr int kElementBytes = 2;
-constexpr double kLongTime = 60;  // microseconds
+// Microseconds from which a tile counter is worth zeroing, which costs about 4 of them before the launch.
+constexpr double kLongTime = 60;
 
 /// Rows of a typical sequence: between the mean and the caller's maximum, or the mean where no maximum was given.
 int typical_seqlen(const fa3_lengths& lengths, int batch) {
@@ -37,8 +39,8 @@ struct TileCost {
 
 TileCost tile_cost(const ForwardVariant& v) {
   const int dim = (v.head_dim + v.head_dim_v) / 2;
-  const double score =
-      std::max(35 + 0.42 * dim, 0.7 * dim) * 1e-6;  // exponentials bound small dims, products large ones
+  // Of a score: exponentials bound small dims, products large ones.
+  const double score = std::max(35 + 0.42 * dim, 0.7 * dim) * 1e-6;
   const double block = score * v.tile_m() * v.tile_n;
   if (v.consumers == 1) return {1.2, std::max(1.15 * block, 0.53)};  // two share an SM: half of what each takes
   if (v.consumers == 2) return {1.8, 1.07 * block};
@@ -66,15 +68,22 @@ double estimated_time(const fa3_forward_params& p, const ForwardVariant& v, int 
 /// The variant that wastes least on padded head dims, and of those the one that is estimated to be fastest.
 int choose_variant(const fa3_forward_params& p, int num_sms) {
   const auto variants = forward_variants();
+  auto dims_if_fit = [&](const ForwardVariant& v) {
+    const bool fits = v.dtype == p.dtype && v.head_dim >= p.head_dim && v.head_dim_v >= p.head_dim_v;
+    return fits ? v.head_dim + v.head_dim_v : INT_MAX;
+  };
+  int least_dims = INT_MAX;
+  for (const ForwardVariant& v : variants) least_dims = std::min(least_dims, dims_if_fit(v));
+  if (least_dims == INT_MAX) return -1;
+
   int best = -1;
-  double best_time = 0;
+  double best_time = INFINITY;
   for (int i = 0; i < static_cast<int>(variants.size()); ++i) {
     const ForwardVariant& v = variants[i];
-    if (v.dtype != p.dtype || v.head_dim < p.head_dim || v.head_dim_v < p.head_dim_v) continue;
+    if (dims_if_fit(v) != least_dims) continue;
     // The tile decides the order of sums: where bits must not depend on the batch, neither may the choice.
     const double time = p.batch_invariant ? -v.tile_m() : estimated_time(p, v, num_sms);
-    const int padding = best < 0 ? 0 : v.head_dim + v.head_dim_v - variants[best].head_dim - variants[best].head_dim_v;
-    if (best >= 0 && (padding > 0 || (padding == 0 && time >= best_time))) continue;
+    if (time >= best_time) continue;
     best = i;
     best_time = time;
   }
@@ -107,7 +116,7 @@ void plan_order(const fa3_forward_params& p, fa3_forward_plan& plan) {
   if (visibility_of(p.mask).full()) return;
   const int ratio = p.num_heads / p.num_heads_kv;
   const double kv_bytes = double(typical_seqlen(p.keys, p.batch)) * (p.head_dim + p.head_dim_v) * kElementBytes;
-  const int kv_heads = std::max({static_cast<int>(kSectionBytes / std::max(kv_bytes, 1.0)), p.head_dim > 192 ? 2 : 4});
+  const int kv_heads = std::max(static_cast<int>(kSectionBytes / std::max(kv_bytes, 1.0)), p.head_dim > 192 ? 2 : 4);
   const int64_t heads = int64_t{p.num_heads} * (p.queries.cu_seqlens ? 1 : p.batch);
   plan.heads_per_section = static_cast<int>(std::min<int64_t>(int64_t{kv_heads} * ratio, heads));
   plan.short_m_blocks = plan.num_m_blocks / 4;  // 25%: simulated tails of at most 1.5% for most shapes
@@ -132,7 +141,8 @@ size_t copy_bytes(const fa3_lengths& lengths, int batch, int heads, int head_dim
 
 fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_plan& plan) {
   plan = {};
-  plan.variant = choose_variant(p, std::max(num_sms - p.sm_margin, 1));
+  const int free_sms = std::max(num_sms - p.sm_margin, 1);
+  plan.variant = choose_variant(p, free_sms);
   if (plan.variant < 0)
     return fail(FA3_ERROR_HEAD_DIM, "head_dim: (%d, %d) has no kernel of this dtype in this build", p.head_dim,
                 p.head_dim_v);
@@ -143,14 +153,13 @@ fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_pl
   plan_order(p, plan);
 
   const int64_t tiles = count_tiles(p, plan.tile_m);
-  plan.grid = static_cast<int>(std::min<int64_t>(tiles, variant.blocks_per_sm * std::max(num_sms - p.sm_margin, 1)));
+  plan.grid = static_cast<int>(std::min<int64_t>(tiles, variant.blocks_per_sm * free_sms));
   if (tiles > INT32_MAX - 2 * plan.grid)  // a thread block asks for a tile of up to two rounds after the last
     return fail(FA3_ERROR_SHAPE, "q: %lld tiles of %d rows, but at most 2^31 - 1 are possible",
                 static_cast<long long>(tiles), plan.tile_m);
-  // A counter must be zeroed first, which costs about 4 us: worth it for unequal tiles that run for long.
   const bool equal_tiles = visibility_of(p.mask).full() && !p.queries.cu_seqlens && !p.queries.seqused &&
                            !p.keys.cu_seqlens && !p.keys.seqused;
-  plan.dynamic = tiles > plan.grid && !equal_tiles && estimated_time(p, variant, num_sms) > kLongTime;
+  plan.dynamic = tiles > plan.grid && !equal_tiles && estimated_time(p, variant, free_sms) > kLongTime;
 
   plan.workspace = plan.dynamic ? kWorkspaceAlignment : 0;
   auto plan_copy = [&](const fa3_array& array, const fa3_lengths& lengths, int heads, int head_dim, int32_t& copy) {

@@ -12,7 +12,7 @@ namespace fa3 {
 
 /// Warpgroups take turns at issuing products, so that one's softmax runs beside the others' products. Barrier 1 + w is
 /// warpgroup w's turn: its 128 threads wait there, and the 128 of the one before it arrive. Every warpgroup takes the
-/// same number of turns a tile: one less than the blocks that are loaded.
+/// same number of turns a tile: one less than the blocks that are loaded. A lone warpgroup takes none.
 template <int kConsumers>
 struct Turns {
   int mine, next;

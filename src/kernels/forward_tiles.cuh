@@ -36,8 +36,8 @@ class TileWalk {
 
  private:
   /// The index of this thread block's next tile. Without a counter tiles are dealt out to and fro: who got the longest
-  /// of one round gets the shortest of the next. With one, the tile after this is asked for at once, so that the
-  /// counter's latency hides behind this tile.
+  /// of one round gets the shortest of the next. With one, the tile after this is asked for together with this one:
+  /// the answer waits here, one round trip to L2, while the consumers still work on the tile before.
   __device__ __forceinline__ int take_index() {
     const int index = upcoming_;
     if (args_.tile_counter) {
