@@ -1,4 +1,4 @@
-"""``python -m bench GROUP`` times a group of rows; ``python -m bench plot`` draws what was recorded."""
+"""``python -m bench GROUP`` runs a group of rows; ``report`` and ``plot`` show what was recorded."""
 
 from __future__ import annotations
 
@@ -7,53 +7,72 @@ import re
 import sys
 from pathlib import Path
 
+from . import records, report, runner, shapes, timing
+
 RESULTS = Path(__file__).parent / "results"
+_BUDGETS = {"sweep": timing.SWEEP}
 
 
 def main(argv=None) -> int:
     """Run the command: 0, or 1 when an answer was wrong, 2 when the run could not be done."""
     args = _parser().parse_args(argv)
     try:
-        return plot(args) if args.group == "plot" else bench(args)
+        return {"plot": plot, "report": show}.get(args.group, bench)(args)
     except (ImportError, OSError, RuntimeError, ValueError, re.error) as error:
         print(f"bench: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
 def bench(args) -> int:
-    """Time one group, write its results, draw and print them."""
-    from . import report, runner, shapes, timing
-
+    """Run one group, write its results, print and draw them."""
     rows = shapes.rows(args.group, args.rows)
     if not rows:
         raise ValueError(f"--rows {args.rows!r}: no row of {args.group} matches")
-    budget = timing.QUICK if args.quick else timing.Budget()
-    commit = args.commit or runner.current_commit()
+    budget = timing.QUICK if args.quick else _BUDGETS.get(args.group, timing.Budget())
+    run_row = runner.prepare(budget, args.commit or runner.current_commit())
     results, wrong, path = [], False, None
-    for row, outcome in runner.run_rows(rows, budget, commit):
+    for row, outcome in runner.run_rows(rows, run_row):
         if isinstance(outcome, Exception):
             wrong = wrong or isinstance(outcome, runner.WrongAnswerError)
             print(f"not timed: {row.case}: {outcome}", file=sys.stderr)
             continue
         results.append(outcome)
-        path = report.save(args.output, results)  # after each row: what is measured stays, whatever comes next
+        path = records.save(args.output, results)  # after each row: what is measured stays, whatever comes next
     if results:
-        print(report.table(results))
+        print(_described(results))
         print(path)
         _draw(path)
     return 1 if wrong else 0
 
 
+def show(args) -> int:
+    """Print every results file of the folder, and write it as CSV beside it."""
+    for path in _recorded(args.output):
+        entries = records.load(path)
+        print(f"{path}\n{_described(entries)}\n{records.write_csv(path, entries)}\n")
+    return 0
+
+
 def plot(args) -> int:
-    """Draw every results file of the folder."""
+    """Draw every results file of the folder that has a plot."""
     from .plot import draw
 
-    paths = sorted(args.output.glob("*.json"))
-    if not paths:
-        raise ValueError(f"{args.output}: no results there")
-    for path in paths:
-        print(draw(path))
+    for path in _recorded(args.output):
+        for target in draw(path):
+            print(target)
     return 0
+
+
+def _recorded(folder):
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise ValueError(f"{folder}: no results there")
+    return paths
+
+
+def _described(entries):
+    """The table of a group, and below it what stands out."""
+    return f"{report.table(entries)}\n{report.summary(entries)}".rstrip()
 
 
 def _draw(path):
@@ -61,14 +80,15 @@ def _draw(path):
     from .plot import draw
 
     try:
-        print(draw(path))
+        for target in draw(path):
+            print(target)
     except ImportError:
         print("bench: no matplotlib, no plot; `python -m bench plot` draws it later", file=sys.stderr)
 
 
 def _parser():
     parser = argparse.ArgumentParser(prog="python -m bench", description="Time fa3 beside cuDNN and FlashAttention-2.")
-    parser.add_argument("group", help="forward, seed or overhead; or plot, to draw the recorded results")
+    parser.add_argument("group", help=f"{', '.join(shapes.BUILT)}; or report or plot, to show what is recorded")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="folder of the results")
     parser.add_argument("--rows", default="", metavar="REGEX", help="only the rows whose name matches")
     parser.add_argument("--quick", action="store_true", help="a short look: one round, 20 ms of launches")

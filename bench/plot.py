@@ -1,52 +1,83 @@
-"""Draws a results file: one group of bars a row, fa3 beside its peers."""
+"""Draws results files: one group of bars a row, or curves by length, fa3 beside its peers."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from .report import load
+from .records import load
+from .shapes import GROUPS, MASKS, TIMED
 
-_SERIES = (("fa3", "fa3", "#1b7837"), ("cudnn", "cuDNN", "#7b7b7b"), ("fa2", "FlashAttention-2", "#c9c9c9"))
-_PANEL_ENDINGS = ("full", "causal")
+_SERIES = (("fa3", "fa3", "#1b7837"), ("cudnn", "cuDNN", "#636363"), ("fa2", "FlashAttention-2", "#bdbdbd"))
+_BY_TIME = ("overhead", "short")  # calls too small for their TFLOP/s to say anything
 
 
-def draw(path: Path) -> Path:
-    """Draw the results at `path` as a PNG beside it: TFLOP/s, or µs where a group has none."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def draw(path: Path) -> list[Path]:
+    """Draw the results at `path` as PNGs beside it; nothing where a group has no plot.
 
+    Returns
+    -------
+    list of Path
+        The sweep: one figure of curves for each dtype. The other groups: bars, TFLOP/s or µs.
+    """
     entries = load(path)
     if not entries:
         raise ValueError(f"{path}: no results in it")
-    panels = [panel for panel in _panels(entries) if panel[1]]
-    height = 1.2 + sum(0.5 + 0.45 * len(rows) for _, rows in panels)
-    figure = Figure(figsize=(9, height), layout="constrained")
+    group = entries[0]["group"]
+    if group not in TIMED:
+        return []
+    if group != "sweep":
+        return [_save(_bars_figure(entries), path.with_suffix(".png"))]
+    rows = {row.case: row for row in GROUPS[group]}
+    dtypes = dict.fromkeys(rows[entry["case"]].dtype for entry in entries)
+    return [_save(_curves_figure([(rows[entry["case"]], entry) for entry in entries
+                                  if rows[entry["case"]].dtype == dtype], dtype),
+                  path.with_name(f"{path.stem}-{dtype}.png")) for dtype in dtypes]
+
+
+def _figure(size):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True,
-                           height_ratios=[len(rows) for _, rows in panels])[:, 0]
-    by_time = all(entry["tflops"] is None for entry in entries)
-    for axis, (title, rows) in zip(axes, panels, strict=True):
-        _bars(axis, rows, by_time)
-        axis.set_title(title, loc="left", fontsize=10)
-    axes[-1].set_xlabel("µs a call (shorter is better)" if by_time else "TFLOP/s (longer is better)")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", ncols=len(labels), frameon=False)
-    dates, commits = ({entry[name] for entry in entries} for name in ("date", "commit"))
-    figure.suptitle(f"{entries[0]['group']} on {entries[0]['device']}, {', '.join(sorted(dates))}, "
-                    f"{', '.join(sorted(commits))}", x=0.01, ha="left", fontsize=11)
-    target = path.with_suffix(".png")
+    return figure
+
+
+def _save(figure, target):
     figure.savefig(target, dpi=120)
     return target
 
 
+def _bars_figure(entries):
+    """Full and causal rows side by side where the names say so, each row with a bar for fa3 and for each peer."""
+    panels = [(title, rows) for title, rows in _panels(entries) if rows]
+    most = max(len(rows) for _, rows in panels)
+    figure = _figure((9 if len(panels) == 1 else 13, 1.5 + 0.42 * most))
+    axes = figure.subplots(1, len(panels), squeeze=False, sharex=True)[0]
+    by_time = entries[0]["group"] in _BY_TIME
+    for axis, (title, rows) in zip(axes, panels, strict=True):
+        _bars(axis, rows, by_time, by_mask=bool(title))
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_xlabel("µs a call (shorter is better)" if by_time else "TFLOP/s (longer is better)")
+    _legend(figure, axes[0])
+    _title(figure, entries, entries[0]["group"])
+    return figure
+
+
 def _panels(entries):
-    """(title, entries): full and causal apart where the names say so."""
-    if all(entry["case"].endswith(_PANEL_ENDINGS) for entry in entries):
-        return [(ending, [entry for entry in entries if entry["case"].endswith(ending)]) for ending in _PANEL_ENDINGS]
-    return [("", entries)]
+    """(title, entries): full and causal apart where both have the same rows."""
+    if not all(entry["case"].endswith(MASKS) for entry in entries):
+        return [("", entries)]
+    panels = [(mask, [entry for entry in entries if entry["case"].endswith(mask)]) for mask in MASKS]
+    same = [[_name(entry) for entry in rows] for _, rows in panels if rows]
+    return panels if all(names == same[0] for names in same) else [("", entries)]
 
 
-def _bars(axis, entries, by_time):
+def _name(entry):
+    return entry["case"].removesuffix(" full").removesuffix(" causal")
+
+
+def _bars(axis, entries, by_time, by_mask):
     width = 0.8 / len(_SERIES)
     for position, (name, label, color) in enumerate(_SERIES):
         values = [_value(entry, name, by_time) for entry in entries]
@@ -55,12 +86,62 @@ def _bars(axis, entries, by_time):
         for y, value in zip(at, values, strict=True):
             if value:
                 axis.annotate(f"{value:,.{0 if value >= 100 else 1}f}", (value, y), (3, 0),
-                              textcoords="offset points", va="center", fontsize=7)
-    names = [entry["case"].removesuffix(" full").removesuffix(" causal") for entry in entries]
+                              textcoords="offset points", va="center", fontsize=6)
+    names = [_name(entry) if by_mask else entry["case"] for entry in entries]
     axis.set_yticks(range(len(entries)), names, fontsize=8)
-    axis.invert_yaxis()
-    axis.margins(x=0.08, y=0.02)
+    axis.set_ylim(len(entries) - 0.5, -0.5)
+    axis.margins(x=0.1)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _curves_figure(pairs, dtype):
+    """TFLOP/s by length: a column of panels for each head dim, full above and causal below."""
+    dims = list(dict.fromkeys(row.head_dim for row, _ in pairs))
+    masks = [mask for mask in MASKS if any(row.causal == (mask == "causal") for row, _ in pairs)]
+    figure = _figure((1 + 3.6 * len(dims), 0.9 + 2.8 * len(masks)))
+    axes = figure.subplots(len(masks), len(dims), squeeze=False, sharex=True, sharey=True)
+    for mask, line in zip(masks, axes, strict=True):
+        for head_dim, axis in zip(dims, line, strict=True):
+            shown = [(row, entry) for row, entry in pairs
+                     if row.head_dim == head_dim and row.causal == (mask == "causal")]
+            _curves(axis, shown)
+            axis.set_title(f"head dim {head_dim}, {mask}", loc="left", fontsize=10)
+        line[0].set_ylabel("TFLOP/s")
+    lengths = sorted({row.seqlens_q[0] for row, _ in pairs})
+    axes[0, 0].set_xscale("log", base=2)
+    axes[0, 0].set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
+    axes[0, 0].set_ylim(bottom=0)
+    for axis in axes[-1]:
+        axis.set_xlabel("sequence length")
+    _legend(figure, axes[0, 0])
+    _title(figure, [entry for _, entry in pairs], f"Forward, {dtype},")
+    return figure
+
+
+def _curves(axis, pairs):
+    for name, label, color in reversed(_SERIES):  # fa3 on top
+        points = [(row.seqlens_q[0], value) for row, entry in pairs
+                  if (value := _value(entry, name, by_time=False)) is not None]
+        axis.plot(*zip(*points, strict=True) if points else ([], []), color=color, label=label, marker="o",
+                  markersize=3.5, linewidth=2 if name == "fa3" else 1.5)
+    axis.grid(axis="y", color="#e5e5e5", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.minorticks_off()
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(figure, axis):
+    """One for all panels, fa3 first."""
+    named = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    labels = [label for _, label, _ in _SERIES]
+    figure.legend([named[label] for label in labels], labels, loc="outside lower left", ncols=len(labels),
+                  frameon=False)
+
+
+def _title(figure, entries, what):
+    dates, commits = ({entry[name] for entry in entries} for name in ("date", "commit"))
+    figure.suptitle(f"{what} on {entries[0]['device']}, {', '.join(sorted(dates))}, {', '.join(sorted(commits))}",
+                    x=0.01, ha="left", fontsize=11)
 
 
 def _value(entry, name, by_time):

@@ -1,50 +1,13 @@
-"""Result files, and the table that compares them with the peers."""
+"""What results mean: the table that compares them with the peers, and which rows miss what is asked of them."""
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from pathlib import Path
 
 from .shapes import GROUPS
 
-FIELDS = ("group", "case", "us", "tflops", "gbs", "peers", "device", "date", "commit")
-
-
-def results_path(folder: Path, device: str, group: str) -> Path:
-    """``<folder>/nvidia-h200-forward.json``."""
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    return folder / f"{slug}-{group}.json"
-
-
-def save(folder: Path, results: list[dict]) -> Path:
-    """Write the results of one group, keeping what the file has of rows that were not run this time."""
-    group, device = results[0]["group"], results[0]["device"]
-    path = results_path(folder, device, group)
-    known = {entry["case"]: entry for entry in load(path)} if path.exists() else {}
-    known |= {entry["case"]: entry for entry in results}
-    order = {row.case: position for position, row in enumerate(GROUPS[group])}
-    entries = sorted(known.values(), key=lambda entry: order.get(entry["case"], len(order)))
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(" " + json.dumps(entry, ensure_ascii=False) for entry in entries)
-    path.write_text(f"[\n{lines}\n]\n")
-    return path
-
-
-def load(path: Path) -> list[dict]:
-    """The entries of a results file.
-
-    Raises
-    ------
-    ValueError
-        When an entry lacks a field or has another.
-    """
-    entries = json.loads(path.read_text())
-    for entry in entries:
-        if set(entry) != set(FIELDS):
-            raise ValueError(f"{path}: an entry has the fields {sorted(entry)}, needs {sorted(FIELDS)}")
-    return entries
+# What a row's reference is, as a column's title.
+_REFERENCE = {"window": "of full", "forward": "of next dim"}
 
 
 def ratios(entry: dict) -> tuple[float | None, float | None]:
@@ -53,36 +16,98 @@ def ratios(entry: dict) -> tuple[float | None, float | None]:
     if not cudnn:
         return None, None
     over_cudnn = cudnn / entry["us"]
-    best = next((row.best_over_cudnn for row in GROUPS[entry["group"]] if row.case == entry["case"]), None)
+    row = _row(entry)
+    best = None if row is None else row.best_over_cudnn
     return over_cudnn, None if best is None else over_cudnn / best
 
 
+def share(entry: dict, entries: list[dict]) -> float | None:
+    """TFLOP/s over those of the row's reference, where `entries` have it."""
+    row = _row(entry)
+    if row is None or row.reference is None:
+        return None
+    reference = next((other for other in entries if other["case"] == row.reference), None)
+    return None if reference is None else entry["tflops"] / reference["tflops"]
+
+
 def table(entries: list[dict]) -> str:
-    """The results as text; the last line has the geometric means of the ratios."""
-    bars = {row.case: row.bar_us for row in GROUPS[entries[0]["group"]]}
-    header = ("case", "µs", "TFLOP/s", "GB/s", "cuDNN µs", "FA2 µs", "vs cuDNN", "vs best", "bar µs")
-    body, over_cudnn, over_best = [], [], []
-    for entry in entries:
-        cudnn_ratio, best_ratio = ratios(entry)
-        over_cudnn.append(cudnn_ratio)
-        over_best.append(best_ratio)
-        body.append((entry["case"], _text(entry["us"], 1), _text(entry["tflops"], 1), _text(entry["gbs"], 0),
-                     _text(entry["peers"].get("cudnn"), 1), _text(entry["peers"].get("fa2"), 1),
-                     _text(cudnn_ratio, 2), _text(best_ratio, 2), _text(bars.get(entry["case"]), 1)))
-    body.append(("geometric mean", "", "", "", "", "", _text(_geometric_mean(over_cudnn), 2),
-                 _text(_geometric_mean(over_best), 2), ""))
-    widths = [max(len(cell) for cell in column) for column in zip(header, *body, strict=True)]
+    """The results of a timed group as text; the last line has the geometric means of the ratios."""
+    columns = {
+        "case": [entry["case"] for entry in entries],
+        "µs": [text(entry["us"], 1) for entry in entries],
+        "TFLOP/s": [text(entry["tflops"], 1) for entry in entries],
+        "GB/s": [text(entry["gbs"], 0) for entry in entries],
+        "cuDNN µs": [text(entry["peers"].get("cudnn"), 1) for entry in entries],
+        "FA2 µs": [text(entry["peers"].get("fa2"), 1) for entry in entries],
+    }
+    over_cudnn, over_best = zip(*map(ratios, entries), strict=True)
+    means = {"case": "geometric mean"}
+    for title, values in (("vs cuDNN", over_cudnn), ("vs best", over_best)):
+        columns[title] = [text(value, 2) for value in values]
+        means[title] = text(geometric_mean(values), 2)
+    if entries[0]["group"] in _REFERENCE:
+        columns[_REFERENCE[entries[0]["group"]]] = [text(share(entry, entries), 2) for entry in entries]
+    columns["bar µs"] = [text(row and row.bar_us, 1) for row in map(_row, entries)]
+    return align(columns, means)
+
+
+def summary(entries: list[dict]) -> str:
+    """The geometric means over the rows of the targets, and the rows below cuDNN, the best peer or their bar."""
+    of_targets = [(entry, *ratios(entry)) for entry in entries if ratios(entry)[1] is not None]
     lines = []
-    for cells in (header, *body):
-        first, *others = zip(cells, widths, strict=True)
-        lines.append("  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]))
+    if of_targets:
+        _, over_cudnn, over_best = zip(*of_targets, strict=True)
+        lines.append(f"{len(of_targets)} rows of the targets: {geometric_mean(over_cudnn):.2f} times as fast as cuDNN, "
+                     f"{geometric_mean(over_best):.2f} times as fast as the best peer, in the geometric mean")
+        lines.append("of these slower than the best peer: " + _listed(
+            f"{entry['case']} ({best:.3f})" for entry, _, best in of_targets if best < 1))
+    over_cudnn = [(entry, ratios(entry)[0]) for entry in entries]
+    if any(ratio is not None for _, ratio in over_cudnn):
+        lines.append("slower than cuDNN: " + _listed(
+            f"{entry['case']} ({ratio:.3f})" for entry, ratio in over_cudnn if ratio is not None and ratio < 1))
+    misses = [miss for entry in entries for miss in _misses(entry, entries)]
+    if any(row is not None and (row.bar_us or row.bar_share) for row in map(_row, entries)):
+        lines.append("below their bar: " + _listed(misses))
     return "\n".join(lines)
 
 
-def _geometric_mean(values):
+def align(columns: dict[str, list[str]], last: dict[str, str] | None = None) -> str:
+    """Columns under their titles, the first to the left and the others to the right, and perhaps a last line."""
+    lines = [tuple(columns), *zip(*columns.values(), strict=True)]
+    if last is not None:
+        lines.append(tuple(last.get(title, "") for title in columns))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join([line[0].ljust(widths[0]),
+                                *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))])
+                     for line in lines)
+
+
+def geometric_mean(values) -> float | None:
+    """Of the values that are there; None of none."""
     present = [value for value in values if value]
     return math.exp(sum(map(math.log, present)) / len(present)) if present else None
 
 
-def _text(value, digits):
+def text(value: float | None, digits: int) -> str:
+    """A number for a column."""
     return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _misses(entry, entries):
+    """What the row asks and does not get."""
+    row = _row(entry)
+    if row is None:
+        return
+    if row.bar_us is not None and entry["us"] > row.bar_us:
+        yield f"{entry['case']} ({entry['us']:,.1f} µs for {row.bar_us:,.1f})"
+    got = share(entry, entries)
+    if got is not None and row.bar_share is not None and got < row.bar_share:
+        yield f"{entry['case']} ({got:.3f} {_REFERENCE[entry['group']]} for {row.bar_share:.2f})"
+
+
+def _row(entry):
+    return next((row for row in GROUPS[entry["group"]] if row.case == entry["case"]), None)
+
+
+def _listed(items):
+    return ", ".join(items) or "none"

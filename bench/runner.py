@@ -16,7 +16,9 @@ from fa3._reference_check import Formula, Packed, check_forward
 from . import timing
 from .peers import NAMES, peer_candidates
 
-CHECK_BUDGET = 2**31  # multiply-adds of float64 for each row's check
+# Each row's check: sequences and KV heads that are looked at, and multiply-adds of float64 spent on them. Between 0.2
+# and 0.7 s on two cores, so that a sweep of 84 rows waits for the GPU rather than for its checks.
+CHECK_SAMPLE, CHECK_BUDGET = 3, 2**28
 
 
 class WrongAnswerError(RuntimeError):
@@ -46,35 +48,44 @@ def current_commit() -> str:
     return answer.stdout.strip()
 
 
-def run_rows(rows, budget: timing.Budget, commit: str):
-    """Time `rows` one after another; yields (row, record), or (row, exception) for one that was not timed."""
-    torch = import_torch()
-    clock = timing.CudaClock(torch)
+def run_rows(rows, run_row):
+    """Run `rows` one after another; yields (row, record), or (row, exception) for one that was not timed.
+
+    Parameters
+    ----------
+    rows : list of Row
+    run_row : callable
+        From a row to its record, as `prepare` gives it.
+    """
     with Progress(rows[0].group) as progress:
         for done, row in enumerate(rows):
             progress(done, len(rows), row.case)
             try:
-                yield row, run_row(torch, clock, row, budget, commit)
+                yield row, run_row(row)
             except (NotImplementedError, WrongAnswerError) as error:
                 yield row, error
         progress(len(rows), len(rows))
 
 
-def run_row(torch, clock, row, budget: timing.Budget, commit: str) -> dict:
-    """Check and time one row; the result is a record of the results file."""
-    q, k, v, call = _problem(torch, row)
+def prepare(budget: timing.Budget, commit: str):
+    """What times a row beside its peers: a function from a row to its record."""
+    torch = import_torch()
+    clock = timing.CudaClock(torch)
+    return lambda row: _run_row(torch, clock, row, budget, commit)
+
+
+def _run_row(torch, clock, row, budget, commit):
+    q, k, v, call = problem(torch, row)
     out = call()
-    _check(row, q, k, v, out)
+    check(torch, row, q, k, v, out)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a peer that refuses a problem explains itself in several warnings
         peers = peer_candidates(row, q, k, v, out.view(*q.shape[:-1], -1))
     candidates = [timing.Candidate("fa3", call), *peers]
     if row.group == "overhead":
         times = timing.measure_host(candidates, clock)
-    elif timing.estimate_us(candidates[0], clock) < timing.SHORT_CALL_US:
-        times = timing.measure_graphs(candidates, clock, budget)
     else:
-        times = timing.measure_launches(candidates, clock, budget)
+        times = timing.measure(candidates, clock, budget)
     return record(row, times, torch.cuda.get_device_name(), commit)
 
 
@@ -89,50 +100,88 @@ def record(row, times: dict[str, float], device: str, commit: str) -> dict:
         "tflops": None if is_host else round(row.flops / us / 1e6, 2),
         "gbs": None if is_host else round(row.bytes_moved / us / 1e3, 1),
         "peers": {name: round(times[name], 3) if name in times else None for name in NAMES},
-        "device": device,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": commit,
+        **provenance(device, commit),
     }
 
 
-def _problem(torch, row):
-    """Dense q, k, v (those of a ragged row: packed, without batch axis) and the call of fa3 on them."""
+def provenance(device: str, commit: str) -> dict[str, str]:
+    """What every record ends with."""
+    return {"device": device, "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "commit": commit}
+
+
+def problem(torch, row, device="cuda"):
+    """Random q, k, v of a row, and the call of fa3 on them.
+
+    They are dense (batch, seqlen, heads, head_dim), or packed without a batch axis where lengths differ.
+    """
     import fa3
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}[row.dtype]
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
-    def normal(lengths, heads):
+    def normal(lengths, heads, head_dim):
         equal = len(set(lengths)) == 1
         shape = (len(lengths), lengths[0]) if equal else (sum(lengths),)
-        values = torch.randn(*shape, heads, row.head_dim, generator=generator, device="cuda")
+        values = torch.randn(*shape, heads, head_dim, generator=generator, device=device)
         return values.to(dtype)
 
-    q, k, v = normal(row.seqlens_q, row.num_heads), *(normal(row.seqlens_k, row.num_heads_kv) for _ in "kv")
+    q = normal(row.seqlens_q, row.num_heads, row.head_dim)
+    k, v = (normal(row.seqlens_k, row.num_heads_kv, head_dim) for head_dim in (row.head_dim, row.dim_v))
     options = {"causal": row.causal}
+    if row.window != (-1, -1):
+        options["window_size"] = row.window
     if row.dtype == "fp8":
         # the factors of the cases are 1, one for each sequence and head
         sizes = {"q_descale": row.num_heads, "k_descale": row.num_heads_kv, "v_descale": row.num_heads_kv}
-        options |= {name: torch.ones(len(row.seqlens_q), heads, device="cuda") for name, heads in sizes.items()}
+        options |= {name: torch.ones(len(row.seqlens_q), heads, device=device) for name, heads in sizes.items()}
     if not row.varlen:
         if row.case.endswith("out="):
             options["out"] = torch.empty_like(q)
         return q, k, v, lambda: fa3.flash_attn_func(q, k, v, **options)
     ragged = [x.view(-1, *x.shape[-2:]) for x in (q, k, v)]
-    cu_seqlens = [torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32, device="cuda")
+    cu_seqlens = [torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32, device=device)
                   for lengths in (row.seqlens_q, row.seqlens_k)]
     longest = max(row.seqlens_q), max(row.seqlens_k)
     return q, k, v, lambda: fa3.flash_attn_varlen_func(*ragged, *cu_seqlens, *longest, **options)
 
 
-def _check(row, q, k, v, out):
-    """Compare sampled rows with float64 on the host, and look through all for NaN."""
+def check(torch, row, q, k, v, out):
+    """Compare a sample with float64 on the host, and look through all of `out` for NaN and inf on the GPU.
+
+    Parameters
+    ----------
+    q, k, v : torch.Tensor
+        As `problem` gives them.
+    out : torch.Tensor
+        fa3's result.
+
+    Raises
+    ------
+    WrongAnswerError
+        When the result is not what the formula gives.
+    """
+    if not torch.isfinite(out).all():
+        raise WrongAnswerError("WRONG: not every value of out is finite")
     lens_q, lens_k = np.array(row.seqlens_q), np.array(row.seqlens_k)
+    out = out.view(*q.shape[:-1], row.dim_v)
+    if q.dim() == k.dim() == 4:
+        sequences, kv_heads = _sample(len(lens_q)), _sample(row.num_heads_kv)
+        ratio = row.num_heads // row.num_heads_kv
+        heads = [kv_head * ratio + i for kv_head in kv_heads for i in range(ratio)]
+        lens_q, lens_k = lens_q[sequences], lens_k[sequences]
+        q, out = (x[sequences][:, :, heads] for x in (q, out))
+        k, v = (x[sequences][:, :, kv_heads] for x in (k, v))
     packed = Packed(np.cumsum(lens_q) - lens_q, lens_q, np.cumsum(lens_k) - lens_k, lens_k)
     q, k, v, out = (_to_numpy(x) for x in (q, k, v, out))
     report = check_forward(out, None, q, k, v, packed, Formula(row.head_dim ** -0.5, row.masking), budget=CHECK_BUDGET)
     if not report.ok:
         raise WrongAnswerError(str(report))
+
+
+def _sample(count):
+    """The first index, the last, and a few between."""
+    between = np.random.default_rng(count).integers(count, size=CHECK_SAMPLE - 2)
+    return np.unique([0, count - 1, *between]).tolist()
 
 
 def _to_numpy(x):

@@ -1,18 +1,21 @@
 """The rows that are timed, by group, with the bars and peer ratios measured on one H200 on 2026-11-20.
 
-A row's `case` is how results name it; it never changes, so that figures can be compared over time.
+A row's `case` is how results name it; it never changes, so that figures can be compared over time. Rows with a
+`best_over_cudnn` are the targets; they come first in their group, and a pattern (``--rows``) picks them alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fa3._reference_check import Masking
 
-TOKENS, MODEL_DIM = 16384, 2048  # batch · seqlen and heads · head_dim of the forward, fp8 and backward rows
+TOKENS, MODEL_DIM = 16384, 2048  # batch · seqlen and heads · head_dim of all rows that fill the machine
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp8": 1}
+MASKS = ("full", "causal")
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,10 @@ class Row:
     ----------
     seqlens_q, seqlens_k : tuple of int
         One length for each sequence.
+    head_dim_v : int or None
+        None: head_dim.
+    window : tuple of int
+        As ``window_size`` of the call; -1 is no bound.
     varlen : bool
         Sequences one after another (cu_seqlens), as ``fa3 run`` has them; else a dense batch.
     best_over_cudnn : float or None
@@ -30,6 +37,8 @@ class Row:
         times cuDNN alone. None where no peer, or no cuDNN, was measured.
     bar_us : float or None
         The time that the project asks of this row on an H200, where it names one.
+    reference, bar_share : str, float or None
+        A row of the same group whose TFLOP/s this row's are a share of, and the share that the project asks.
     """
 
     group: str
@@ -40,60 +49,125 @@ class Row:
     num_heads: int
     num_heads_kv: int
     head_dim: int
+    head_dim_v: int | None = None
     causal: bool = False
+    window: tuple[int, int] = (-1, -1)
     varlen: bool = False
     best_over_cudnn: float | None = None
     bar_us: float | None = None
+    reference: str | None = None
+    bar_share: float | None = None
 
     @property
     def masking(self) -> Masking:
-        return Masking(causal=self.causal)
+        return Masking(self.causal, *self.window)
+
+    @property
+    def dim_v(self) -> int:
+        return self.head_dim if self.head_dim_v is None else self.head_dim_v
 
     @property
     def flops(self) -> int:
-        """Products over visible pairs: two in the forward, five in the backward."""
+        """Products over visible pairs: one over head_dim and one over head_dim_v, in the backward three and two."""
         pairs = sum(self.masking.visible_pairs(sq, sk)
                     for sq, sk in zip(self.seqlens_q, self.seqlens_k, strict=True))
-        forward = 4 * pairs * self.num_heads * self.head_dim
-        return forward * 5 // 2 if self.group == "backward" else forward
+        dims = 3 * self.head_dim + 2 * self.dim_v if self.group == "backward" else self.head_dim + self.dim_v
+        return 2 * pairs * self.num_heads * dims
 
     @property
     def bytes_moved(self) -> int:
         """q, k, v read once and out written once; the backward also reads out and dout and writes dq, dk, dv."""
         rows_q, rows_k = sum(self.seqlens_q) * self.num_heads, sum(self.seqlens_k) * self.num_heads_kv
-        item = ITEMSIZE[self.dtype]
+        item, dims = ITEMSIZE[self.dtype], self.head_dim + self.dim_v
         if self.group == "backward":
-            return (4 * rows_q + 4 * rows_k) * self.head_dim * item
-        return (rows_q * (item + 2) + 2 * rows_k * item) * self.head_dim
+            return 2 * (rows_q + rows_k) * dims * item
+        return rows_q * (self.head_dim * item + self.dim_v * 2) + rows_k * dims * item
 
 
-def _square(group, prefix, dtype, ratios):
-    """Rows of 16,384 tokens and model dim 2,048: for each head dim and seqlen a full and a causal one."""
-    rows = []
-    for (head_dim, seqlen), pair in ratios.items():
-        for mask, ratio in zip(("full", "causal"), pair, strict=True):
-            lengths = (seqlen,) * (TOKENS // seqlen)
-            heads = MODEL_DIM // head_dim
-            rows.append(Row(group, f"{prefix} d{head_dim} s{seqlen} {mask}", dtype, lengths, lengths, heads, heads,
-                            head_dim, causal=mask == "causal", best_over_cudnn=ratio))
-    return rows
+def _filling_row(group, prefix, dtype, dims, seqlen, mask, **more):
+    """A row of max(16,384, seqlen) tokens and model dim 2,048; `dims` is head_dim, or (head_dim, head_dim_v)."""
+    head_dim, head_dim_v = dims if isinstance(dims, tuple) else (dims, None)
+    lengths = (seqlen,) * max(TOKENS // seqlen, 1)
+    heads = max(1, MODEL_DIM // head_dim)
+    return Row(group, f"{prefix} {_dims_name(dims)} s{seqlen} {mask}", dtype, lengths, lengths, heads, heads, head_dim,
+               head_dim_v, causal=mask.endswith("causal"), **more)
 
 
-_FORWARD = _square("forward", "bf16", "bf16", {
+def _dims_name(dims):
+    return "d{}/{}".format(*dims) if isinstance(dims, tuple) else f"d{dims}"
+
+
+def _targets(group, prefix, dtype, ratios):
+    """For each head dim and seqlen a full and a causal row, and how much faster than cuDNN the best peer is."""
+    return [_filling_row(group, prefix, dtype, head_dim, seqlen, mask, best_over_cudnn=ratio)
+            for (head_dim, seqlen), pair in ratios.items() for mask, ratio in zip(MASKS, pair, strict=True)]
+
+
+_FORWARD = _targets("forward", "bf16", "bf16", {
     (64, 1024): (1.00, 1.00), (64, 4096): (1.12, 1.06), (64, 16384): (1.20, 1.16),
     (128, 1024): (1.01, 1.09), (128, 4096): (1.09, 1.13), (128, 16384): (1.12, 1.15),
     (256, 1024): (1.01, 1.03), (256, 4096): (1.11, 1.16), (256, 16384): (1.14, 1.13),
 })
-_FP8 = _square("fp8", "e4m3", "fp8", {
+_FP8 = _targets("fp8", "e4m3", "fp8", {
     (64, 4096): (1.11, 1.20), (64, 16384): (1.17, 1.16),
     (128, 4096): (1.00, 1.04), (128, 16384): (1.00, 1.04),
     (256, 4096): (1.10, 1.09), (256, 16384): (1.08, 1.17),
 })
-_BACKWARD = _square("backward", "bf16", "bf16", {
+_BACKWARD = _targets("backward", "bf16", "bf16", {
     (64, 1024): (1.21, 1.28), (64, 4096): (1.18, 1.25), (64, 16384): (1.20, 1.24),
     (128, 1024): (1.22, 1.16), (128, 4096): (1.14, 1.18), (128, 16384): (1.17, 1.17),
     (256, 1024): (1.22, 1.14), (256, 4096): (1.19, 1.22), (256, 16384): (1.28, 1.21),
 })
+
+
+def _other_dims_rows():
+    """Head dims beside the powers of two. Those that peers pad are held against the next multiple of 64."""
+    next_dim = {48: 64, 80: 128, 112: 128, 160: 192}
+    rows = []
+    for dims in (48, 80, 96, 112, 160, 192, (192, 128)):
+        for seqlen in (1024, 4096, 16384):
+            for mask in MASKS:
+                row = _filling_row("forward", "bf16", "bf16", dims, seqlen, mask)
+                if dims in next_dim:
+                    row = replace(row, reference=f"bf16 d{next_dim[dims]} s{seqlen} {mask}", bar_share=0.90)
+                rows.append(row)
+    bar = "bf16 d80 s4096 full"
+    return [replace(row, bar_us=row.flops / 560e6) if row.case == bar else row for row in rows]  # 560 TFLOP/s
+
+
+def _sweep_rows():
+    """TFLOP/s by length, of both dtypes: what the README's curves are drawn from."""
+    return [_filling_row("sweep", dtype, dtype, head_dim, seqlen, mask)
+            for dtype in ("bf16", "fp16") for head_dim in (64, 128, 256)
+            for seqlen in (512 << i for i in range(7)) for mask in MASKS]
+
+
+def _window_rows():
+    """A window of 1,024 keys, held against the full row, which has sixteen times the work to hide its costs in."""
+    rows = []
+    for head_dim in (64, 128, 256):
+        def row(mask, head_dim=head_dim, **more):
+            return _filling_row("window", "bf16", "bf16", head_dim, TOKENS, mask, **more)
+
+        full = row("full")
+        rows += [full, row("causal", reference=full.case),
+                 row("window1024 causal", window=(1024, 0), reference=full.case, bar_share=0.80)]
+    return rows
+
+
+def _short_rows():
+    """Many short sequences, grids of less than one wave, and few queries on many keys."""
+    def row(batch, heads, heads_kv, head_dim, seqlen_q, seqlen_k, mask):
+        lengths = f"s{seqlen_q}" if seqlen_q == seqlen_k else f"q{seqlen_q} k{seqlen_k}"
+        shared = "" if heads == heads_kv else f"/{heads_kv}"
+        return Row("short", f"bf16 b{batch} {lengths} h{heads}{shared} d{head_dim} {mask}", "bf16",
+                   (seqlen_q,) * batch, (seqlen_k,) * batch, heads, heads_kv, head_dim, causal=mask == "causal")
+
+    batches = ((84, 64, 16), (32, 128, 16), (16, 512, 16), (1, 2048, 16), (1, 512, 8), (4, 4096, 4))
+    rows = [row(batch, heads, heads, head_dim, seqlen, seqlen, mask)
+            for batch, seqlen, heads in batches for head_dim in (80, 128) for mask in MASKS]
+    return rows + [row(1, heads, heads_kv, 128, seqlen_q, 4096, mask)
+                   for heads, heads_kv in ((32, 4), (64, 8)) for seqlen_q in (1, 4, 16, 64) for mask in MASKS]
 
 
 def _seed_rows():
@@ -135,15 +209,19 @@ def _overhead_rows():
 
 
 GROUPS: dict[str, list[Row]] = {
-    "forward": _FORWARD,
+    "forward": _FORWARD + _other_dims_rows(),
+    "sweep": _sweep_rows(),
+    "window": _window_rows(),
+    "short": _short_rows(),
+    "seed": _seed_rows(),
+    "overhead": _overhead_rows(),
     "fp8": _FP8,
     "backward": _BACKWARD,
-    "seed": _seed_rows(),
     "decode": _decode_rows(),
-    "overhead": _overhead_rows(),
 }
-# What `python -m bench` can time today; the other groups wait for the kernels that they time.
-BUILT = ("forward", "seed", "overhead")
+# What is timed beside peers. The other groups wait for the kernels that they time.
+TIMED = ("forward", "sweep", "window", "short", "seed", "overhead")
+BUILT = TIMED
 
 
 def rows(group: str, pattern: str = "") -> list[Row]:
@@ -154,8 +232,6 @@ def rows(group: str, pattern: str = "") -> list[Row]:
     ValueError
         For a group that cannot be timed, naming those that can.
     """
-    import re
-
     if group not in BUILT:
         state = "is not built yet" if group in GROUPS else "is unknown"
         raise ValueError(f"group {group!r} {state}; there are: {', '.join(BUILT)}")

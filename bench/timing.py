@@ -42,6 +42,8 @@ class Budget:
     rounds: int = 3
 
 
+# Two rounds are enough for a curve, and keep 84 rows of three candidates at a minute of launches.
+SWEEP = Budget(rounds=2)
 QUICK = Budget(warmup_ms=5.0, launch_ms=20.0, rounds=1)
 
 
@@ -90,6 +92,13 @@ def estimate_us(candidate: Candidate, clock, launches: int = 5) -> float:
         pairs = [_launch(candidate.call, clock) for _ in range(launches)]
         clock.synchronize()
     return 1e3 * statistics.median(clock.elapsed_ms(*pair) for pair in pairs)
+
+
+def measure(candidates, clock, budget: Budget = Budget()) -> dict[str, float]:
+    """Median µs of each candidate's device part, by name: as graphs where the first candidate's call is short."""
+    if estimate_us(candidates[0], clock) < SHORT_CALL_US:
+        return measure_graphs(candidates, clock, budget)
+    return measure_launches(candidates, clock, budget)
 
 
 def measure_launches(candidates, clock, budget: Budget = Budget(), progress=None) -> dict[str, float]:

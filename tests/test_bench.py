@@ -1,27 +1,34 @@
-"""The benchmark harness without a GPU: its rows, its statistics on a made-up clock, its files and plots."""
+"""The benchmark harness without a GPU: its rows, its statistics on a made-up clock, its checks."""
 
 import contextlib
-import json
+import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from bench_stand_ins import ROOT, FakeClock
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))  # bench is part of the checkout, not of the package; last, so that an installed fa3 is found
-
-from bench import __main__ as command  # noqa: E402
-from bench import report, runner, shapes, timing  # noqa: E402
+from bench import __main__ as command
+from bench import peers, records, runner, shapes, timing
 
 
-def _square_cases(prefix, seqlens):
+def _square_cases(prefix, seqlens, head_dims=(64, 128, 256)):
     return [f"{prefix} d{head_dim} s{seqlen} {mask}"
-            for head_dim in (64, 128, 256) for seqlen in seqlens for mask in ("full", "causal")]
+            for head_dim in head_dims for seqlen in seqlens for mask in ("full", "causal")]
 
 
 EXPECTED_CASES = {
-    "forward": _square_cases("bf16", (1024, 4096, 16384)),
+    "forward": _square_cases("bf16", (1024, 4096, 16384))
+    + _square_cases("bf16", (1024, 4096, 16384), (48, 80, 96, 112, 160, 192, "192/128")),
+    "sweep": [case for dtype in ("bf16", "fp16")
+              for case in _square_cases(dtype, (512, 1024, 2048, 4096, 8192, 16384, 32768))],
+    "window": [f"bf16 d{head_dim} s16384 {mask}"
+               for head_dim in (64, 128, 256) for mask in ("full", "causal", "window1024 causal")],
+    "short": [f"bf16 {sizes} {mask}" for sizes in (
+        "b84 s64 h16 d80", "b84 s64 h16 d128", "b32 s128 h16 d80", "b32 s128 h16 d128", "b16 s512 h16 d80",
+        "b16 s512 h16 d128", "b1 s2048 h16 d80", "b1 s2048 h16 d128", "b1 s512 h8 d80", "b1 s512 h8 d128",
+        "b4 s4096 h4 d80", "b4 s4096 h4 d128", *(f"b1 q{q} k4096 h{heads} d128" for heads in ("32/4", "64/8")
+                                                 for q in (1, 4, 16, 64))) for mask in ("full", "causal")],
     "fp8": _square_cases("e4m3", (4096, 16384)),
     "backward": _square_cases("bf16", (1024, 4096, 16384)),
     "seed": ["1 fp8 b3 s1680 h16 d80", "1r fp8 b3 s<=1680 h16 d80", "1h fp16 b3 s1680 h16 d80",
@@ -47,55 +54,64 @@ def test_rows_are_what_they_are_called():
     assert max(rows["1r fp8 b3 s<=1680 h16 d80"].seqlens_q) <= 1680
 
 
-@pytest.mark.parametrize(("case", "us", "tflops"), [
-    ("bf16 d64 s1024 full", 327.5, 420), ("bf16 d64 s1024 causal", 203.3, 338), ("bf16 d128 s16384 full", 3244.1, 678),
-    ("bf16 d256 s4096 causal", 431.5, 637),
+@pytest.mark.parametrize("group", ["forward", "sweep", "window", "short"])
+def test_names_tell_the_problem(group):
+    cases = [row.case for row in shapes.GROUPS[group]]
+    assert len(set(cases)) == len(cases)
+    for row in shapes.GROUPS[group]:
+        dtype, *words = row.case.split()
+        sizes = {found[1]: found[2].split("/") for word in words if (found := re.fullmatch(r"([a-z]+)([\d/]+)", word))}
+        head_dim, head_dim_v = int(sizes["d"][0]), int(sizes["d"][-1])
+        seqlen_q, seqlen_k = (int(sizes[name if name in sizes else "s"][0]) for name in "qk")
+        batch = int(sizes["b"][0]) if "b" in sizes else max(16384 // seqlen_k, 1)
+        heads = sizes.get("h", [max(1, 2048 // head_dim)])
+        assert (row.dtype, row.head_dim, row.dim_v) == (dtype, head_dim, head_dim_v)
+        assert (row.seqlens_q, row.seqlens_k) == ((seqlen_q,) * batch, (seqlen_k,) * batch)
+        assert (row.num_heads, row.num_heads_kv) == (int(heads[0]), int(heads[-1]))
+        assert row.causal == (words[-1] == "causal") and row.causal != (words[-1] == "full")
+        assert row.window == ((int(sizes["window"][0]), 0) if "window" in sizes else (-1, -1))
+
+
+@pytest.mark.parametrize(("group", "case", "us", "tflops"), [
+    ("forward", "bf16 d64 s1024 full", 327.5, 420), ("forward", "bf16 d64 s1024 causal", 203.3, 338),
+    ("forward", "bf16 d128 s16384 full", 3244.1, 678), ("forward", "bf16 d256 s4096 causal", 431.5, 637),
+    ("backward", "bf16 d128 s4096 full", 2411.9, 570), ("fp8", "e4m3 d64 s16384 causal", 1753.9, 627),
 ])
-def test_tflops_as_published_figures_count_them(case, us, tflops):
-    row = next(row for row in shapes.GROUPS["forward"] if row.case == case)
+def test_tflops_as_published_figures_count_them(group, case, us, tflops):
+    row = next(row for row in shapes.GROUPS[group] if row.case == case)
     assert row.flops / us / 1e6 == pytest.approx(tflops, abs=0.7)
+
+
+def test_flops_and_bytes_of_two_head_dims_and_a_window():
+    row = shapes.Row("window", "", "bf16", (7,), (9,), 6, 2, 24, 16, causal=True, window=(3, 0))
+    pairs = sum(query + 2 - 3 <= key <= query + 2 for query in range(7) for key in range(9))
+    assert row.flops == 6 * pairs * (2 * 24 + 2 * 16)
+    assert row.bytes_moved == 2 * (7 * 6 * (24 + 16) + 9 * 2 * (24 + 16))
 
 
 @pytest.mark.parametrize("group", ["fp8", "backward", "decode", "sideward"])
 def test_a_group_that_is_not_built_says_which_are(group):
-    with pytest.raises(ValueError, match="there are: forward, seed, overhead"):
+    with pytest.raises(ValueError, match="there are: forward, sweep, window, short, seed, overhead"):
         shapes.rows(group)
 
 
 def test_rows_by_pattern():
     assert [row.case for row in shapes.rows("seed", "^3 ")] == ["3 fp16 b1 s1285 h16/2 d80 causal"]
+    targets = [row for row in shapes.GROUPS["forward"] if row.best_over_cudnn is not None]
+    assert len(targets) == 18 and targets == shapes.rows("forward", "^bf16 d(64|128|256) ")
 
 
-class FakeClock:
-    """A machine on which everything takes the time it says, and one launch in ten is disturbed."""
-
-    clear_ms = 0.05
-
-    def __init__(self):
-        self.now = 0.0
-        self.launches = 0
-
-    def clear_cache(self):
-        self.now += self.clear_ms
-
-    def work(self, ms):
-        self.launches += 1
-        self.now += ms * (5 if self.launches % 10 == 0 else 1)
-
-    def record(self):
-        return self.now
-
-    def elapsed_ms(self, start, end):
-        return end - start
-
-    def synchronize(self):
-        pass
-
-    def host_seconds(self):
-        return self.now / 1e3
-
-    def capture(self, work):
-        return work
+def test_padded_head_dims_are_held_against_the_next_multiple_of_64():
+    rows = {row.case: row for row in shapes.GROUPS["forward"]}
+    held = [row for row in rows.values() if row.reference is not None]
+    assert {row.head_dim for row in held} == {48, 80, 112, 160}
+    for row in held:
+        reference = rows[row.reference]
+        assert reference.head_dim == reference.dim_v == (row.head_dim // 64 + 1) * 64
+        assert (reference.seqlens_q, reference.causal, row.bar_share) == (row.seqlens_q, row.causal, 0.9)
+    row = rows["bf16 d80 s4096 full"]
+    assert row.flops / row.bar_us / 1e6 == pytest.approx(560)
+    assert [row.case for row in rows.values() if row.bar_us] == ["bf16 d80 s4096 full"]
 
 
 def _candidates(clock, **ms):
@@ -144,66 +160,67 @@ def test_each_candidate_runs_in_its_context():
     assert all(inside) and not entered
 
 
-def _records(group, device="Imaginary GPU"):
-    """Made-up figures: they live in a test's temporary folder only."""
-    return [runner.record(row, {"fa3": 10.0 + at} if row.dtype == "fp8" else
-                          {"fa3": 10.0 + at, "cudnn": 12.0 + at, "fa2": 20.0 + at}, device, "0123abcd")
-            for at, row in enumerate(shapes.GROUPS[group])]
+def test_a_short_call_is_measured_as_a_graph():
+    clock = FakeClock()
+    captured = []
+    clock.capture = lambda work, capture=clock.capture: captured.append(work) or capture(work)
+    timing.measure(_candidates(clock, fa3=0.2, cudnn=0.05), clock, timing.QUICK)
+    assert not captured
+    timing.measure(_candidates(clock, fa3=0.05, cudnn=0.2), clock, timing.QUICK)
+    assert len(captured) == 3  # the clearings, and each candidate
 
 
-@pytest.mark.parametrize("group", shapes.BUILT)
-def test_results_file(group, tmp_path):
-    path = report.save(tmp_path, _records(group))
-    assert path.name == f"imaginary-gpu-{group}.json"
-    entries = json.loads(path.read_text())
-    assert [entry["case"] for entry in entries] == [row.case for row in shapes.GROUPS[group]]
-    for entry in entries:
-        assert list(entry) == ["group", "case", "us", "tflops", "gbs", "peers", "device", "date", "commit"]
-        assert set(entry["peers"]) == {"cudnn", "fa2"}
-        assert entry["group"] == group and entry["us"] > 0
-        assert len(entry["date"]) == 10
-        assert (entry["tflops"] is None) == (group == "overhead")
-    assert report.load(path) == entries
+SMALL = shapes.Row("short", "small", "bf16", (37,) * 5, (37,) * 5, 8, 4, 32, 16, causal=True, window=(5, 0))
+RAGGED = shapes.Row("seed", "ragged", "fp16", (3, 0, 20), (3, 7, 20), 4, 2, 16, causal=True, varlen=True)
 
 
-def test_a_part_of_the_rows_leaves_the_others(tmp_path):
-    records = _records("seed")
-    report.save(tmp_path, records)
-    changed = {**records[2], "us": 1.5}
-    entries = report.load(report.save(tmp_path, [changed]))
-    assert entries == [*records[:2], changed, *records[3:]]
+@pytest.mark.parametrize("row", [SMALL, RAGGED], ids=["dense", "ragged"])
+@pytest.mark.parametrize("wrong", [None, 0.1, float("nan")])
+def test_the_check_finds_what_is_wrong(row, wrong):
+    torch = pytest.importorskip("torch")
+    q, k, v, call = runner.problem(torch, row, "cpu")
+    assert v.shape[-1] == row.dim_v and k.shape[-2] == row.num_heads_kv
+    out = call()
+    if wrong is None:
+        runner.check(torch, row, q, k, v, out)
+        return
+    out.view(-1, row.dim_v)[-1, -1] += wrong  # the last head of the last query
+    with pytest.raises(runner.WrongAnswerError, match=r"^WRONG: "):
+        runner.check(torch, row, q, k, v, out)
 
 
-def test_load_refuses_other_fields(tmp_path):
-    path = tmp_path / "x.json"
-    path.write_text('[{"case": "a"}]')
-    with pytest.raises(ValueError, match="an entry has the fields"):
-        report.load(path)
+def test_the_check_looks_for_nan_where_it_takes_no_sample():
+    torch = pytest.importorskip("torch")
+    q, k, v, call = runner.problem(torch, SMALL, "cpu")
+    out = call()
+    looked_at = runner._sample(5)
+    assert looked_at[0] == 0 and looked_at[-1] == 4
+    [unseen, *_] = {0, 1, 2, 3, 4} - set(looked_at)
+    out[unseen, 3, 1, 0] = float("inf")
+    with pytest.raises(runner.WrongAnswerError, match="not every value of out is finite"):
+        runner.check(torch, SMALL, q, k, v, out)
 
 
-def test_ratios_and_table():
-    entry = next(e for e in _records("forward") if e["case"] == "bf16 d64 s4096 full")
-    over_cudnn, over_best = report.ratios(entry)
-    assert over_cudnn == pytest.approx(entry["peers"]["cudnn"] / entry["us"])
-    assert over_best == pytest.approx(over_cudnn / 1.12)
-    lines = report.table(_records("forward")).splitlines()
-    assert len(lines) == 1 + 18 + 1 and lines[-1].startswith("geometric mean")
-    assert len({len(line) for line in lines}) == 1
+def test_peers_take_no_window_and_only_what_they_compute_alike(capsys):
+    torch = pytest.importorskip("torch")
+    row = shapes.Row("short", "plain", "bf16", (16,) * 2, (16,) * 2, 4, 4, 32)
+    q, k, v, call = runner.problem(torch, row, "cpu")
+    out = call()
+    assert [peer.name for peer in peers.peer_candidates(row, q, k, v, out)] == ["fa2"]  # PyTorch has one for the CPU
+    assert peers.peer_candidates(row, q, k, v, out + 1) == []
+    assert "plain: fa2 is left out" in capsys.readouterr().err
+    windowed = shapes.Row("short", "windowed", "bf16", (16,) * 2, (16,) * 2, 4, 4, 32, window=(15, 15))
+    assert peers.peer_candidates(windowed, q, k, v, out) == []
 
 
-@pytest.mark.parametrize("group", shapes.BUILT)
-def test_plot(group, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    report.save(tmp_path, _records(group))
-    assert command.main(["plot", "--output", str(tmp_path)]) == 0
-    target = tmp_path / f"imaginary-gpu-{group}.png"
-    assert str(target) in capsys.readouterr().out
-    assert target.read_bytes().startswith(b"\x89PNG")
-
-
-def test_plot_of_nothing(tmp_path, capsys):
-    assert command.main(["plot", "--output", str(tmp_path)]) == 2
-    assert "no results there" in capsys.readouterr().err
+def test_the_sweep_ends_within_five_minutes():
+    """What its budget asks of the GPU, were all three as slow as 400 TFLOP/s; checks and cuDNN's set-up come on top."""
+    seconds = 0.0
+    for row in shapes.GROUPS["sweep"]:
+        launch = row.flops / 400e12 + 60e-6  # with the clearing
+        seconds += 3 * timing.SWEEP.rounds * (6 * launch + sum(
+            max(launch, ms / 1e3) for ms in (timing.SWEEP.warmup_ms, timing.SWEEP.launch_ms)))
+    assert seconds < 120
 
 
 def test_commit_from_the_environment(monkeypatch):
@@ -231,5 +248,5 @@ def test_without_a_gpu_one_line_says_so():
 def test_a_row_on_the_gpu(tmp_path):
     assert command.main(["seed", "--quick", "--rows", "^2h ", "--output", str(tmp_path), "--commit", "test"]) == 0
     [path] = tmp_path.glob("*.json")
-    [entry] = report.load(path)
+    [entry] = records.load(path)
     assert entry["us"] > 0 and entry["peers"]["fa2"] > 0
