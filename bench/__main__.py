@@ -7,10 +7,10 @@ import re
 import sys
 from pathlib import Path
 
-from . import records, report, runner, shapes, timing
+from . import counters, records, report, runner, shapes, tiles, timing
 
 RESULTS = Path(__file__).parent / "results"
-_BUDGETS = {"sweep": timing.SWEEP}
+_BUDGETS = {"sweep": timing.SWEEP, "tiles": timing.TILES}
 
 
 def main(argv=None) -> int:
@@ -29,7 +29,8 @@ def bench(args) -> int:
     if not rows:
         raise ValueError(f"--rows {args.rows!r}: no row of {args.group} matches")
     budget = timing.QUICK if args.quick else _BUDGETS.get(args.group, timing.Budget())
-    run_row = runner.prepare(budget, args.commit or runner.current_commit())
+    prepare = {"tiles": tiles.prepare, "counters": counters.prepare}.get(args.group, runner.prepare)
+    run_row = prepare(budget, args.commit or runner.current_commit())
     results, wrong, path = [], False, None
     for row, outcome in runner.run_rows(rows, run_row):
         if isinstance(outcome, Exception):
@@ -72,7 +73,8 @@ def _recorded(folder):
 
 def _described(entries):
     """The table of a group, and below it what stands out."""
-    return f"{report.table(entries)}\n{report.summary(entries)}".rstrip()
+    module = {"tiles": tiles, "counters": counters}.get(entries[0]["group"], report)
+    return f"{module.table(entries)}\n{module.summary(entries)}".rstrip()
 
 
 def _draw(path):

@@ -10,7 +10,10 @@ from pathlib import Path
 from .shapes import GROUPS
 
 _TIMED = ("group", "case", "us", "tflops", "gbs", "peers", "device", "date", "commit")
-_FIELDS: dict[str, tuple[str, ...]] = {}
+_FIELDS = {
+    "tiles": ("group", "case", "plan", "times", "loss", "device", "date", "commit"),
+    "counters": ("group", "case", "kernel", "figures", "stalls", "device", "date", "commit"),
+}
 # How a CSV column is called that holds one value of a field with several.
 _COLUMN = {"peers": "{}_us", "times": "{}_us", "figures": "{}", "stalls": "stall_{}"}
 

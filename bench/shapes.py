@@ -170,6 +170,28 @@ def _short_rows():
                    for heads, heads_kv in ((32, 4), (64, 8)) for seqlen_q in (1, 4, 16, 64) for mask in MASKS]
 
 
+def _tile_rows():
+    """What the plan's constants are fitted to: grids that fill the machine many times over, and small ones."""
+    def row(batch, seqlen, heads, head_dim, mask):
+        lengths = (seqlen,) * batch
+        return Row("tiles", f"bf16 d{head_dim} b{batch} s{seqlen} h{heads} {mask}", "bf16", lengths, lengths, heads,
+                   heads, head_dim, causal=mask == "causal")
+
+    rows = []
+    for head_dim in (64, 80, 128, 192, 256):
+        rows += [row(TOKENS // seqlen, seqlen, MODEL_DIM // head_dim, head_dim, mask)
+                 for seqlen in (64 << i for i in range(9)) for mask in MASKS]
+        rows += [row(1, seqlen, 8, head_dim, mask) for seqlen in (512 << i for i in range(5)) for mask in MASKS]
+    return rows
+
+
+def _counter_rows():
+    """The leading rows of the forward, for Nsight Compute."""
+    leading = re.compile(r"d(64|128|256) s(4096|16384) |d80 s4096 ")
+    return [replace(row, group="counters", reference=None, bar_us=None, best_over_cudnn=None, bar_share=None)
+            for row in _FORWARD + _other_dims_rows() if leading.search(row.case)]
+
+
 def _seed_rows():
     """The cases that must always run: small, of odd head dims, of unequal lengths."""
     case_1r = tuple(int(n) for n in np.random.default_rng(0).integers(1, 1681, size=3))
@@ -215,13 +237,15 @@ GROUPS: dict[str, list[Row]] = {
     "short": _short_rows(),
     "seed": _seed_rows(),
     "overhead": _overhead_rows(),
+    "tiles": _tile_rows(),
+    "counters": _counter_rows(),
     "fp8": _FP8,
     "backward": _BACKWARD,
     "decode": _decode_rows(),
 }
-# What is timed beside peers. The other groups wait for the kernels that they time.
+# What is timed beside peers, and what looks into fa3 alone. The other groups wait for the kernels that they time.
 TIMED = ("forward", "sweep", "window", "short", "seed", "overhead")
-BUILT = TIMED
+BUILT = (*TIMED, "tiles", "counters")
 
 
 def rows(group: str, pattern: str = "") -> list[Row]:

@@ -44,6 +44,8 @@ class Budget:
 
 # Two rounds are enough for a curve, and keep 84 rows of three candidates at a minute of launches.
 SWEEP = Budget(rounds=2)
+# Variants of one kernel differ by more than a short burst does from a long one, and 140 rows are many.
+TILES = Budget(warmup_ms=5.0, launch_ms=20.0, rounds=2)
 QUICK = Budget(warmup_ms=5.0, launch_ms=20.0, rounds=1)
 
 

@@ -54,7 +54,7 @@ def test_rows_are_what_they_are_called():
     assert max(rows["1r fp8 b3 s<=1680 h16 d80"].seqlens_q) <= 1680
 
 
-@pytest.mark.parametrize("group", ["forward", "sweep", "window", "short"])
+@pytest.mark.parametrize("group", ["forward", "sweep", "window", "short", "tiles", "counters"])
 def test_names_tell_the_problem(group):
     cases = [row.case for row in shapes.GROUPS[group]]
     assert len(set(cases)) == len(cases)
@@ -91,7 +91,7 @@ def test_flops_and_bytes_of_two_head_dims_and_a_window():
 
 @pytest.mark.parametrize("group", ["fp8", "backward", "decode", "sideward"])
 def test_a_group_that_is_not_built_says_which_are(group):
-    with pytest.raises(ValueError, match="there are: forward, sweep, window, short, seed, overhead"):
+    with pytest.raises(ValueError, match="there are: forward, sweep, window, short, seed, overhead, tiles, counters"):
         shapes.rows(group)
 
 
