@@ -130,7 +130,7 @@ class Profiler:
 def refused_metrics(said: str, metrics: list[str]) -> set[str]:
     """Those of `metrics` that ncu says it cannot find; it quotes them as regular expressions."""
     complaints = "\n".join(line.replace("\\", "") for line in said.splitlines() if "Failed to find metric" in line)
-    return {metric for metric in metrics if re.search(rf"(?<!\w){metric.partition('.')[0]}(?!\w)", complaints)}
+    return {metric for metric in metrics if re.search(rf"{metric.partition('.')[0]}(?!\w)", complaints)}
 
 
 def complaint(said: str) -> str:

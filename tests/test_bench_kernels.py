@@ -9,7 +9,7 @@ import pytest
 from bench_stand_ins import FakeClock, made_up_records
 
 from bench import __main__ as command
-from bench import counters, plot, records, runner, shapes, tiles, timing
+from bench import counters, one_call, plot, records, runner, shapes, tiles, timing
 
 
 class FakeCore:
@@ -260,6 +260,15 @@ def test_profiling_one_launch_of_the_kernel(fake_ncu, capsys):
                      f'"--launch-skip", "{counters.WARMUP_CALLS}"', '"--print-units", "base"',
                      f'"-m", "bench.one_call", "counters", "{COUNTED.case}", "{counters.WARMUP_CALLS + 1}"]'):
         assert expected in arguments
+
+
+def test_what_is_profiled_calls_fa3_on_the_row_and_waits(monkeypatch):
+    events = []
+    torch = types.SimpleNamespace(cuda=types.SimpleNamespace(synchronize=lambda: events.append("wait")))
+    monkeypatch.setattr(one_call, "import_torch", lambda: torch)
+    monkeypatch.setattr(one_call, "problem", lambda _, row: (None, None, None, lambda: events.append(row.case)))
+    one_call.main("counters", COUNTED.case, "2")
+    assert events == [COUNTED.case, COUNTED.case, "wait"]
 
 
 @pytest.mark.parametrize("lists", [True, False], ids=["listed", "not listed"])
