@@ -1,4 +1,7 @@
-"""``python -m bench GROUP`` runs a group of rows; ``report`` and ``plot`` show what was recorded."""
+"""``python -m bench GROUP`` runs a group of rows; ``report`` and ``plot`` show what was recorded.
+
+The modules are imported where they are needed, within `main`, so that an fa3 that cannot be imported is one line too.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from . import counters, records, report, runner, shapes, tiles, timing
-
 RESULTS = Path(__file__).parent / "results"
-_BUDGETS = {"sweep": timing.SWEEP, "tiles": timing.TILES}
 
 
 def main(argv=None) -> int:
@@ -25,10 +25,13 @@ def main(argv=None) -> int:
 
 def bench(args) -> int:
     """Run one group, write its results, print and draw them."""
+    from . import counters, records, runner, shapes, tiles, timing
+
     rows = shapes.rows(args.group, args.rows)
     if not rows:
         raise ValueError(f"--rows {args.rows!r}: no row of {args.group} matches")
-    budget = timing.QUICK if args.quick else _BUDGETS.get(args.group, timing.Budget())
+    budgets = {"sweep": timing.SWEEP, "tiles": timing.TILES}
+    budget = timing.QUICK if args.quick else budgets.get(args.group, timing.Budget())
     prepare = {"tiles": tiles.prepare, "counters": counters.prepare}.get(args.group, runner.prepare)
     run_row = prepare(budget, args.commit or runner.current_commit())
     results, wrong, path = [], False, None
@@ -48,6 +51,8 @@ def bench(args) -> int:
 
 def show(args) -> int:
     """Print every results file of the folder, and write it as CSV beside it."""
+    from . import records
+
     for path in _recorded(args.output):
         entries = records.load(path)
         print(f"{path}\n{_described(entries)}\n{records.write_csv(path, entries)}\n")
@@ -73,6 +78,8 @@ def _recorded(folder):
 
 def _described(entries):
     """The table of a group, and below it what stands out."""
+    from . import counters, report, tiles
+
     module = {"tiles": tiles, "counters": counters}.get(entries[0]["group"], report)
     return f"{module.table(entries)}\n{module.summary(entries)}".rstrip()
 
@@ -90,7 +97,8 @@ def _draw(path):
 
 def _parser():
     parser = argparse.ArgumentParser(prog="python -m bench", description="Time fa3 beside cuDNN and FlashAttention-2.")
-    parser.add_argument("group", help=f"{', '.join(shapes.BUILT)}; or report or plot, to show what is recorded")
+    parser.add_argument("group", help="forward, sweep, window, short, seed, overhead, tiles or counters; "
+                                      "or report or plot, to show what is recorded")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="folder of the results")
     parser.add_argument("--rows", default="", metavar="REGEX", help="only the rows whose name matches")
     parser.add_argument("--quick", action="store_true", help="a short look: one round, 20 ms of launches")

@@ -244,6 +244,19 @@ def test_without_a_gpu_one_line_says_so():
     assert done.stderr.startswith("bench: ") and done.stderr.count("\n") == 1
 
 
+def test_without_fa3_one_line_says_so():
+    code = "import sys; sys.modules['fa3'] = None; import runpy; runpy.run_module('bench', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, "report"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("bench: ") and "fa3" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_help_names_every_group(capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        command.main(["--help"])
+    assert ", ".join(shapes.BUILT).replace(", counters", " or counters") in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.skipif(not _has_gpu(), reason="no CUDA GPU with PyTorch here")
 def test_a_row_on_the_gpu(tmp_path):
     assert command.main(["seed", "--quick", "--rows", "^2h ", "--output", str(tmp_path), "--commit", "test"]) == 0
