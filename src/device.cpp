@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdio>
 
 #include "status.h"
@@ -29,14 +30,39 @@ DeviceScope::~DeviceScope() {
   if (previous_ >= 0) cudaSetDevice(previous_);
 }
 
-fa3_status hopper_sms(int device, int& num_sms) {
-  int major = 0, minor = 0;
+namespace {
+
+struct Abilities {
+  int16_t major, minor;  // compute capability
+  int32_t num_sms;       // 0: not asked yet
+};
+
+/// What a device can do never changes, and every call wants to know: CUDA is asked once.
+fa3_status abilities_of(int device, Abilities& abilities) {
+  constexpr int kRemembered = 64;                    // devices; those past it are asked about each time
+  static std::atomic<Abilities> known[kRemembered];  // every thread that asks stores the same
+  static_assert(std::atomic<Abilities>::is_always_lock_free);
+  const bool remembered = device >= 0 && device < kRemembered;
+  abilities = remembered ? known[device].load(std::memory_order_relaxed) : Abilities{};
+  if (abilities.num_sms) return FA3_OK;
+  int major = 0, minor = 0, num_sms = 0;
   FA3_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   FA3_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  if (major != 9 || minor != 0)
-    return fail(FA3_ERROR_DEVICE, "device: cuda:%d has compute capability %d.%d, but fa3's kernels need 9.0 (Hopper)",
-                device, major, minor);
   FA3_CUDA(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
+  abilities = {static_cast<int16_t>(major), static_cast<int16_t>(minor), num_sms};
+  if (remembered) known[device].store(abilities, std::memory_order_relaxed);
+  return FA3_OK;
+}
+
+}  // namespace
+
+fa3_status hopper_sms(int device, int& num_sms) {
+  Abilities abilities;
+  if (auto status = abilities_of(device, abilities)) return status;
+  if (abilities.major != 9 || abilities.minor != 0)
+    return fail(FA3_ERROR_DEVICE, "device: cuda:%d has compute capability %d.%d, but fa3's kernels need 9.0 (Hopper)",
+                device, abilities.major, abilities.minor);
+  num_sms = abilities.num_sms;
   return FA3_OK;
 }
 
