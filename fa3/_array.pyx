@@ -21,9 +21,6 @@ from fa3 import _describe, _dtypes, _frameworks, _stream
 from fa3 import _view as _views
 from fa3._errors import raise_status
 
-cdef extern from "Python.h":
-    object PyObject_CallFunctionObjArgs(object callable, ...)
-
 cdef enum:
     MAX_NDIM = 8
 
@@ -41,11 +38,8 @@ def stream_wait(uintptr_t waiting, uintptr_t signalling, int device):
 @cython.final
 cdef class Output:
     """An array for a result: `view` is to be written, `array()` is for the caller once that is enqueued."""
-    cdef readonly ArrayView view
-    cdef object _array
-    cdef object _finish
 
-    def array(self):
+    cpdef object array(self):
         if self._finish is not None:
             finish, self._finish = self._finish, None
             self._array = finish(self._array)
@@ -86,24 +80,12 @@ cdef class Border:
     held : list or None
         Views that must outlive the GPU's work (JAX), not only the call.
     """
-    cdef readonly ArrayView view
-    cdef readonly str name
-    cdef readonly int device_type
-    cdef readonly int device_id
-    cdef readonly uintptr_t stream
-    cdef readonly bint stream_given
-    cdef readonly str framework
-    cdef readonly bint retyped
-    cdef readonly list held
-    cdef Kind kind
-    cdef object like
-    cdef object asked          # the stream= that was given
-    cdef bint placed           # the device is known
-    cdef bint opened           # the stream is known
-    cdef uintptr_t native      # the stream that the framework's C allocator allocates for
-    cdef uintptr_t followed    # the last stream that ours was ordered behind; ours, to begin with
 
     def __init__(self, array, str name, stream=None, dtype=None):
+        self.begin(array, name, stream, dtype)
+
+    cdef int begin(self, array, str name, stream, dtype) except -1:
+        """What `border_of` and ``__init__`` have to do."""
         self.name = name
         self.kind = kind_of(type(array))
         self.framework = self.kind.framework
@@ -117,10 +99,11 @@ cdef class Border:
             found = self.view.dtype
             self.view.dtype = _dtypes.retyped(found, dtype, name)
             self.retyped = self.view.dtype != found
-        if self.framework == "jax" and self.device_type == DL_CUDA:
+        if self.kind.jax and self.device_type == DL_CUDA:
             self.held = [self.view]
+        return 0
 
-    def take(self, array, str name, dtype=None, bint writable=False, bint same_device=True):
+    cpdef ArrayView take(self, array, str name, dtype=None, bint writable=False, bint same_device=True):
         """A view of a later argument.
 
         Parameters
@@ -148,7 +131,7 @@ cdef class Border:
             self.held.append(view)
         return view
 
-    def wrap(self, array, str name):
+    cpdef Output wrap(self, array, str name):
         """An `Output` that is the caller's own array."""
         cdef Output output = Output.__new__(Output)
         output.view = self.take(array, name, None, True)
@@ -159,17 +142,29 @@ cdef class Border:
 
     def empty(self, shape, dtype):
         """An `Output` in a new array: of the caller's framework, on its device, C-contiguous."""
+        cdef int64_t[MAX_NDIM] c_shape
+        cdef int ndim = 0
+        if len(shape) > MAX_NDIM:
+            raise ValueError(f"out: {len(shape)} dimensions, but no array has more than {MAX_NDIM}")
+        for extent in shape:
+            c_shape[ndim] = extent
+            ndim += 1
+        return self.make(ndim, c_shape, _dtypes.name_of(dtype))
+
+    cdef Output make(self, int ndim, const int64_t *shape, str dtype):
+        """`empty` with a shape in C."""
         cdef Output output = Output.__new__(Output)
-        cdef str wanted = <str>dtype if type(dtype) is str else _dtypes.name_of(dtype)
+        cdef int i
         if self.kind.exchange != NULL and (self.stream == self.native or not self.kind.torch):
-            self.allocate(output, shape, wanted)
+            self.allocate(output, ndim, shape, dtype)
             if self.stream != self.native:
                 # The memory's last user may still be at it.
                 stream_wait(self.stream, self.native, self.device_id)
         else:
-            output._array, output._finish = _frameworks.empty(self, shape, wanted, self.like)
+            output._array, output._finish = _frameworks.empty(
+                self, tuple([shape[i] for i in range(ndim)]), dtype, self.like)
             output.view = self.read(output._array, "out", True)
-            output.view.dtype = wanted
+            output.view.dtype = dtype
             output.view.readonly = False  # JAX's arrays are, for all but us
         if self.held is not None:
             self.held.append(output.view)
@@ -180,21 +175,14 @@ cdef class Border:
         if self.device_type == DL_CUDA and waiting != self.stream:
             stream_wait(waiting, self.stream, self.device_id)
 
-    cdef int allocate(self, Output output, shape, str dtype) except -1:
+    cdef int allocate(self, Output output, int ndim, const int64_t *shape, str dtype) except -1:
         """A new array by the framework's C allocator."""
         cdef DLTensor prototype
         cdef DLManagedTensorVersioned *managed = NULL
-        cdef int64_t[MAX_NDIM] c_shape
         cdef void *made = NULL
-        cdef int i = 0
-        if len(shape) > MAX_NDIM:
-            raise ValueError(f"out: {len(shape)} dimensions, but no array has more than {MAX_NDIM}")
-        for extent in shape:
-            c_shape[i] = extent
-            i += 1
         prototype.data = NULL
-        prototype.ndim = i
-        prototype.shape = c_shape
+        prototype.ndim = ndim
+        prototype.shape = <int64_t *>shape
         prototype.strides = NULL
         prototype.byte_offset = 0
         prototype.device.device_type = self.device_type
@@ -223,7 +211,7 @@ cdef class Border:
 
     cdef ArrayView read(self, array, str name, bint same_device):
         """A view of any array, with our stream behind its producer."""
-        cdef Kind kind = kind_of(type(array))
+        cdef Kind kind = self.kind if type(array) is self.kind.kind else kind_of(type(array))
         cdef ArrayView view
         cdef void *handle = NULL
         if kind.refusal is not None:
@@ -233,9 +221,6 @@ cdef class Border:
             self.place(view.device_type, view.device_id, name, same_device)
         elif kind.route == EXCHANGE:
             view = read_exchange(kind, array, name)
-            # Called in this way, at half the price that Cython pays for a method call in the limited API.
-            if kind.is_neg is not None and PyObject_CallFunctionObjArgs(kind.is_neg, <void *>array, NULL):
-                raise TypeError(f"{name}: this torch.Tensor stands for its negative; use resolve_neg() first")
             if self.place(view.device_type, view.device_id, name, same_device):
                 if kind.exchange.current_work_stream(DL_CUDA, view.device_id, &handle) != 0:
                     refused(array, name)
@@ -246,7 +231,7 @@ cdef class Border:
             view = self.read_protocol(kind, array, name, same_device)
         else:
             view = self.read_interface(kind, array, name, same_device)
-        if kind.framework == "jax":
+        if kind.jax:
             view.readonly = True
         return view
 
@@ -347,6 +332,13 @@ cdef class Border:
             if kind.torch:  # or its memory could be given to the producer's next tensor while we read
                 array.record_stream(_frameworks.torch_stream(self.stream, self.device_id))
         return 0
+
+
+cdef Border border_of(array, str name, stream, dtype):
+    """A `Border`, at a fraction of what a call of the class costs."""
+    cdef Border border = Border.__new__(Border)
+    border.begin(array, name, stream, dtype)
+    return border
 
 
 cdef void allocation_failed(void *context, const char *kind, const char *message) noexcept with gil:

@@ -1,183 +1,261 @@
+# cython: language_level=3, boundscheck=False, wraparound=False
 """The rules that one argument can break alone or against another: each a function that returns, or raises.
 
-Every message names the argument, what it got, and what it needs: ``k: head_dim 96, but q has 128``.
+Every message names the argument, what it got, and what it needs: ``k: head_dim 96, but q has 128``. Every call pays
+for these rules, so they look at C numbers, and make objects only for a message.
 """
+from libc.math cimport isfinite
+from libc.stdint cimport int64_t
 
-import math
+from fa3._view cimport ArrayView
+
 import numbers
 import operator
 
 import numpy
 
-CPU = 1  # DLPack's device types, as ArrayView.device_type has them
-CUDA = 2
+from fa3 import _dtypes
 
-FP8 = "float8_e4m3fn"
-HALF = ("float16", "bfloat16")
-GPU_DTYPES = (*HALF, FP8)
-CPU_DTYPES = (*GPU_DTYPES, "float32", "float64")
+cdef extern from "Python.h":
+    long long PyLong_AsLongLongAndOverflow(object value, int *overflow) except? -1
 
-MAX_GPU_HEAD_DIM = 256
+cdef str FP8 = _dtypes.FP8
+
+cdef enum:
+    MAX_GPU_HEAD_DIM = 256
+    MAX_INT = 0x7fffffff              # what the C interface's 32 bits hold
+    MAX_ROWS = 1 << 30                # of a sequence, so that positions and a window add up in 32 bits
+
+cdef object MAX_SEED = 2**64 - 1
 # (head_dim, head_dim_v) past 256 that Hopper kernels take: DeepSeek's MLA, with qv and absorbed.
-MLA_HEAD_DIMS = {(64, 512), (576, 512)}
-
-_INF = math.inf
-_MAX_INT = 2**31 - 1
-_MAX_SEED = 2**64 - 1
-_MAX_ROWS = 2**30  # of a sequence, so that positions and a window add up in 32 bits
+cdef tuple MLA_HEAD_DIMS = ((64, 512), (576, 512))
 
 
-def integer(value, name, least, most=_MAX_INT):
-    """`value` as an int from `least` to `most`, which by default is what the C interface's 32 bits hold."""
-    if type(value) is not int:
-        try:
-            value = operator.index(value)
-        except TypeError:
-            raise TypeError(f"{name}: got {type(value).__name__}, needs an int") from None
+# ---- numbers --------------------------------------------------------------------------------------------
+
+cdef as_int(value, str name):
+    """`value` as a Python int."""
+    if type(value) is int:
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: got {type(value).__name__}, needs an int") from None
+
+
+cdef int between(value, str name, least, most) except -1:
+    """An int from `least` to `most`, however long."""
     if value < least:
         raise ValueError(f"{name}: {value}, needs at least {least}")
     if value > most:
         raise ValueError(f"{name}: {value}, needs at most {most}")
-    return value
+    return 0
 
 
-def number(value, name):
+cdef int64_t integer(value, str name, int64_t least, int64_t most=MAX_INT) except? -2:
+    """`value` as an int from `least` to `most`, which by default is what the C interface's 32 bits hold."""
+    cdef int overflow = 0
+    cdef int64_t found
+    value = as_int(value, name)
+    found = PyLong_AsLongLongAndOverflow(value, &overflow)
+    if overflow or found < least or found > most:
+        between(value, name, least, most)
+    return found
+
+
+cdef double number(value, str name) except? -1:
     """`value` as a finite float. Arrays are refused: reading one on a GPU would wait for it."""
-    if type(value) is not float:
-        if not isinstance(value, numbers.Real):
-            raise TypeError(f"{name}: got {type(value).__name__}, needs a number")
-        value = float(value)
-    if not -_INF < value < _INF:
-        raise ValueError(f"{name}: {value}, needs a finite number")
-    return value
+    cdef double found
+    if type(value) is not float and not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: got {type(value).__name__}, needs a number")
+    found = float(value)
+    if not isfinite(found):
+        raise ValueError(f"{name}: {found}, needs a finite number")
+    return found
 
 
-def flag(value, name):
+cdef bint flag(value, str name) except -1:
     """`value` as a bool; 0 and 1 and NumPy's bools are taken, arrays are refused."""
-    if value is True or value is False:
-        return value
+    if value is True:
+        return True
+    if value is False:
+        return False
     if isinstance(value, numpy.bool_) or (type(value) is int and value in (0, 1)):
         return bool(value)
     raise TypeError(f"{name}: got {type(value).__name__}, needs True or False")
 
 
-def window(value):
+cdef int window(value, int *left, int *right) except -1:
     """(left, right) of `window_size`, each -1 (unbounded) or more, and at most what a sequence can need."""
     try:
-        left, right = value
+        first, second = value
     except (TypeError, ValueError):
         raise TypeError(f"window_size: got {value!r}, needs two ints (left, right)") from None
-    left, right = integer(left, "window_size[0]", -1), integer(right, "window_size[1]", -1)
-    return min(left, _MAX_ROWS), min(right, _MAX_ROWS)
+    left[0] = <int>min(integer(first, "window_size[0]", -1), <int64_t>MAX_ROWS)
+    right[0] = <int>min(integer(second, "window_size[1]", -1), <int64_t>MAX_ROWS)
+    return 0
 
 
-def chunk(value):
+cdef int chunk(value) except -1:
     """`attention_chunk`, 0 (none) or more; one past the longest sequence is as good as that."""
-    return min(integer(value, "attention_chunk", 0), _MAX_ROWS)
+    return <int>min(integer(value, "attention_chunk", 0), <int64_t>MAX_ROWS)
 
 
-def dropout(probability, seed):
+cdef int dropout(probability, seed) except -1:
     """Refuse a dropout probability: out of range always, and above 0 while dropout is not built."""
-    probability = number(probability, "dropout_p")
-    if not 0 <= probability < 1:
-        raise ValueError(f"dropout_p: {probability}, needs 0 ≤ dropout_p < 1")
+    cdef double p = number(probability, "dropout_p")
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout_p: {p}, needs 0 ≤ dropout_p < 1")
     if seed is not None:
-        integer(seed, "dropout_seed", 0, _MAX_SEED)
-    if probability:
-        raise NotImplementedError(f"dropout_p: {probability}, but dropout is not built yet; needs 0.0")
+        between(as_int(seed, "dropout_seed"), "dropout_seed", 0, MAX_SEED)
+    if p != 0:
+        raise NotImplementedError(f"dropout_p: {p}, but dropout is not built yet; needs 0.0")
+    return 0
 
 
-def needs(array, name, needed, needed_name):
+# ---- options that need each other -----------------------------------------------------------------------
+
+cdef int needs(array, str name, needed, str needed_name) except -1:
     """An option that means nothing without another."""
     if array is not None and needed is None:
         raise ValueError(f"{needed_name}: got None, but {name} is given and needs it")
+    return 0
 
 
-def together(first, first_name, second, second_name):
+cdef int together(first, str first_name, second, str second_name) except -1:
     """Two options that mean nothing apart."""
     needs(first, first_name, second, second_name)
-    needs(second, second_name, first, first_name)
+    return needs(second, second_name, first, first_name)
 
 
-def without(array, name, other, other_name):
+cdef int without(array, str name, other, str other_name) except -1:
     """Two options that exclude each other."""
     if array is not None and other is not None:
         raise ValueError(f"{other_name}: given, but {name} is too, and needs it to be None")
+    return 0
 
 
-def ndim(view, name, needed, axes):
+# ---- arrays ---------------------------------------------------------------------------------------------
+
+cdef bint empty(ArrayView view) noexcept:
+    """An array without elements, which has no strides, and no memory to share."""
+    cdef int axis
+    for axis in range(view.ndim):
+        if view.c_shape[axis] == 0:
+            return True
+    return False
+
+
+cdef int ndim(ArrayView view, str name, int needed, str axes) except -1:
     """An array of so many dimensions; `axes` names them."""
     if view.ndim != needed:
         raise ValueError(f"{name}: {view.ndim} dimensions, needs {needed}: {axes}")
+    return 0
 
 
-def dtype(view, name, allowed):
+cdef int dtype(ArrayView view, str name, tuple allowed) except -1:
     """One of the dtypes of `allowed`."""
     if view.dtype not in allowed:
         raise TypeError(f"{name}: dtype {view.dtype}, needs {' or '.join(allowed)}")
+    return 0
 
 
-def same_dtype(view, name, other, other_name):
+cdef int same_dtype(ArrayView view, str name, ArrayView other, str other_name) except -1:
     """The dtype that another argument has."""
     if view.dtype != other.dtype:
         raise TypeError(f"{name}: dtype {view.dtype}, but {other_name} has {other.dtype}")
+    return 0
 
 
-def shape(view, name, needed, axes):
+cdef int shape(ArrayView view, str name, int needed_ndim, const int64_t *needed, str axes) except -1:
     """Exactly this shape; `axes` names its dimensions."""
-    if view.shape != needed:
-        raise ValueError(f"{name}: shape {view.shape}, needs {needed}: {axes}")
+    cdef int axis = 0
+    if view.ndim == needed_ndim:
+        while axis < needed_ndim and view.c_shape[axis] == needed[axis]:
+            axis += 1
+        if axis == needed_ndim:
+            return 0
+    needed_shape = tuple([needed[axis] for axis in range(needed_ndim)])
+    raise ValueError(f"{name}: shape {view.shape}, needs {needed_shape}: {axes}")
 
 
-def same_size(size, name, axis, other_size, other_name):
+cdef int same_size(int64_t size, str name, str axis, int64_t other_size, str other_name) except -1:
     """A size that another argument has too: ``k: head_dim 96, but q has 128``."""
     if size != other_size:
         raise ValueError(f"{name}: {axis} {size}, but {other_name} has {other_size}")
+    return 0
 
 
-def contiguous_rows(view, name):
+cdef int contiguous_rows(ArrayView view, str name) except -1:
     """A last dimension of stride 1, which GPU kernels ask for; an array without elements has no strides."""
-    if view.strides[-1] != 1 and view.shape[-1] > 1 and 0 not in view.shape:
-        raise ValueError(f"{name}: stride {view.strides[-1]} in the last dimension, needs 1 on the GPU")
+    cdef int last = view.ndim - 1
+    if view.c_strides[last] != 1 and view.c_shape[last] > 1 and not empty(view):
+        raise ValueError(f"{name}: stride {view.c_strides[last]} in the last dimension, needs 1 on the GPU")
+    return 0
 
 
-def no_overlap(view, name):
+cdef int no_overlap(ArrayView view, str name) except -1:
     """No two elements at one address: what is written must have one place each.
 
     Dimensions in order of stride must each step over all that the smaller ones span. That refuses stride 0
     and every real overlap, and of the others only layouts that interleave two dimensions.
     """
-    if 0 in view.shape:
-        return
-    span = 0
-    axes = zip(view.strides, view.shape, strict=True)
-    for stride, size in sorted((abs(stride), size) for stride, size in axes if size > 1):
-        if stride <= span:
+    cdef int64_t[MAX_NDIM] strides
+    cdef int64_t[MAX_NDIM] sizes
+    cdef int64_t stride, span = 0
+    cdef int count = 0, axis, place
+    if empty(view):
+        return 0
+    for axis in range(view.ndim):
+        if view.c_shape[axis] == 1:
+            continue
+        stride = view.c_strides[axis]
+        if stride < 0:
+            stride = -stride
+        place = count
+        while place > 0 and strides[place - 1] > stride:
+            strides[place] = strides[place - 1]
+            sizes[place] = sizes[place - 1]
+            place -= 1
+        strides[place] = stride
+        sizes[place] = view.c_shape[axis]
+        count += 1
+    for axis in range(count):
+        if strides[axis] <= span:
             raise ValueError(f"{name}: shape {view.shape} with strides {view.strides} lets elements overlap, "
                              "needs a place in memory for each")
-        span += stride * (size - 1)
+        span += strides[axis] * (sizes[axis] - 1)
+    return 0
 
 
-def not_input(view, name, inputs):
+cdef int not_input(ArrayView view, str name, ArrayView other, str other_name) except -1:
     """Not the memory of an input, which is read while `out` is written. Looks only for the slip of out=q."""
-    for other, other_name in inputs:
-        if view.data == other.data and 0 not in view.shape and 0 not in other.shape:
-            raise ValueError(f"{name}: is the memory of {other_name}, needs memory of its own")
+    if view.data == other.data and not empty(view) and not empty(other):
+        raise ValueError(f"{name}: is the memory of {other_name}, needs memory of its own")
+    return 0
 
 
-def head_dims(head_dim, head_dim_v, q_dtype, has_qv, v_name):
+cdef int fits(int64_t size, str name, str axis) except -1:
+    """A size that the C interface's 32 bits hold."""
+    if size > MAX_INT:
+        raise ValueError(f"{name}: {axis} {size}, needs at most {MAX_INT} on the GPU")
+    return 0
+
+
+cdef int head_dims(int64_t head_dim, int64_t head_dim_v, str q_dtype, bint has_qv, str v_name) except -1:
     """Head dims that Hopper kernels take: multiples of 8 (16 in fp8) up to 256, and MLA's pairs."""
-    multiple = 16 if q_dtype == FP8 else 8
+    cdef int multiple = 16 if q_dtype == FP8 else 8
     if head_dim % multiple:
         raise ValueError(f"q: head_dim {head_dim}, needs a multiple of {multiple} for {q_dtype} on the GPU")
     if head_dim_v % multiple:
         raise ValueError(f"{v_name}: head_dim {head_dim_v}, "
                          f"needs a multiple of {multiple} for {q_dtype} on the GPU")
     if head_dim <= MAX_GPU_HEAD_DIM and head_dim_v <= MAX_GPU_HEAD_DIM:
-        return
+        return 0
     if (head_dim, head_dim_v) not in MLA_HEAD_DIMS:
         name, got = ("q", head_dim) if head_dim > MAX_GPU_HEAD_DIM else (v_name, head_dim_v)
         raise NotImplementedError(f"{name}: head_dim {got}, needs at most {MAX_GPU_HEAD_DIM} on the GPU, "
                                   f"or (q, {v_name}) of (64, 512) with qv or (576, 512)")
     if head_dim == 64 and not has_qv:
         raise NotImplementedError(f"{v_name}: head_dim 512 and q's 64 without qv, needs qv on the GPU")
+    return 0

@@ -1,10 +1,12 @@
-# cython: language_level=3
+# cython: language_level=3, boundscheck=False, wraparound=False
 """The GPU backend: fill libfa3's structs, call it without the GIL, raise what it says."""
 
 from libc.stdint cimport int32_t, int64_t, uintptr_t
 from libc.string cimport memset
 
 from fa3 cimport _fa3 as c
+from fa3._array cimport Output
+from fa3._problem cimport Options, Problem
 from fa3._view cimport ArrayView
 
 from fa3._errors import raise_status
@@ -14,9 +16,9 @@ cdef extern from "<dlfcn.h>" nogil:
         const char *dli_fname
     int dladdr(const void *address, Dl_info *info)
 
-_DTYPES = {"float16": c.FA3_FLOAT16, "bfloat16": c.FA3_BFLOAT16, "float8_e4m3fn": c.FA3_FLOAT8_E4M3,
-           "float32": c.FA3_FLOAT32}
-_DTYPE_NAMES = {code: name for name, code in _DTYPES.items()}
+cdef dict DTYPES = {"float16": c.FA3_FLOAT16, "bfloat16": c.FA3_BFLOAT16, "float8_e4m3fn": c.FA3_FLOAT8_E4M3,
+                    "float32": c.FA3_FLOAT32}
+cdef dict DTYPE_NAMES = {code: name for name, code in DTYPES.items()}
 
 
 cdef int check(int status) except -1:
@@ -28,7 +30,7 @@ cdef int check(int status) except -1:
     return 0
 
 
-cdef void set_rows(c.fa3_array *array, ArrayView view, bint ragged):
+cdef void set_rows(c.fa3_array *array, ArrayView view, bint ragged) noexcept:
     """(batch, row, head, dim), or (row, head, dim) of a ragged array."""
     cdef int axis
     array.data = <void *>view.data
@@ -39,7 +41,7 @@ cdef void set_rows(c.fa3_array *array, ArrayView view, bint ragged):
         array.stride[3] = 1  # a single column has no stride of its own
 
 
-cdef void set_descale(c.fa3_descale *descale, ArrayView view):
+cdef void set_descale(c.fa3_descale *descale, ArrayView view) noexcept:
     """(), (head,) or (batch, head)."""
     cdef int axis
     if view is None:
@@ -55,121 +57,108 @@ cdef inline const int32_t *integers(ArrayView view) noexcept:
     return <const int32_t *>view.data
 
 
-cdef int fill_cache(c.fa3_cache *cache, ArrayView k, dict arrays, bint rotary_interleaved) except -1:
+cdef int fill_cache(c.fa3_cache *cache, Problem problem) except -1:
     """The part of the struct that speaks of a key-value cache."""
-    cdef ArrayView k_new = arrays.pop("k_new", None), v_new = arrays.pop("v_new", None)
-    cdef ArrayView cu_seqlens_k_new = arrays.pop("cu_seqlens_k_new", None)
-    cdef ArrayView pages = arrays.pop("page_table", None)
-    cdef ArrayView cos = arrays.pop("rotary_cos", None), sin = arrays.pop("rotary_sin", None)
+    cdef ArrayView k_new = problem.k_new, pages = problem.page_table, cos = problem.rotary_cos
+    cdef bint ragged_new = problem.cu_seqlens_k_new is not None
     if k_new is not None:
-        set_rows(&cache.k_new, k_new, cu_seqlens_k_new is not None)
-        set_rows(&cache.v_new, v_new, cu_seqlens_k_new is not None)
+        set_rows(&cache.k_new, k_new, ragged_new)
+        set_rows(&cache.v_new, problem.v_new, ragged_new)
         cache.rows_new = <int32_t>k_new.c_shape[k_new.ndim - 3]
-        cache.cu_seqlens_k_new = integers(cu_seqlens_k_new)
+        cache.cu_seqlens_k_new = integers(problem.cu_seqlens_k_new)
     if pages is not None:
         cache.page_table = integers(pages)
         cache.page_table_stride = pages.c_strides[0]
         cache.max_pages = <int32_t>pages.c_shape[1]
-        cache.num_pages = <int32_t>k.c_shape[0]
-        cache.page_size = <int32_t>k.c_shape[1]
-    cache.cache_batch_idx = integers(arrays.pop("cache_batch_idx", None))
-    cache.cache_leftpad = integers(arrays.pop("cache_leftpad", None))
+        cache.num_pages = <int32_t>problem.k.c_shape[0]
+        cache.page_size = <int32_t>problem.k.c_shape[1]
+    cache.cache_batch_idx = integers(problem.cache_batch_idx)
+    cache.cache_leftpad = integers(problem.cache_leftpad)
     if cos is not None:
         cache.rotary_cos = <const void *>cos.data
-        cache.rotary_sin = <const void *>sin.data
+        cache.rotary_sin = <const void *>problem.rotary_sin.data
         cache.rotary_rows = <int32_t>cos.c_shape[0]
         cache.rotary_dim = <int32_t>(2 * cos.c_shape[1])
-        cache.rotary_dtype = _DTYPES[cos.dtype]
-        cache.rotary_interleaved = rotary_interleaved
-        cache.rotary_seqlens = integers(arrays.pop("rotary_seqlens", None))
+        cache.rotary_dtype = DTYPES[cos.dtype]
+        cache.rotary_interleaved = problem.options.rotary_interleaved
+        cache.rotary_seqlens = integers(problem.rotary_seqlens)
     return 0
 
 
-cdef int fill(c.fa3_forward_params *p, ArrayView q, ArrayView k, ArrayView v, ArrayView out, ArrayView lse,
-              dict arrays, int batch, int max_seqlen_q, int max_seqlen_k, double softmax_scale, bint causal,
-              int window_left, int window_right, int attention_chunk, double softcap, int num_splits,
-              bint batch_invariant, object pack_gqa, int sm_margin, bint rotary_interleaved, int device) except -1:
-    """The struct, in the header's order."""
-    cdef ArrayView cu_seqlens_q = arrays.pop("cu_seqlens_q", None), cu_seqlens_k = arrays.pop("cu_seqlens_k", None)
-    cdef ArrayView qv = arrays.pop("qv", None), sinks = arrays.pop("sinks", None)
+cdef int fill(c.fa3_forward_params *p, Problem problem, ArrayView out, ArrayView lse) except -1:
+    """The struct, in the header's order. `Problem.finish` has seen that its sizes fit."""
+    cdef Options *options = &problem.options
+    cdef ArrayView q = problem.q, k = problem.k
     cdef bint ragged_q = q.ndim == 3, ragged_k = k.ndim == 3
     memset(p, 0, sizeof(c.fa3_forward_params))
     p.struct_size = sizeof(c.fa3_forward_params)
-    p.device = device
-    p.dtype = _DTYPES[q.dtype]
-    p.out_dtype = _DTYPES[out.dtype]
-    p.batch = batch
-    p.num_heads = <int32_t>q.c_shape[q.ndim - 2]
-    p.num_heads_kv = <int32_t>k.c_shape[k.ndim - 2]
-    p.head_dim = <int32_t>q.c_shape[q.ndim - 1]
-    p.head_dim_v = <int32_t>v.c_shape[v.ndim - 1]
+    p.device = problem.border.device_id
+    p.dtype = DTYPES[q.dtype]
+    p.out_dtype = DTYPES[out.dtype]
+    p.batch = <int32_t>problem.batch
+    p.num_heads = <int32_t>problem.num_heads
+    p.num_heads_kv = <int32_t>problem.num_heads_kv
+    p.head_dim = <int32_t>problem.head_dim
+    p.head_dim_v = <int32_t>problem.head_dim_v
     set_rows(&p.q, q, ragged_q)
     set_rows(&p.k, k, ragged_k)
-    set_rows(&p.v, v, ragged_k)
+    set_rows(&p.v, problem.v, ragged_k)
     set_rows(&p.out, out, ragged_q)
     if lse is not None:  # (batch, head, row), or (head, row) of a ragged q
         p.lse.data = <void *>lse.data
         p.lse.stride[0] = 0 if ragged_q else lse.c_strides[0]
         p.lse.stride[1] = lse.c_strides[lse.ndim - 2]
         p.lse.stride[2] = lse.c_strides[lse.ndim - 1]
-    if qv is not None:
-        set_rows(&p.qv, qv, ragged_q)
-    p.queries.rows = <int32_t>q.c_shape[0] if ragged_q else max_seqlen_q
-    p.queries.max_seqlen = max_seqlen_q
-    p.queries.cu_seqlens = integers(cu_seqlens_q)
-    p.queries.seqused = integers(arrays.pop("seqused_q", None))
-    p.keys.rows = <int32_t>k.c_shape[0] if ragged_k else max_seqlen_k
-    p.keys.max_seqlen = max_seqlen_k
-    p.keys.cu_seqlens = integers(cu_seqlens_k)
-    p.keys.seqused = integers(arrays.pop("seqused_k", None))
-    p.mask.causal = causal
-    p.mask.window_left = window_left
-    p.mask.window_right = window_right
-    p.mask.attention_chunk = attention_chunk
-    p.softmax_scale = softmax_scale
-    p.softcap = softcap
-    if sinks is not None:
-        p.sinks = <const float *>sinks.data
-    set_descale(&p.q_descale, arrays.pop("q_descale", None))
-    set_descale(&p.k_descale, arrays.pop("k_descale", None))
-    set_descale(&p.v_descale, arrays.pop("v_descale", None))
-    fill_cache(&p.cache, k, arrays, rotary_interleaved)
-    p.num_splits = num_splits
-    p.batch_invariant = batch_invariant
-    p.pack_gqa = -1 if pack_gqa is None else pack_gqa
-    p.sm_margin = sm_margin
-    if arrays:
-        raise TypeError(f"unknown arrays: {', '.join(arrays)}")
+    if problem.qv is not None:
+        set_rows(&p.qv, problem.qv, ragged_q)
+    p.queries.rows = <int32_t>q.c_shape[q.ndim - 3]
+    p.queries.max_seqlen = <int32_t>problem.max_seqlen_q
+    p.queries.cu_seqlens = integers(problem.cu_seqlens_q)
+    p.queries.seqused = integers(problem.seqused_q)
+    p.keys.rows = <int32_t>(k.c_shape[0] if ragged_k else problem.max_seqlen_k)
+    p.keys.max_seqlen = <int32_t>problem.max_seqlen_k
+    p.keys.cu_seqlens = integers(problem.cu_seqlens_k)
+    p.keys.seqused = integers(problem.seqused_k)
+    p.mask.causal = options.causal
+    p.mask.window_left = options.window_left
+    p.mask.window_right = options.window_right
+    p.mask.attention_chunk = options.attention_chunk
+    p.softmax_scale = options.softmax_scale
+    p.softcap = options.softcap
+    if problem.sinks is not None:
+        p.sinks = <const float *>problem.sinks.data
+    set_descale(&p.q_descale, problem.q_descale)
+    set_descale(&p.k_descale, problem.k_descale)
+    set_descale(&p.v_descale, problem.v_descale)
+    fill_cache(&p.cache, problem)
+    p.num_splits = options.num_splits
+    p.batch_invariant = options.batch_invariant
+    p.pack_gqa = options.pack_gqa
+    p.sm_margin = options.sm_margin
     return 0
 
 
-def forward(ArrayView q, ArrayView k, ArrayView v, ArrayView out, ArrayView lse, *, int batch, int max_seqlen_q,
-            int max_seqlen_k, double softmax_scale, bint causal, int window_left, int window_right,
-            int attention_chunk, double softcap, int num_splits, bint batch_invariant, object pack_gqa, int sm_margin,
-            bint rotary_interleaved=True, uintptr_t stream, int device, object allocate, **arrays):
-    """Enqueue attention on `stream`; the arguments are those of the CPU's backend, as ArrayViews.
-
-    `allocate(nbytes)` returns an ArrayView of as much memory on the device, for the workspace.
-    """
+cdef int forward(Problem problem, ArrayView out, ArrayView lse) except -1:
+    """Enqueue attention on the problem's stream, with workspace of the caller's framework where that is needed."""
     cdef c.fa3_forward_params params
+    cdef void *stream = <void *>problem.border.stream
+    cdef void *workspace = NULL
     cdef size_t nbytes = 0
-    cdef ArrayView workspace = None
-    cdef void *workspace_data = NULL
+    cdef int64_t length
+    cdef Output kept  # until the call is enqueued
     cdef int status
-    fill(&params, q, k, v, out, lse, arrays, batch, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_left,
-         window_right, attention_chunk, softcap, num_splits, batch_invariant, pack_gqa, sm_margin, rotary_interleaved,
-         device)
+    fill(&params, problem, out, lse)
     check(c.fa3_forward_workspace(&params, &nbytes))
     if nbytes:
-        workspace = allocate(nbytes)
-        workspace_data = <void *>workspace.data
+        length = nbytes
+        kept = problem.border.make(1, &length, "uint8")
+        workspace = <void *>kept.view.data
     with nogil:
-        status = c.fa3_forward(&params, workspace_data, <void *>stream)
-    check(status)
+        status = c.fa3_forward(&params, workspace, stream)
+    return check(status)
 
 
-def combine(ArrayView out_partial, ArrayView lse_partial, ArrayView out, ArrayView lse, *, uintptr_t stream,
-            int device):
+cdef int combine() except -1:
     """Join partial results: not built for the GPU yet."""
     raise_status(-13, "", "flash_attn_combine: is not built for the GPU yet; it works on CPU arrays")
 
@@ -188,7 +177,7 @@ def plan(*, str dtype, int batch, int seqlen_q, int seqlen_k, int num_heads, int
     cdef int32_t placeholder = 0
     memset(&p, 0, sizeof(p))
     p.struct_size = sizeof(p)
-    p.dtype = p.out_dtype = _DTYPES[dtype]
+    p.dtype = p.out_dtype = DTYPES[dtype]
     p.batch, p.num_heads, p.num_heads_kv = batch, num_heads, num_heads_kv
     p.head_dim, p.head_dim_v = head_dim, head_dim_v
     set_strides(&p.q, q_strides, seqlen_q, num_heads, head_dim, address)
@@ -223,7 +212,7 @@ def variants():
     found = []
     while c.fa3_forward_variant(<int32_t>len(found), &variant) == c.FA3_OK:
         found.append({
-            "name": variant.name.decode(), "dtype": _DTYPE_NAMES[variant.dtype], "head_dim": variant.head_dim,
+            "name": variant.name.decode(), "dtype": DTYPE_NAMES[variant.dtype], "head_dim": variant.head_dim,
             "head_dim_v": variant.head_dim_v, "tile_m": variant.tile_m, "tile_n": variant.tile_n,
             "threads": variant.threads, "shared_memory": variant.shared_memory,
             "blocks_per_sm": variant.blocks_per_sm})

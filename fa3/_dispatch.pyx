@@ -1,96 +1,185 @@
-"""From checked arguments to a filled result: settle the options, make out and lse, and call a backend."""
+# cython: language_level=3, boundscheck=False, wraparound=False
+"""The forward's functions behind their signatures: arguments in, filled results out, in one crossing into C.
 
-from fa3 import _checks as check
-from fa3 import _core
-from fa3._dtypes import name_of
+Each looks at q, k and v, then at everything else, makes the result, and calls a backend: the last checks come before
+the first write.
+"""
+from libc.stdint cimport int64_t
+
+from fa3 cimport _checks as check
+from fa3 cimport _core
+from fa3._array cimport Border, Output, border_of
+from fa3._dlpack cimport DL_CPU, DL_CUDA
+from fa3._problem cimport Problem
+from fa3._view cimport ArrayView
+
+from fa3 import _dtypes
+
+cdef str FP8 = _dtypes.FP8
+cdef tuple FP8_RESULTS = ("bfloat16", "float16")
+cdef tuple FLOAT32 = ("float32",)
+cdef tuple COMBINED = ("float32", *_dtypes.HALF)
 
 
-def options(problem, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits,
-            batch_invariant, pack_gqa, sm_margin):
-    """Check the options that are numbers, and settle their defaults; returns the backends' keywords."""
-    if softmax_scale is None:
-        depth = problem.head_dim + (problem.head_dim_v if "qv" in problem.arrays else 0)
-        softmax_scale = depth ** -0.5
+cdef Problem problem_of(q, k, v, str k_name, str v_name, stream, dtype, bint written):
+    cdef Problem problem = Problem.__new__(Problem)
+    problem.begin(q, k, v, k_name, v_name, stream, dtype, written)
+    return problem
+
+
+def dense(
+    q, k, v,
+    softmax_scale, causal, window_size, attention_chunk, softcap, sinks,
+    qv, q_descale, k_descale, v_descale, seqused_q, seqused_k,
+    num_splits, batch_invariant, pack_gqa, sm_margin, dropout_p, dropout_seed,
+    return_lse, out, out_dtype, stream, dtype,
+):
+    """`fa3.flash_attn_func`."""
+    cdef Problem problem = problem_of(q, k, v, "k", "v", stream, dtype, False)
+    problem.dense_q()
+    problem.dense_k()
+    problem.extend(qv, q_descale, k_descale, v_descale, sinks, seqused_q, seqused_k)
+    problem.settle(softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, batch_invariant, pack_gqa,
+                   sm_margin)
+    check.dropout(dropout_p, dropout_seed)
+    return forward(problem, out, out_dtype, return_lse)
+
+
+def varlen(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+    page_table,
+    softmax_scale, causal, window_size, attention_chunk, softcap, sinks,
+    qv, q_descale, k_descale, v_descale, seqused_q, seqused_k,
+    num_splits, batch_invariant, pack_gqa, sm_margin, dropout_p, dropout_seed,
+    return_lse, out, out_dtype, stream, dtype,
+):
+    """`fa3.flash_attn_varlen_func`."""
+    cdef Problem problem = problem_of(q, k, v, "k", "v", stream, dtype, False)
+    problem.ragged_q(cu_seqlens_q, max_seqlen_q)
+    if page_table is not None:
+        problem.paged_k(page_table, max_seqlen_k)
+    elif cu_seqlens_k is None:
+        raise ValueError("cu_seqlens_k: got None, needs int32 (batch + 1,), or a page_table")
     else:
-        softmax_scale = check.number(softmax_scale, "softmax_scale")
-    causal = check.flag(causal, "causal")
-    left, right = check.window(window_size)
-    softcap = check.number(softcap, "softcap")
-    if softcap < 0:
-        raise ValueError(f"softcap: {softcap}, needs at least 0")
-    return {
-        "softmax_scale": softmax_scale,
-        "causal": causal,
-        "window_left": left,
-        "window_right": 0 if causal else right,
-        "attention_chunk": check.chunk(attention_chunk),
-        "softcap": softcap,
-        "num_splits": min(check.integer(num_splits, "num_splits", 0), max(problem.max_seqlen_k, 1)),
-        "batch_invariant": check.flag(batch_invariant, "batch_invariant"),
-        "pack_gqa": None if pack_gqa is None else check.flag(pack_gqa, "pack_gqa"),
-        "sm_margin": check.integer(sm_margin, "sm_margin", 0),
-    }
+        problem.ragged_k(max_seqlen_k)
+    problem.cumulative_k(cu_seqlens_k)
+    problem.extend(qv, q_descale, k_descale, v_descale, sinks, seqused_q, seqused_k)
+    problem.settle(softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, batch_invariant, pack_gqa,
+                   sm_margin)
+    check.dropout(dropout_p, dropout_seed)
+    return forward(problem, out, out_dtype, return_lse)
 
 
-def forward(border, problem, settled, out, out_dtype, return_lse):
-    """Make the result and let a backend fill it: the last checks, and the first writes."""
-    return_lse = check.flag(return_lse, "return_lse")
+def kvcache(
+    q, k_cache, v_cache,
+    k, v, rotary_cos, rotary_sin, rotary_interleaved, rotary_seqlens,
+    cache_seqlens, cache_batch_idx, cache_leftpad, page_table,
+    cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q, scheduler_metadata,
+    softmax_scale, causal, window_size, attention_chunk, softcap, sinks,
+    qv, q_descale, k_descale, v_descale, seqused_q,
+    num_splits, batch_invariant, pack_gqa, sm_margin,
+    return_lse, out, out_dtype, stream, dtype,
+):
+    """`fa3.flash_attn_with_kvcache`."""
+    cdef Problem problem = problem_of(q, k_cache, v_cache, "k_cache", "v_cache", stream, dtype, k is not None)
+    if cu_seqlens_q is None:
+        problem.dense_q()
+    else:
+        problem.ragged_q(cu_seqlens_q, max_seqlen_q)
+    if page_table is None:
+        problem.dense_k(cache_batch_idx is not None)
+    else:
+        check.without(page_table, "page_table", cache_batch_idx, "cache_batch_idx")
+        problem.paged_k(page_table)
+    check.together(k, "k", v, "v")
+    check.together(rotary_cos, "rotary_cos", rotary_sin, "rotary_sin")
+    check.needs(k, "k", cache_seqlens, "cache_seqlens")
+    check.needs(cu_seqlens_k_new, "cu_seqlens_k_new", k, "k")
+    check.needs(rotary_cos, "rotary_cos", k, "k")
+    check.needs(rotary_seqlens, "rotary_seqlens", rotary_cos, "rotary_cos")
+    if scheduler_metadata is not None:
+        raise NotImplementedError("scheduler_metadata: not built yet, needs None")
+    problem.append(cu_seqlens_k_new, k, v)
+    problem.use_cache(cache_seqlens, cache_batch_idx, cache_leftpad)
+    problem.rotate(rotary_cos, rotary_sin, rotary_seqlens)
+    problem.extend(qv, q_descale, k_descale, v_descale, sinks, seqused_q)
+    problem.settle(softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, batch_invariant, pack_gqa,
+                   sm_margin)
+    problem.options.rotary_interleaved = check.flag(rotary_interleaved, "rotary_interleaved")
+    return forward(problem, out, out_dtype, return_lse)
+
+
+cdef forward(Problem problem, out, out_dtype, return_lse):
+    """Make the result and let a backend fill it."""
+    cdef bint with_lse = check.flag(return_lse, "return_lse")
+    cdef int64_t[check.MAX_NDIM] shape
+    cdef Border border = problem.border
+    cdef Output result, lse = None
+    cdef ArrayView lse_view = None
     problem.finish()
-    q, k, v, arrays = problem.q, problem.k, problem.v, problem.arrays
-    allowed = ("bfloat16", "float16") if q.dtype == check.FP8 else (q.dtype,)
-    result = _result(border, out, out_dtype, problem.out_shape, allowed, allowed[0],
-                     ((q, "q"), (k, problem.k_name), (v, problem.v_name)))
-    lse = border.empty(problem.lse_shape, "float32") if return_lse else None
-    sizes = {"batch": problem.batch, "max_seqlen_q": problem.max_seqlen_q,
-             "max_seqlen_k": problem.max_seqlen_k}
-    if 0 in result.view.shape and "k_new" not in arrays:
+    result = result_of(border, out, out_dtype, problem.out_shape(shape), shape,
+                       FP8_RESULTS if problem.q.dtype == FP8 else (problem.q.dtype,))
+    if out is not None:
+        check.not_input(result.view, "out", problem.q, "q")
+        check.not_input(result.view, "out", problem.k, problem.k_name)
+        check.not_input(result.view, "out", problem.v, problem.v_name)
+    if with_lse:
+        lse = border.make(problem.lse_shape(shape), shape, "float32")
+        lse_view = lse.view
+    if check.empty(result.view) and problem.k_new is None:
         pass  # nothing to compute, and nothing to append
-    elif border.device_type == check.CPU:
+    elif problem.on_gpu:
+        _core.forward(problem, result.view, lse_view)
+    else:
         from fa3 import _numpy  # costs its import to those only who use it
 
-        _numpy.forward(q.numpy(), k.numpy(), v.numpy(), result.view.numpy(), lse and lse.view.numpy(),
-                       **{name: view.numpy() for name, view in arrays.items()}, **sizes, **settled)
-    else:
-        _core.forward(q, k, v, result.view, lse and lse.view, **arrays, **sizes, **settled,
-                      stream=border.stream, device=border.device_id,
-                      allocate=lambda nbytes: border.empty((nbytes,), "uint8").view)
-    return (result.array(), lse.array()) if return_lse else result.array()
+        _numpy.forward(problem.q.numpy(), problem.k.numpy(), problem.v.numpy(), result.view.numpy(),
+                       None if lse is None else lse.view.numpy(), batch=problem.batch,
+                       max_seqlen_q=problem.max_seqlen_q, max_seqlen_k=problem.max_seqlen_k,
+                       **problem.arrays(), **<dict>problem.options)
+    return (result.array(), lse.array()) if with_lse else result.array()
 
 
-def combine(border, lse_partial, out, out_dtype):
-    """Check the parts of `flash_attn_combine` and have a backend join them."""
-    parts, lse_parts = border.view, border.take(lse_partial, "lse_partial")
-    check.dtype(parts, "out_partial", ("float32",))
+def combine(out_partial, lse_partial, out, out_dtype):
+    """`fa3.flash_attn_combine`."""
+    cdef Border border = border_of(out_partial, "out_partial", None, None)
+    cdef ArrayView parts = border.view, lse_parts = border.take(lse_partial, "lse_partial")
+    cdef Output result, lse
+    check.dtype(parts, "out_partial", FLOAT32)
     check.ndim(parts, "out_partial", 5, "(splits, batch, seqlen_q, num_heads, head_dim_v)")
-    check.dtype(lse_parts, "lse_partial", ("float32",))
-    check.shape(lse_parts, "lse_partial", parts.shape[:-1], "(splits, batch, seqlen_q, num_heads)")
-    if parts.shape[0] < 1:
+    check.dtype(lse_parts, "lse_partial", FLOAT32)
+    check.shape(lse_parts, "lse_partial", 4, parts.c_shape, "(splits, batch, seqlen_q, num_heads)")
+    if parts.c_shape[0] < 1:
         raise ValueError("out_partial: splits 0, needs at least 1")
-    result = _result(border, out, out_dtype, parts.shape[1:], ("float32", *check.HALF), "float32",
-                     ((parts, "out_partial"), (lse_parts, "lse_partial")))
-    lse = border.empty(lse_parts.shape[1:], "float32")
-    if border.device_type == check.CPU:
+    result = result_of(border, out, out_dtype, 4, parts.c_shape + 1, COMBINED)
+    if out is not None:
+        check.not_input(result.view, "out", parts, "out_partial")
+        check.not_input(result.view, "out", lse_parts, "lse_partial")
+    lse = border.make(3, parts.c_shape + 1, "float32")
+    if border.device_type == DL_CPU:
         from fa3 import _numpy
 
         _numpy.combine(parts.numpy(), lse_parts.numpy(), result.view.numpy(), lse.view.numpy())
     else:
-        _core.combine(parts, lse_parts, result.view, lse.view, stream=border.stream, device=border.device_id)
+        _core.combine()
     return result.array(), lse.array()
 
 
-def _result(border, out, out_dtype, shape, allowed, default, inputs):
-    """The Output to write: a new array of the caller's framework, or the checked `out`."""
-    dtype = default if out_dtype is None else name_of(out_dtype)
+cdef Output result_of(Border border, out, out_dtype, int ndim, const int64_t *shape, tuple allowed):
+    """The Output to write: a new array of the caller's framework, or the checked `out`.
+
+    Of the dtypes of `allowed`, the first by default.
+    """
+    cdef str dtype = <str>allowed[0] if out_dtype is None else _dtypes.name_of(out_dtype)
+    cdef Output result
     if dtype not in allowed:
         raise TypeError(f"out_dtype: {dtype}, needs {' or '.join(allowed)}")
     if out is None:
-        return border.empty(shape, dtype)
+        return border.make(ndim, shape, dtype)
     result = border.wrap(out, "out")
-    view = result.view
-    check.dtype(view, "out", (dtype,) if out_dtype is not None else allowed)
-    check.shape(view, "out", shape, "the result's shape")
-    if border.device_type == check.CUDA:
-        check.contiguous_rows(view, "out")
-    check.no_overlap(view, "out")
-    check.not_input(view, "out", inputs)
+    check.dtype(result.view, "out", allowed if out_dtype is None else (dtype,))
+    check.shape(result.view, "out", ndim, shape, "the result's shape")
+    if border.device_type == DL_CUDA:
+        check.contiguous_rows(result.view, "out")
+    check.no_overlap(result.view, "out")
     return result

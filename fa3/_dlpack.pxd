@@ -9,6 +9,9 @@ cdef enum:
     DL_CUDA_MANAGED = 13  # its device_id is 0 wherever the pages are
 
 cdef enum:
+    DL_FLOAT = 2          # the type code of IEEE's floats, bfloat16 and fp8 not among them
+
+cdef enum:
     DL_FLAG_READ_ONLY = 1
     DL_FLAG_IS_COPIED = 2
 

@@ -22,6 +22,11 @@ CODES = len(_BY_CODE)
 NAMES = [sys.intern(name) if name else None for names in _BY_CODE for name in names]
 CODE_OF = {name: (place // SIZES, 8 << place % SIZES) for place, name in enumerate(NAMES) if name}
 
+FP8 = "float8_e4m3fn"
+HALF = ("float16", "bfloat16")
+GPU_DTYPES = (*HALF, FP8)  # what q, k and v may be
+CPU_DTYPES = (*GPU_DTYPES, "float32", "float64")
+
 # How an array holds a type that its framework cannot name.
 STORAGE = {"bfloat16": "uint16", "float8_e4m3fn": "uint8"}
 _TAKEN_AS = {"uint16": "bfloat16", "void16": "bfloat16", "uint8": "float8_e4m3fn", "void8": "float8_e4m3fn"}

@@ -1,268 +1,363 @@
-"""The sizes of one call: read off q, k, v, then what every further argument is checked against."""
+# cython: language_level=3, boundscheck=False, wraparound=False
+"""One call's arrays, sizes and options: read off q, k, v, then what every further argument is checked against."""
+from libc.math cimport pow
+from libc.stdint cimport int64_t
+from libc.string cimport memcpy
+
+from fa3 cimport _checks as check
+from fa3._array cimport border_of
+from fa3._dlpack cimport DL_CUDA
+from fa3._view cimport ArrayView
 
 import numbers
 
 import numpy
 
-from fa3 import _checks as check
+from fa3 import _dtypes
 
-_INT32 = ("int32",)
-_FLOAT32 = ("float32",)
+cdef tuple GPU_DTYPES = _dtypes.GPU_DTYPES
+cdef tuple CPU_DTYPES = _dtypes.CPU_DTYPES
+cdef str FP8 = _dtypes.FP8
+cdef tuple HALF = _dtypes.HALF
+cdef tuple INT32 = ("int32",)
+cdef tuple FLOAT32 = ("float32",)
 
 
-class Problem:
-    """What the arrays of one call agree on, and the views of q, k, v themselves.
+cdef class Problem:
+    """What the arrays of one call agree on, the views of all of them, and the numbers beside them.
+
+    Parameters
+    ----------
+    q, k, v : array
+    k_name, v_name : str
+        What the caller calls the keys and values: ``k`` or ``k_cache``.
+    stream : int or object, optional
+    dtype : str or dtype object, optional
+        What the bytes of q, k, v are, where their framework cannot say.
+    written : bool
+        k and v will be written, too.
 
     Attributes
     ----------
-    q, k, v : ArrayView
-    k_name, v_name : str
-        What the caller calls the keys and values: ``k`` or ``k_cache``.
+    q, k, v, cu_seqlens_q … : ArrayView
+        Those after q, k and v are None where they were not given.
     batch, num_heads, num_heads_kv, head_dim, head_dim_v : int
-    rows : tuple of int
-        (batch, seqlen_q), or (total_q,) for a ragged q.
     max_seqlen_q, max_seqlen_k : int
         Rows of the longest sequence, or an upper bound of them.
-    arrays : dict of str to ArrayView
-        The optional arrays that were given, by name.
     """
 
-    __slots__ = ("arrays", "batch", "head_dim", "head_dim_v", "k", "k_name", "max_seqlen_k", "max_seqlen_q",
-                 "num_heads", "num_heads_kv", "on_gpu", "q", "rows", "v", "v_name")
+    def __init__(self, q, k, v, str k_name="k", str v_name="v", stream=None, dtype=None, bint written=False):
+        self.begin(q, k, v, k_name, v_name, stream, dtype, written)
 
-    def __init__(self, border, k, v, k_name="k", v_name="v", dtype=None, written=False):
-        self.on_gpu = border.device_type == check.CUDA
-        self.q = q = border.view
-        self.k = k = border.take(k, k_name, dtype, writable=written)
-        self.v = v = border.take(v, v_name, dtype, writable=written)
+    cdef int begin(self, q, k, v, str k_name, str v_name, stream, dtype, bint written) except -1:
+        """What ``__init__`` has to do; a call of the class costs more than this."""
+        self.border = border_of(q, "q", stream, dtype)
+        self.on_gpu = self.border.device_type == DL_CUDA
+        self.dtype = dtype
         self.k_name, self.v_name = k_name, v_name
-        self.arrays = {}
-        check.dtype(q, "q", check.GPU_DTYPES if self.on_gpu else check.CPU_DTYPES)
-        check.same_dtype(k, k_name, q, "q")
-        check.same_dtype(v, v_name, q, "q")
+        self.q = self.border.view
+        self.k = self.border.take(k, k_name, dtype, written)
+        self.v = self.border.take(v, v_name, dtype, written)
+        check.dtype(self.q, "q", GPU_DTYPES if self.on_gpu else CPU_DTYPES)
+        check.same_dtype(self.k, k_name, self.q, "q")
+        check.same_dtype(self.v, v_name, self.q, "q")
+        return 0
 
-    def ragged_q(self, border, cu_seqlens_q, max_seqlen_q):
-        """Read batch and rows off q (total_q, num_heads, head_dim) and cu_seqlens_q (batch + 1,)."""
-        q = self.q
-        check.ndim(q, "q", 3, "(total_q, num_heads, head_dim)")
-        total_q, self.num_heads, self.head_dim = q.shape
-        view = border.take(cu_seqlens_q, "cu_seqlens_q")
-        check.dtype(view, "cu_seqlens_q", _INT32)
-        if view.ndim != 1 or not view.shape[0]:
-            raise ValueError(f"cu_seqlens_q: shape {view.shape}, needs (batch + 1,)")
-        if self.on_gpu:
-            check.contiguous_rows(view, "cu_seqlens_q")
-        self.arrays["cu_seqlens_q"] = view
-        self.batch = view.shape[0] - 1
-        self.rows = (total_q,)
-        self.max_seqlen_q = _bound(max_seqlen_q, "max_seqlen_q", total_q)
+    # ---- q, k and v -------------------------------------------------------------------------------------
 
-    def dense_q(self):
+    cpdef int dense_q(self) except -1:
         """Read batch and rows off q (batch, seqlen_q, num_heads, head_dim)."""
         check.ndim(self.q, "q", 4, "(batch, seqlen_q, num_heads, head_dim)")
-        self.batch, self.max_seqlen_q, self.num_heads, self.head_dim = self.q.shape
-        self.rows = (self.batch, self.max_seqlen_q)
+        self.batch = self.q.c_shape[0]
+        self.max_seqlen_q = self.q.c_shape[1]
+        self.num_heads = self.q.c_shape[2]
+        self.head_dim = self.q.c_shape[3]
+        return 0
 
-    def ragged_k(self, max_seqlen_k):
-        """Read the keys' sizes off k (total_k, num_heads_kv, head_dim)."""
-        check.ndim(self.k, self.k_name, 3, "(total_k, num_heads_kv, head_dim)")
-        self._kv("total_k")
-        self.max_seqlen_k = _bound(max_seqlen_k, "max_seqlen_k", self.k.shape[0])
+    cpdef int ragged_q(self, cu_seqlens_q, max_seqlen_q) except -1:
+        """Read batch and rows off q (total_q, num_heads, head_dim) and cu_seqlens_q (batch + 1,)."""
+        cdef ArrayView ends
+        check.ndim(self.q, "q", 3, "(total_q, num_heads, head_dim)")
+        self.num_heads = self.q.c_shape[1]
+        self.head_dim = self.q.c_shape[2]
+        self.cu_seqlens_q = ends = self.border.take(cu_seqlens_q, "cu_seqlens_q")
+        check.dtype(ends, "cu_seqlens_q", INT32)
+        if ends.ndim != 1 or ends.c_shape[0] == 0:
+            raise ValueError(f"cu_seqlens_q: shape {ends.shape}, needs (batch + 1,)")
+        if self.on_gpu:
+            check.contiguous_rows(ends, "cu_seqlens_q")
+        self.batch = ends.c_shape[0] - 1
+        self.max_seqlen_q = bound(max_seqlen_q, "max_seqlen_q", self.q.c_shape[0])
+        return 0
 
-    def dense_k(self, any_batch=False):
+    cpdef int dense_k(self, bint any_batch=False) except -1:
         """Read the keys' sizes off k (batch, seqlen_k, num_heads_kv, head_dim), a cache's of `any_batch`."""
         check.ndim(self.k, self.k_name, 4, "(batch, seqlen_k, num_heads_kv, head_dim)")
-        self._kv("batch", "seqlen_k")
+        self.size_kv("batch", "seqlen_k")
         if not any_batch:
-            check.same_size(self.k.shape[0], self.k_name, "batch", self.batch,
-                            "cu_seqlens_q" if "cu_seqlens_q" in self.arrays else "q")
-        self.max_seqlen_k = self.k.shape[1]
+            check.same_size(self.k.c_shape[0], self.k_name, "batch", self.batch, self.batch_name())
+        self.max_seqlen_k = self.k.c_shape[1]
+        return 0
 
-    def paged_k(self, border, page_table, max_seqlen_k=None):
+    cpdef int ragged_k(self, max_seqlen_k) except -1:
+        """Read the keys' sizes off k (total_k, num_heads_kv, head_dim)."""
+        check.ndim(self.k, self.k_name, 3, "(total_k, num_heads_kv, head_dim)")
+        self.size_kv("total_k", None)
+        self.max_seqlen_k = bound(max_seqlen_k, "max_seqlen_k", self.k.c_shape[0])
+        return 0
+
+    cpdef int paged_k(self, page_table, max_seqlen_k=None) except -1:
         """Read the keys' sizes off pages (num_pages, page_size, num_heads_kv, head_dim) and their table."""
+        cdef ArrayView pages
+        cdef int64_t page_size
         check.ndim(self.k, self.k_name, 4, "(num_pages, page_size, num_heads_kv, head_dim)")
-        self._kv("num_pages", "page_size")
-        page_size = self.k.shape[1]
+        self.size_kv("num_pages", "page_size")
+        page_size = self.k.c_shape[1]
         if page_size < 1:
             raise ValueError(f"{self.k_name}: page_size 0, needs at least 1")
-        view = border.take(page_table, "page_table")
-        check.dtype(view, "page_table", _INT32)
-        check.ndim(view, "page_table", 2, "(batch, max_pages)")
-        check.same_size(view.shape[0], "page_table", "batch", self.batch,
-                        "cu_seqlens_q" if "cu_seqlens_q" in self.arrays else "q")
+        self.page_table = pages = self.border.take(page_table, "page_table")
+        check.dtype(pages, "page_table", INT32)
+        check.ndim(pages, "page_table", 2, "(batch, max_pages)")
+        check.same_size(pages.c_shape[0], "page_table", "batch", self.batch, self.batch_name())
         if self.on_gpu:
-            check.contiguous_rows(view, "page_table")
-        self.arrays["page_table"] = view
-        self.max_seqlen_k = _bound(max_seqlen_k, "max_seqlen_k", view.shape[1] * page_size)
+            check.contiguous_rows(pages, "page_table")
+        self.max_seqlen_k = bound(max_seqlen_k, "max_seqlen_k", pages.c_shape[1] * page_size)
+        return 0
 
-    def _kv(self, *row_axes):
-        """Check k and v against q and each other, in all but q's batch."""
-        k, v, k_name, v_name = self.k, self.v, self.k_name, self.v_name
-        k_shape, v_shape = k.shape, v.shape
-        if k.ndim != v.ndim:
-            check.ndim(v, v_name, k.ndim, f"({', '.join(row_axes)}, num_heads_kv, head_dim_v)")
-        check.same_size(k_shape[-1], k_name, "head_dim", self.head_dim, "q")
-        if k_shape[:-1] != v_shape[:-1]:
-            axes = (*row_axes, "num_heads_kv")
-            for axis, v_size, k_size in zip(axes, v_shape[:-1], k_shape[:-1], strict=True):
-                check.same_size(v_size, v_name, axis, k_size, k_name)
-        self.num_heads_kv, self.head_dim_v = k_shape[-2], v_shape[-1]
+    cdef int size_kv(self, str first_axis, str second_axis) except -1:
+        """Check k and v against q and each other, in all but q's batch; a ragged k has no second axis of rows."""
+        cdef ArrayView k = self.k, v = self.v
+        cdef int heads = k.ndim - 2
+        if v.ndim != k.ndim:
+            row_axes = first_axis if second_axis is None else f"{first_axis}, {second_axis}"
+            check.ndim(v, self.v_name, k.ndim, f"({row_axes}, num_heads_kv, head_dim_v)")
+        check.same_size(k.c_shape[heads + 1], self.k_name, "head_dim", self.head_dim, "q")
+        check.same_size(v.c_shape[0], self.v_name, first_axis, k.c_shape[0], self.k_name)
+        if second_axis is not None:
+            check.same_size(v.c_shape[1], self.v_name, second_axis, k.c_shape[1], self.k_name)
+        check.same_size(v.c_shape[heads], self.v_name, "num_heads_kv", k.c_shape[heads], self.k_name)
+        self.num_heads_kv = k.c_shape[heads]
+        self.head_dim_v = v.c_shape[heads + 1]
         if self.head_dim < 1 or self.head_dim_v < 1:
-            raise ValueError(f"{'q' if self.head_dim < 1 else v_name}: head_dim 0, needs at least 1")
+            raise ValueError(f"{'q' if self.head_dim < 1 else self.v_name}: head_dim 0, needs at least 1")
         if self.num_heads_kv < 1 or self.num_heads % self.num_heads_kv:
-            raise ValueError(f"{k_name}: num_heads_kv {self.num_heads_kv}, "
+            raise ValueError(f"{self.k_name}: num_heads_kv {self.num_heads_kv}, "
                              f"needs a divisor of q's num_heads {self.num_heads}")
+        return 0
 
-    def take(self, border, dtype=None, **arrays):
-        """Check and keep the optional arrays that are not None, each by the rule of its name."""
-        for name, array in arrays.items():
-            if array is not None:
-                view = border.take(array, name, dtype if name in _TYPED else None)
-                if dtype is not None and view.dtype == "uint16":  # rotary_cos, which may be float32 as well
-                    view = border.take(array, name, dtype)
-                _RULES[name](self, view, name)
-                self.arrays[_KEYWORDS.get(name, name)] = view
+    cdef str batch_name(self):
+        """The argument that the batch was read off."""
+        return "q" if self.cu_seqlens_q is None else "cu_seqlens_q"
 
-    def use_cache(self, border, cache_seqlens):
-        """Settle how much of the cache is in use, once the new keys have been taken."""
-        new = self.arrays.get("k_new")
-        if new is not None:
-            check.no_overlap(self.k, self.k_name)
-            check.no_overlap(self.v, self.v_name)
-        if not isinstance(cache_seqlens, numbers.Integral):
-            self.take(border, cache_seqlens=cache_seqlens)
-            return
-        rows = check.integer(cache_seqlens, "cache_seqlens", 0)
-        room = self.max_seqlen_k - (new.shape[1] if new is not None and new.ndim == 4 else 0)
-        if rows > room:
-            raise ValueError(f"cache_seqlens: {rows}, needs at most {room}, the rows of {self.k_name}"
-                             + (" less those of k" if new is not None else ""))
-        if self.on_gpu and new is None:
-            self.max_seqlen_k = rows  # a shorter cache, the same for all: no array has to be made on the GPU
-        else:
-            self.take(border, cache_seqlens=numpy.full(self.batch, rows, "int32"))
+    # ---- further arrays: each may be None ---------------------------------------------------------------
 
-    def finish(self):
-        """The checks that need all arrays: what the GPU's kernels ask of head dims and strides."""
+    cdef int cumulative_k(self, cu_seqlens_k) except -1:
+        """Where the sequences of a ragged k begin."""
+        self.cu_seqlens_k = self.cumulative(cu_seqlens_k, "cu_seqlens_k")
+        return 0
+
+    cpdef int extend(self, qv=None, q_descale=None, k_descale=None, v_descale=None, sinks=None, seqused_q=None,
+                     seqused_k=None) except -1:
+        """What every function of the forward takes."""
+        cdef int64_t[check.MAX_NDIM] shape
+        if qv is not None:
+            self.qv = self.border.take(qv, "qv", self.dtype)
+            check.same_dtype(self.qv, "qv", self.q, "q")
+            check.shape(self.qv, "qv", self.out_shape(shape), shape, "q's shape with head_dim_v")
+            if self.on_gpu:
+                check.contiguous_rows(self.qv, "qv")
+        self.q_descale = self.descale(q_descale, "q_descale")
+        self.k_descale = self.descale(k_descale, "k_descale")
+        self.v_descale = self.descale(v_descale, "v_descale")
+        self.sinks = self.vector(sinks, "sinks", FLOAT32, self.num_heads, "(num_heads,)")
+        self.seqused_q = self.per_sequence(seqused_q, "seqused_q")
+        if seqused_k is not None:  # with a cache, `use_cache` has set it
+            self.seqused_k = self.per_sequence(seqused_k, "seqused_k")
+        return 0
+
+    cdef int append(self, cu_seqlens_k_new, k, v) except -1:
+        """The keys and values to append to a cache, laid out as q is: with a batch axis, or ragged."""
+        cdef int axis
+        self.cu_seqlens_k_new = self.cumulative(cu_seqlens_k_new, "cu_seqlens_k_new")
+        if k is None:
+            return 0
+        self.k_new = self.new_rows(k, "k", self.k, self.k_name, self.head_dim)
+        self.v_new = self.new_rows(v, "v", self.v, self.v_name, self.head_dim_v)
+        for axis in range(self.k_new.ndim - 1):
+            if self.v_new.c_shape[axis] != self.k_new.c_shape[axis]:
+                *rows, _ = k_shape = self.k_new.shape
+                raise ValueError(f"v: shape {self.v_new.shape}, needs {(*rows, self.head_dim_v)}, as k's {k_shape}")
+        check.no_overlap(self.k, self.k_name)
+        check.no_overlap(self.v, self.v_name)
+        return 0
+
+    cdef int use_cache(self, cache_seqlens, cache_batch_idx, cache_leftpad) except -1:
+        """How much of the cache is in use, once the new keys have been taken, and which parts of it."""
+        cdef int64_t rows, room = self.max_seqlen_k
+        if isinstance(cache_seqlens, numbers.Integral):
+            rows = check.integer(cache_seqlens, "cache_seqlens", 0)
+            if self.k_new is not None and self.k_new.ndim == 4:
+                room -= self.k_new.c_shape[1]
+            if rows > room:
+                raise ValueError(f"cache_seqlens: {rows}, needs at most {room}, the rows of {self.k_name}"
+                                 + (" less those of k" if self.k_new is not None else ""))
+            if self.on_gpu and self.k_new is None:
+                self.max_seqlen_k = rows  # a shorter cache, the same for all: no array has to be made on the GPU
+                cache_seqlens = None
+            else:
+                cache_seqlens = numpy.full(self.batch, rows, "int32")
+        self.seqused_k = self.per_sequence(cache_seqlens, "cache_seqlens")
+        self.cache_batch_idx = self.per_sequence(cache_batch_idx, "cache_batch_idx")
+        self.cache_leftpad = self.per_sequence(cache_leftpad, "cache_leftpad")
+        return 0
+
+    cdef int rotate(self, cos, sin, seqlens) except -1:
+        """The rotary embedding of q and of the new keys."""
+        if cos is not None:
+            self.rotary_cos = self.rotary(cos, "rotary_cos")
+            self.rotary_sin = self.rotary(sin, "rotary_sin")
+            check.same_dtype(self.rotary_sin, "rotary_sin", self.rotary_cos, "rotary_cos")
+            check.shape(self.rotary_sin, "rotary_sin", 2, self.rotary_cos.c_shape, "as rotary_cos")
+        self.rotary_seqlens = self.per_sequence(seqlens, "rotary_seqlens")
+        return 0
+
+    cdef ArrayView vector(self, array, str name, tuple allowed, int64_t size, str axes):
+        """A view of an array (size,); `axes` names that."""
+        cdef ArrayView view
+        if array is None:
+            return None
+        view = self.border.take(array, name)
+        check.dtype(view, name, allowed)
+        check.shape(view, name, 1, &size, axes)
         if self.on_gpu:
-            check.head_dims(self.head_dim, self.head_dim_v, self.q.dtype, "qv" in self.arrays, self.v_name)
-            check.contiguous_rows(self.q, "q")
-            check.contiguous_rows(self.k, self.k_name)
-            check.contiguous_rows(self.v, self.v_name)
+            check.contiguous_rows(view, name)
+        return view
 
-    @property
-    def out_shape(self):
-        return (*self.rows, self.num_heads, self.head_dim_v)
+    cdef ArrayView per_sequence(self, array, str name):
+        """int32 (batch,)."""
+        return self.vector(array, name, INT32, self.batch, "(batch,)")
 
-    @property
-    def lse_shape(self):
-        """(batch, num_heads, seqlen_q), or (num_heads, total_q)."""
-        return (*self.rows[:-1], self.num_heads, self.rows[-1])
+    cdef ArrayView cumulative(self, array, str name):
+        """int32 (batch + 1,)."""
+        return self.vector(array, name, INT32, self.batch + 1, "(batch + 1,)")
+
+    cdef ArrayView descale(self, array, str name):
+        """fp32 of shape (), (num_heads_kv,) or (batch, num_heads_kv); q's also by num_heads."""
+        cdef ArrayView view
+        cdef bint fits
+        if array is None:
+            return None
+        view = self.border.take(array, name)
+        if self.q.dtype != FP8:
+            raise ValueError(f"{name}: needs q of dtype {FP8}, but q has {self.q.dtype}")
+        check.dtype(view, name, FLOAT32)
+        heads = {self.num_heads_kv, self.num_heads} if name == "q_descale" else {self.num_heads_kv}
+        fits = view.ndim == 0 or view.ndim <= 2 and view.c_shape[view.ndim - 1] in heads
+        if not fits or view.ndim == 2 and view.c_shape[0] != self.batch:
+            kinds = " or ".join([f"({head},) or ({self.batch}, {head})" for head in sorted(heads)])
+            raise ValueError(f"{name}: shape {view.shape}, needs () or {kinds}: (num_heads,) or (batch, num_heads)")
+        return view
+
+    cdef ArrayView new_rows(self, array, str name, ArrayView cache, str cache_name, int64_t head_dim):
+        """The keys or values to append."""
+        cdef ArrayView view = self.border.take(array, name, self.dtype)
+        check.same_dtype(view, name, cache, cache_name)
+        if self.cu_seqlens_k_new is not None:
+            check.ndim(view, name, 3, "(total_k_new, num_heads_kv, head_dim), with cu_seqlens_k_new")
+        else:
+            check.ndim(view, name, 4, "(batch, seqlen_k_new, num_heads_kv, head_dim)")
+            check.same_size(view.c_shape[0], name, "batch", self.batch, "q")
+        check.same_size(view.c_shape[view.ndim - 2], name, "num_heads_kv", self.num_heads_kv, self.k_name)
+        check.same_size(view.c_shape[view.ndim - 1], name, "head_dim", head_dim, cache_name)
+        if self.on_gpu:
+            check.contiguous_rows(view, name)
+        return view
+
+    cdef ArrayView rotary(self, array, str name):
+        """cos or sin: (seqlen_rotary, rotary_dim / 2)."""
+        cdef ArrayView view = self.border.take(array, name)
+        cdef int64_t rotary_dim
+        if self.dtype is not None and view.dtype == "uint16":  # it may be float32 as well, which needs no dtype=
+            view = self.border.take(array, name, self.dtype)
+        check.dtype(view, name, (*FLOAT32, self.q.dtype) if self.q.dtype in HALF else FLOAT32)
+        check.ndim(view, name, 2, "(seqlen_rotary, rotary_dim / 2)")
+        rotary_dim = 2 * view.c_shape[1]
+        if rotary_dim % 16 or not 0 < rotary_dim <= self.head_dim:
+            raise ValueError(f"{name}: rotary_dim {rotary_dim}, needs a multiple of 16 from 16 to q's head_dim "
+                             f"{self.head_dim}")
+        if self.on_gpu and view.strides != (view.shape[1], 1) and not check.empty(view):
+            raise ValueError(f"{name}: strides {view.strides}, needs {(view.shape[1], 1)} on the GPU: contiguous")
+        return view
+
+    # ---- numbers ----------------------------------------------------------------------------------------
+
+    cdef int settle(self, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, batch_invariant,
+                    pack_gqa, sm_margin) except -1:
+        """Check the options that are numbers, and settle their defaults."""
+        cdef Options *options = &self.options
+        cdef int64_t depth = self.head_dim + (0 if self.qv is None else self.head_dim_v)
+        if softmax_scale is None:
+            options.softmax_scale = pow(depth, -0.5)
+        else:
+            options.softmax_scale = check.number(softmax_scale, "softmax_scale")
+        options.causal = check.flag(causal, "causal")
+        check.window(window_size, &options.window_left, &options.window_right)
+        if options.causal:
+            options.window_right = 0
+        options.softcap = check.number(softcap, "softcap")
+        if options.softcap < 0:
+            raise ValueError(f"softcap: {options.softcap}, needs at least 0")
+        options.attention_chunk = check.chunk(attention_chunk)
+        options.num_splits = <int>min(check.integer(num_splits, "num_splits", 0), max(self.max_seqlen_k, 1))
+        options.batch_invariant = check.flag(batch_invariant, "batch_invariant")
+        options.pack_gqa = -1 if pack_gqa is None else check.flag(pack_gqa, "pack_gqa")
+        options.sm_margin = <int>check.integer(sm_margin, "sm_margin", 0)
+        options.rotary_interleaved = True
+        return 0
+
+    # ---- the whole --------------------------------------------------------------------------------------
+
+    cpdef int finish(self) except -1:
+        """The checks that need all arrays: what the GPU's kernels ask of head dims, strides and sizes."""
+        if not self.on_gpu:
+            return 0
+        check.head_dims(self.head_dim, self.head_dim_v, self.q.dtype, self.qv is not None, self.v_name)
+        check.contiguous_rows(self.q, "q")
+        check.contiguous_rows(self.k, self.k_name)
+        check.contiguous_rows(self.v, self.v_name)
+        check.fits(self.batch, self.batch_name(), "batch")
+        check.fits(self.num_heads, "q", "num_heads")
+        check.fits(self.q.c_shape[self.q.ndim - 3], "q", "rows")
+        check.fits(self.k.c_shape[self.k.ndim - 3], self.k_name, "rows")
+        return check.fits(self.max_seqlen_k, self.k_name, "rows")
+
+    cdef dict arrays(self):
+        """The further arrays that were given, by name, as NumPy's: for the CPU's backend."""
+        views = (
+            ("cu_seqlens_q", self.cu_seqlens_q), ("cu_seqlens_k", self.cu_seqlens_k),
+            ("cu_seqlens_k_new", self.cu_seqlens_k_new), ("seqused_q", self.seqused_q), ("seqused_k", self.seqused_k),
+            ("page_table", self.page_table), ("cache_batch_idx", self.cache_batch_idx),
+            ("cache_leftpad", self.cache_leftpad), ("k_new", self.k_new), ("v_new", self.v_new), ("qv", self.qv),
+            ("rotary_cos", self.rotary_cos), ("rotary_sin", self.rotary_sin),
+            ("rotary_seqlens", self.rotary_seqlens), ("q_descale", self.q_descale), ("k_descale", self.k_descale),
+            ("v_descale", self.v_descale), ("sinks", self.sinks))
+        return {name: view.numpy() for name, view in views if view is not None}
+
+    cdef int out_shape(self, int64_t *shape) noexcept:
+        """q's with head_dim_v; returns the number of dimensions."""
+        memcpy(shape, self.q.c_shape, self.q.ndim * sizeof(int64_t))
+        shape[self.q.ndim - 1] = self.head_dim_v
+        return self.q.ndim
+
+    cdef int lse_shape(self, int64_t *shape) noexcept:
+        """(batch, num_heads, seqlen_q), or (num_heads, total_q); returns the number of dimensions."""
+        cdef int axis = self.q.ndim - 3
+        shape[0] = self.batch
+        shape[axis] = self.num_heads
+        shape[axis + 1] = self.q.c_shape[axis]
+        return axis + 2
 
 
-def _bound(given, name, rows):
+cdef int64_t bound(given, str name, int64_t rows) except -1:
     """The longest sequence as far as it is known: what the caller says, and never more than all the rows."""
     return rows if given is None else min(check.integer(given, name, 0), rows)
-
-
-def _per_sequence(problem, view, name):
-    """int32 (batch,)."""
-    check.dtype(view, name, _INT32)
-    check.shape(view, name, (problem.batch,), "(batch,)")
-    if problem.on_gpu:
-        check.contiguous_rows(view, name)
-
-
-def _cumulative(problem, view, name):
-    """int32 (batch + 1,)."""
-    check.dtype(view, name, _INT32)
-    check.shape(view, name, (problem.batch + 1,), "(batch + 1,)")
-    if problem.on_gpu:
-        check.contiguous_rows(view, name)
-
-
-def _sinks(problem, view, name):
-    check.dtype(view, name, _FLOAT32)
-    check.shape(view, name, (problem.num_heads,), "(num_heads,)")
-    if problem.on_gpu:
-        check.contiguous_rows(view, name)
-
-
-def _qv(problem, view, name):
-    check.same_dtype(view, name, problem.q, "q")
-    check.shape(view, name, problem.out_shape, "q's shape with head_dim_v")
-    if problem.on_gpu:
-        check.contiguous_rows(view, name)
-
-
-def _descale(problem, view, name):
-    """fp32 of shape (), (num_heads_kv,) or (batch, num_heads_kv); q's also by num_heads."""
-    if problem.q.dtype != check.FP8:
-        raise ValueError(f"{name}: needs q of dtype {check.FP8}, but q has {problem.q.dtype}")
-    check.dtype(view, name, _FLOAT32)
-    heads = {problem.num_heads_kv, problem.num_heads} if name == "q_descale" else {problem.num_heads_kv}
-    shape = view.shape
-    if shape and (shape[-1] not in heads or shape[:-1] not in ((), (problem.batch,))):
-        kinds = " or ".join(f"({head},) or ({problem.batch}, {head})" for head in sorted(heads))
-        raise ValueError(f"{name}: shape {shape}, needs () or {kinds}: (num_heads,) or (batch, num_heads)")
-
-
-def _new_rows(problem, view, name):
-    """The keys or values to append, laid out as q is: with a batch axis, or ragged."""
-    cache, head_dim = (problem.k, problem.head_dim) if name == "k" else (problem.v, problem.head_dim_v)
-    check.same_dtype(view, name, cache, problem.k_name if name == "k" else problem.v_name)
-    if "cu_seqlens_k_new" in problem.arrays:
-        check.ndim(view, name, 3, "(total_k_new, num_heads_kv, head_dim), with cu_seqlens_k_new")
-    else:
-        check.ndim(view, name, 4, "(batch, seqlen_k_new, num_heads_kv, head_dim)")
-        check.same_size(view.shape[0], name, "batch", problem.batch, "q")
-    check.same_size(view.shape[-2], name, "num_heads_kv", problem.num_heads_kv, problem.k_name)
-    check.same_size(view.shape[-1], name, "head_dim", head_dim,
-                    problem.k_name if name == "k" else problem.v_name)
-    if problem.on_gpu:
-        check.contiguous_rows(view, name)
-    if name == "v":
-        new = problem.arrays["k_new"]
-        if view.shape[:-1] != new.shape[:-1]:
-            needed = (*new.shape[:-1], head_dim)
-            raise ValueError(f"v: shape {view.shape}, needs {needed}, as k's {new.shape}")
-
-
-def _rotary(problem, view, name):
-    """cos or sin: (seqlen_rotary, rotary_dim / 2)."""
-    allowed = _FLOAT32 + ((problem.q.dtype,) if problem.q.dtype in check.HALF else ())
-    check.dtype(view, name, allowed)
-    check.ndim(view, name, 2, "(seqlen_rotary, rotary_dim / 2)")
-    rotary_dim = 2 * view.shape[1]
-    if rotary_dim % 16 or not 0 < rotary_dim <= problem.head_dim:
-        raise ValueError(f"{name}: rotary_dim {rotary_dim}, needs a multiple of 16 from 16 to q's head_dim "
-                         f"{problem.head_dim}")
-    if name == "rotary_sin":
-        cos = problem.arrays["rotary_cos"]
-        check.same_dtype(view, name, cos, "rotary_cos")
-        check.shape(view, name, cos.shape, "as rotary_cos")
-    if problem.on_gpu and view.strides != (view.shape[1], 1) and 0 not in view.shape:
-        raise ValueError(f"{name}: strides {view.strides}, needs {(view.shape[1], 1)} on the GPU: contiguous")
-
-
-_RULES = {
-    "cu_seqlens_k": _cumulative,
-    "cu_seqlens_k_new": _cumulative,
-    "seqused_q": _per_sequence,
-    "seqused_k": _per_sequence,
-    "cache_seqlens": _per_sequence,
-    "cache_batch_idx": _per_sequence,
-    "cache_leftpad": _per_sequence,
-    "rotary_seqlens": _per_sequence,
-    "sinks": _sinks,
-    "q_descale": _descale,
-    "k_descale": _descale,
-    "v_descale": _descale,
-    "qv": _qv,
-    "k": _new_rows,
-    "v": _new_rows,
-    "rotary_cos": _rotary,
-    "rotary_sin": _rotary,
-}
-_TYPED = ("qv", "k", "v")  # what a call's `dtype=` speaks of, besides q and the keys and values
-_KEYWORDS = {"k": "k_new", "v": "v_new", "cache_seqlens": "seqused_k"}  # what a backend calls them

@@ -1,7 +1,10 @@
+cimport cython
 from libc.stdint cimport int64_t, uintptr_t
 
 from fa3._dlpack cimport DLPackExchangeAPI, DLTensor
 
+
+@cython.final
 cdef class ArrayView:
     cdef readonly object owner        # keeps the memory alive
     cdef public uintptr_t data        # address of element (0, …); may be 0 when the array is empty
@@ -21,10 +24,14 @@ cdef enum Route:                      # how a type of array is read
     DLPACK
     INTERFACE
 
+
+@cython.final
 cdef class Kind:                      # what is known of a type of array
+    cdef type kind
     cdef Route route
     cdef readonly str framework       # "numpy", "torch", "cupy", "jax", "numba"; "" for others
     cdef bint torch                   # framework is "torch"
+    cdef bint jax                     # framework is "jax"
     cdef object is_neg                # torch.Tensor.is_neg: DLPack does not tell of that bit
     cdef const DLPackExchangeAPI *exchange
     cdef str refusal                  # why such arrays cannot be taken; None where they can

@@ -13,7 +13,7 @@ from libc.string cimport memcpy
 
 from fa3 cimport _fa3
 from fa3._dlpack cimport (DL_CPU, DL_CUDA, DL_CUDA_HOST, DL_CUDA_MANAGED, DL_FLAG_IS_COPIED,
-                          DL_FLAG_READ_ONLY, DLManagedTensor, DLManagedTensorVersioned, DLPackExchangeAPI,
+                          DL_FLAG_READ_ONLY, DL_FLOAT, DLManagedTensor, DLManagedTensorVersioned, DLPackExchangeAPI,
                           DLTensor)
 
 import sys
@@ -22,6 +22,9 @@ import numpy
 
 from fa3 import _dtypes
 from fa3._errors import raise_status
+
+cdef extern from "Python.h":
+    object PyObject_CallFunctionObjArgs(object callable, ...)
 
 cdef enum:
     MAX_NDIM = 8
@@ -108,8 +111,10 @@ cdef Kind kind_of(type kind):
 
 cdef Kind _describe_kind(type kind):
     cdef Kind found = Kind.__new__(Kind)
+    found.kind = kind
     found.framework = _framework(kind)
     found.torch = found.framework == "torch"
+    found.jax = found.framework == "jax"
     found.is_neg = getattr(kind, "is_neg", None) if found.torch else None
     found.refusal = _refusal(kind, found.framework)
     found.exchange = _exchange_api(getattr(kind, "__dlpack_c_exchange_api__", None))
@@ -334,6 +339,11 @@ cdef ArrayView read_exchange(Kind kind, array, str name):
         view.owner = managed
         view.readonly = managed.versioned.flags & DL_FLAG_READ_ONLY
     set_tensor(view, &tensor, array, name)
+    # Only halves of complex numbers, which are such floats, stand for their negatives. Called in this way, at half the
+    # price that Cython pays for a method call in the limited API.
+    if kind.is_neg is not None and tensor.dtype.code == DL_FLOAT:
+        if PyObject_CallFunctionObjArgs(kind.is_neg, <void *>array, NULL):
+            raise TypeError(f"{name}: this torch.Tensor stands for its negative; use resolve_neg() first")
     return view
 
 

@@ -1,10 +1,7 @@
 """The public functions of the forward: each checks every argument, then has a backend fill the result."""
 
-from fa3 import _checks as check
-from fa3._array import Border
-from fa3._dispatch import combine, forward, options
+from fa3 import _dispatch
 from fa3._documentation import documented
-from fa3._problem import Problem
 
 
 @documented()
@@ -65,16 +62,12 @@ def flash_attn_func(
     .. [1] J. Shah, G. Bikshandi, Y. Zhang, V. Thakkar, P. Ramani, T. Dao, "FlashAttention-3: Fast and
        Accurate Attention with Asynchrony and Low-precision", 2024.
     """
-    border = Border(q, "q", stream, dtype)
-    problem = Problem(border, k, v, dtype=dtype)
-    problem.dense_q()
-    problem.dense_k()
-    problem.take(border, dtype, qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
-                 sinks=sinks, seqused_q=seqused_q, seqused_k=seqused_k)
-    settled = options(problem, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits,
-                      batch_invariant, pack_gqa, sm_margin)
-    check.dropout(dropout_p, dropout_seed)
-    return forward(border, problem, settled, out, out_dtype, return_lse)
+    return _dispatch.dense(
+        q, k, v,
+        softmax_scale, causal, window_size, attention_chunk, softcap, sinks,
+        qv, q_descale, k_descale, v_descale, seqused_q, seqused_k,
+        num_splits, batch_invariant, pack_gqa, sm_margin, dropout_p, dropout_seed,
+        return_lse, out, out_dtype, stream, dtype)
 
 
 @documented(lse="(num_heads, total_q)")
@@ -120,21 +113,13 @@ def flash_attn_varlen_func(
     ------
     {raises}
     """
-    border = Border(q, "q", stream, dtype)
-    problem = Problem(border, k, v, dtype=dtype)
-    problem.ragged_q(border, cu_seqlens_q, max_seqlen_q)
-    if page_table is not None:
-        problem.paged_k(border, page_table, max_seqlen_k)
-    elif cu_seqlens_k is None:
-        raise ValueError("cu_seqlens_k: got None, needs int32 (batch + 1,), or a page_table")
-    else:
-        problem.ragged_k(max_seqlen_k)
-    problem.take(border, dtype, cu_seqlens_k=cu_seqlens_k, qv=qv, q_descale=q_descale, k_descale=k_descale,
-                 v_descale=v_descale, sinks=sinks, seqused_q=seqused_q, seqused_k=seqused_k)
-    settled = options(problem, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits,
-                      batch_invariant, pack_gqa, sm_margin)
-    check.dropout(dropout_p, dropout_seed)
-    return forward(border, problem, settled, out, out_dtype, return_lse)
+    return _dispatch.varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        page_table,
+        softmax_scale, causal, window_size, attention_chunk, softcap, sinks,
+        qv, q_descale, k_descale, v_descale, seqused_q, seqused_k,
+        num_splits, batch_invariant, pack_gqa, sm_margin, dropout_p, dropout_seed,
+        return_lse, out, out_dtype, stream, dtype)
 
 
 @documented(lse="(batch, num_heads, seqlen_q), or (num_heads, total_q) with cu_seqlens_q")
@@ -198,34 +183,15 @@ def flash_attn_with_kvcache(
     ------
     {raises}
     """
-    border = Border(q, "q", stream, dtype)
-    problem = Problem(border, k_cache, v_cache, "k_cache", "v_cache", dtype, written=k is not None)
-    if cu_seqlens_q is None:
-        problem.dense_q()
-    else:
-        problem.ragged_q(border, cu_seqlens_q, max_seqlen_q)
-    if page_table is None:
-        problem.dense_k(any_batch=cache_batch_idx is not None)
-    else:
-        check.without(page_table, "page_table", cache_batch_idx, "cache_batch_idx")
-        problem.paged_k(border, page_table)
-    check.together(k, "k", v, "v")
-    check.together(rotary_cos, "rotary_cos", rotary_sin, "rotary_sin")
-    for needed, needed_name, array, name in (
-            (cache_seqlens, "cache_seqlens", k, "k"), (k, "k", cu_seqlens_k_new, "cu_seqlens_k_new"),
-            (k, "k", rotary_cos, "rotary_cos"), (rotary_cos, "rotary_cos", rotary_seqlens, "rotary_seqlens")):
-        check.needs(array, name, needed, needed_name)
-    if scheduler_metadata is not None:
-        raise NotImplementedError("scheduler_metadata: not built yet, needs None")
-    problem.take(border, dtype, cu_seqlens_k_new=cu_seqlens_k_new, k=k, v=v)
-    problem.use_cache(border, cache_seqlens)
-    problem.take(border, dtype, rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_seqlens=rotary_seqlens,
-                 cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, qv=qv, q_descale=q_descale,
-                 k_descale=k_descale, v_descale=v_descale, sinks=sinks, seqused_q=seqused_q)
-    settled = options(problem, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits,
-                      batch_invariant, pack_gqa, sm_margin)
-    settled["rotary_interleaved"] = check.flag(rotary_interleaved, "rotary_interleaved")
-    return forward(border, problem, settled, out, out_dtype, return_lse)
+    return _dispatch.kvcache(
+        q, k_cache, v_cache,
+        k, v, rotary_cos, rotary_sin, rotary_interleaved, rotary_seqlens,
+        cache_seqlens, cache_batch_idx, cache_leftpad, page_table,
+        cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q, scheduler_metadata,
+        softmax_scale, causal, window_size, attention_chunk, softcap, sinks,
+        qv, q_descale, k_descale, v_descale, seqused_q,
+        num_splits, batch_invariant, pack_gqa, sm_margin,
+        return_lse, out, out_dtype, stream, dtype)
 
 
 def flash_attn_combine(out_partial, lse_partial, *, out=None, out_dtype=None):
@@ -259,4 +225,4 @@ def flash_attn_combine(out_partial, lse_partial, *, out=None, out_dtype=None):
     ----------
     .. [1] T. Dao, D. Haziza, F. Massa, G. Sizov, "Flash-Decoding for long-context inference", 2023.
     """
-    return combine(Border(out_partial, "out_partial"), lse_partial, out, out_dtype)
+    return _dispatch.combine(out_partial, lse_partial, out, out_dtype)

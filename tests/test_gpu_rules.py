@@ -1,39 +1,35 @@
 """The rules that hold for the GPU's arrays only, on stand-ins for them, so that they are tested everywhere."""
 
 import re
-from types import SimpleNamespace
 
+import ml_dtypes
 import numpy as np
 import pytest
+from capsules import CUDA, Exporter
 
-from fa3 import _checks as check
-from fa3._problem import Problem
+from fa3 import _problem
 
-
-class DeviceBorder:
-    """What `fa3._array.Border` is to the checks, with views that were made by hand."""
-
-    device_type = check.CUDA
-
-    def __init__(self, view):
-        self.view = view
-
-    def take(self, array, name, dtype=None, writable=False):
-        return array
+Problem = _problem.Problem
+DLPACK = {"bfloat16": (4, 16, 1), "float8_e4m3fn": (10, 8, 1)}  # what NumPy cannot say
 
 
 def device_array(*shape, dtype="float16", strides=None):
+    """An array that says it is on a GPU; strides count elements."""
+    dtype, named = np.dtype(getattr(ml_dtypes, dtype, dtype)), DLPACK.get(dtype)
     if strides is None:
-        strides = tuple(int(np.prod(shape[axis + 1:])) for axis in range(len(shape)))
-    return SimpleNamespace(shape=shape, strides=strides, ndim=len(shape), dtype=dtype, data=4096)
+        return Exporter(np.zeros(shape, dtype), device=(CUDA, 0), dtype=named)
+    steps = [stride * max(size - 1, 0) for stride, size in zip(strides, shape, strict=True)]
+    first = -sum(step for step in steps if step < 0)
+    memory = np.zeros(1 + sum(map(abs, steps)), dtype)
+    array = np.ndarray(shape, dtype, memory, first * dtype.itemsize, [stride * dtype.itemsize for stride in strides])
+    return Exporter(array, device=(CUDA, 0), dtype=named)
 
 
 def on_gpu(q, k, v, **arrays):
-    border = DeviceBorder(q)
-    problem = Problem(border, k, v)
+    problem = Problem(q, k, v)
     problem.dense_q()
     problem.dense_k()
-    problem.take(border, **arrays)
+    problem.extend(**arrays)
     problem.finish()
 
 
@@ -69,7 +65,7 @@ def test_head_dims_of_mla_with_qv():
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 def test_last_dimension_is_contiguous_on_the_gpu(name):
     arrays = {"q": device_array(2, 5, 4, 16), "k": device_array(2, 7, 2, 16), "v": device_array(2, 7, 2, 16)}
-    arrays[name].strides = (1000, 100, 32, 2)
+    arrays[name] = device_array(*arrays[name].array.shape, strides=(1000, 100, 32, 2))
     with pytest.raises(ValueError, match=re.escape(f"{name}: stride 2 in the last dimension, needs 1 on the GPU")):
         on_gpu(**arrays)
 
@@ -83,3 +79,15 @@ def test_lengths_are_contiguous_on_the_gpu(name):
 def test_free_strides_are_taken_on_the_gpu():
     on_gpu(device_array(2, 5, 4, 16, strides=(-1000, 0, 17, 1)), device_array(2, 0, 2, 16, strides=(0, 0, 0, 0)),
            device_array(2, 0, 2, 16, strides=(0, 0, 0, 0)))
+
+
+@pytest.mark.parametrize(("name", "shape", "message"), [
+    ("q", (2, 2**31, 4, 16), "q: rows 2147483648, needs at most 2147483647 on the GPU"),
+    ("q", (2, 1, 2**31, 16), "q: num_heads 2147483648, needs at most 2147483647 on the GPU"),
+    ("k", (2, 2**31, 2, 16), "k: rows 2147483648, needs at most 2147483647 on the GPU"),
+])
+def test_sizes_that_32_bits_do_not_hold(name, shape, message):
+    arrays = {"q": device_array(2, 1, 4, 16), "k": device_array(2, 1, 2, 16)}
+    arrays[name] = device_array(*shape, strides=(0, 0, 0, 1))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        on_gpu(**arrays, v=arrays["k"])

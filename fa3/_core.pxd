@@ -1,0 +1,5 @@
+from fa3._problem cimport Problem
+from fa3._view cimport ArrayView
+
+cdef int forward(Problem problem, ArrayView out, ArrayView lse) except -1
+cdef int combine() except -1
