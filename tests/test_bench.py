@@ -1,7 +1,9 @@
 """The benchmark harness without a GPU: its rows, its statistics on a made-up clock, its checks."""
 
 import contextlib
+import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 
@@ -255,6 +257,25 @@ def test_the_help_names_every_group(capsys):
     with pytest.raises(SystemExit, match=r"^0$"):
         command.main(["--help"])
     assert ", ".join(shapes.BUILT).replace(", counters", " or counters") in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.skipif(shutil.which("cc") is None and not _has_gpu(), reason="needs a C compiler, or a GPU")
+def test_host_profile():
+    pytest.importorskip("torch")
+    done = subprocess.run([sys.executable, "-m", "bench.host_profile"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    title, *lines = done.stdout.splitlines()
+    us = {name.strip(): float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+    assert title.startswith("PyTorch ") and us["call"] > us["views of q, k, v"] > 0
+    assert set(us) >= {"call, out=", "libfa3 and launch", "result array"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is here: the command would run")
+def test_host_profile_of_a_framework_that_is_not_here():
+    command_line = [sys.executable, "-m", "bench.host_profile", "cupy"]
+    done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("bench.host_profile: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(not _has_gpu(), reason="no CUDA GPU with PyTorch here")
