@@ -13,7 +13,8 @@ struct {
   int32_t status;
   size_t workspace_bytes;
   void* current_stream;
-  size_t calls;
+  size_t calls;     /* of fa3_forward that were enqueued */
+  size_t crossings; /* of any of these functions that a call of attention makes */
   int32_t with_gil;
   void *workspace, *stream;
   fa3_forward_params params;
@@ -21,12 +22,15 @@ struct {
 
 int fa3_forward_workspace(const fa3_forward_params* params, size_t* bytes) {
   (void)params;
+  stand_in.crossings += 1;
   *bytes = stand_in.workspace_bytes;
   return FA3_OK;
 }
 
 int fa3_forward(const fa3_forward_params* params, void* workspace, void* stream) {
   static int (*has_gil)(void);
+  stand_in.crossings += 1;
+  if (stand_in.workspace_bytes && !workspace) return FA3_ERROR_WORKSPACE;
   if (!has_gil) has_gil = (int (*)(void))dlsym(RTLD_DEFAULT, "PyGILState_Check");
   stand_in.calls += 1;
   stand_in.with_gil = has_gil();
@@ -111,6 +115,8 @@ const char* stand_in_describe(void) {
   INT(batch_invariant);
   INT(pack_gqa);
   INT(sm_margin);
+  INT(tile_m);
+  INT(tile_n);
   return text;
 }
 

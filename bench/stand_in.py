@@ -27,8 +27,8 @@ class State(ctypes.Structure):
     """What the next call gets, and what the last one brought: the first fields of ``stand_in`` in ``stand_in.c``."""
 
     _fields_ = [("status", ctypes.c_int32), ("workspace_bytes", ctypes.c_size_t), ("current_stream", ctypes.c_void_p),
-                ("calls", ctypes.c_size_t), ("with_gil", ctypes.c_int32), ("workspace", ctypes.c_void_p),
-                ("stream", ctypes.c_void_p)]
+                ("calls", ctypes.c_size_t), ("crossings", ctypes.c_size_t), ("with_gil", ctypes.c_int32),
+                ("workspace", ctypes.c_void_p), ("stream", ctypes.c_void_p)]
 
 
 class StandIn:

@@ -21,6 +21,15 @@ cdef dict DTYPES = {"float16": c.FA3_FLOAT16, "bfloat16": c.FA3_BFLOAT16, "float
 cdef dict DTYPE_NAMES = {code: name for name, code in DTYPES.items()}
 
 
+cdef int _tile_m = 0, _tile_n = 0
+
+
+def use_tile(int tile_m, int tile_n):
+    """Make every call take this tile, one of variants(); 0, 0: plan chooses again. For measurements."""
+    global _tile_m, _tile_n
+    _tile_m, _tile_n = tile_m, tile_n
+
+
 cdef int check(int status) except -1:
     """Turn a status into an exception."""
     if status != c.FA3_OK:
@@ -135,26 +144,40 @@ cdef int fill(c.fa3_forward_params *p, Problem problem, ArrayView out, ArrayView
     p.batch_invariant = options.batch_invariant
     p.pack_gqa = options.pack_gqa
     p.sm_margin = options.sm_margin
+    p.tile_m, p.tile_n = _tile_m, _tile_n
     return 0
 
 
 cdef int forward(Problem problem, ArrayView out, ArrayView lse) except -1:
-    """Enqueue attention on the problem's stream, with workspace of the caller's framework where that is needed."""
+    """Enqueue attention on the problem's stream. Most calls need no workspace, and cross into C once."""
     cdef c.fa3_forward_params params
     cdef void *stream = <void *>problem.border.stream
-    cdef void *workspace = NULL
-    cdef size_t nbytes = 0
-    cdef int64_t length
-    cdef Output kept  # until the call is enqueued
     cdef int status
     fill(&params, problem, out, lse)
-    check(c.fa3_forward_workspace(&params, &nbytes))
-    if nbytes:
-        length = nbytes
-        kept = problem.border.make(1, &length, "uint8")
-        workspace = <void *>kept.view.data
     with nogil:
-        status = c.fa3_forward(&params, workspace, stream)
+        status = c.fa3_forward(&params, NULL, stream)
+    if status == c.FA3_ERROR_WORKSPACE:
+        return forward_with_workspace(problem, &params)
+    return check(status)
+
+
+cdef int forward_with_workspace(Problem problem, c.fa3_forward_params *params) except -1:
+    """The same with memory of the caller's framework.
+
+    It lives until the call is enqueued: the stream's order does the rest.
+    """
+    cdef void *stream = <void *>problem.border.stream
+    cdef size_t nbytes = 0
+    cdef int64_t length
+    cdef Output workspace
+    cdef void *data
+    cdef int status
+    check(c.fa3_forward_workspace(params, &nbytes))
+    length = nbytes
+    workspace = problem.border.make(1, &length, "uint8")
+    data = <void *>workspace.view.data
+    with nogil:
+        status = c.fa3_forward(params, data, stream)
     return check(status)
 
 
@@ -166,7 +189,8 @@ cdef int combine() except -1:
 def plan(*, str dtype, int batch, int seqlen_q, int seqlen_k, int num_heads, int num_heads_kv, int head_dim,
          int head_dim_v, bint causal=False, int window_left=-1, int window_right=-1, int attention_chunk=0,
          bint ragged=False, int max_seqlen_q=0, int max_seqlen_k=0, tuple q_strides=None, tuple k_strides=None,
-         tuple v_strides=None, uintptr_t address=4096, int sm_margin=0, int num_sms=132):
+         tuple v_strides=None, uintptr_t address=4096, int num_splits=0, bint batch_invariant=False,
+         object pack_gqa=None, int sm_margin=0, int num_sms=132):
     """What a forward call of these sizes would do, as a dict: see fa3_forward_plan in fa3.h. Needs no GPU.
 
     For a ragged batch, seqlen_q and seqlen_k are the totals. Strides are (batch, row, head) in elements; None:
@@ -191,7 +215,11 @@ def plan(*, str dtype, int batch, int seqlen_q, int seqlen_k, int num_heads, int
     p.mask.causal, p.mask.attention_chunk = causal, attention_chunk
     p.mask.window_left, p.mask.window_right = window_left, window_right
     p.softmax_scale = 1
+    p.num_splits = num_splits
+    p.batch_invariant = batch_invariant
+    p.pack_gqa = -1 if pack_gqa is None else pack_gqa
     p.sm_margin = sm_margin
+    p.tile_m, p.tile_n = _tile_m, _tile_n
     check(c.fa3_plan_forward(&p, num_sms, &result))
     return result
 

@@ -36,8 +36,9 @@ seqused_k : array (batch,), int32, optional
     How many of each sequence's key rows are in use, from its first row on.""",
     "num_splits": """\
 num_splits : int, default 0
-    Parts that the keys are cut into, computed apart and combined. 0: chosen, 1: none. More than 1 is not on
-    the GPU yet.""",
+    Parts that the keys are cut into, computed apart and combined, so that few queries keep a whole GPU busy.
+    0: chosen, 1: none; more than there are blocks of keys, or with `batch_invariant` more than 1, are not
+    made.""",
     "batch_invariant": """\
 batch_invariant : bool, default False
     Make the bits of each sequence's result independent of what else is in the batch.""",

@@ -24,6 +24,7 @@ _EXCEPTIONS = {
     -4: TypeError,  # dtype
     -5: ValueError,  # shape
     -6: ValueError,  # cu_seqlens
+    -7: ValueError,  # workspace
     -10: NotImplementedError,  # fp8
     -11: NotImplementedError,  # paged cache
     -12: NotImplementedError,  # new keys, rotary, left padding, cache_batch_idx

@@ -4,6 +4,7 @@ from libc.stdint cimport int32_t, int64_t, uint64_t
 cdef extern from "fa3.h" nogil:
     enum:
         FA3_OK
+        FA3_ERROR_WORKSPACE
         FA3_FLOAT16
         FA3_BFLOAT16
         FA3_FLOAT8_E4M3
@@ -81,11 +82,16 @@ cdef extern from "fa3.h" nogil:
         int32_t batch_invariant
         int32_t pack_gqa
         int32_t sm_margin
+        int32_t tile_m
+        int32_t tile_n
 
     ctypedef struct fa3_forward_plan:
         int32_t variant
         int32_t tile_m
         int32_t tile_n
+        int32_t pack_gqa
+        int32_t whole_tiles
+        int32_t num_splits
         int32_t num_m_blocks
         int32_t grid
         int32_t dynamic

@@ -39,8 +39,10 @@ def forward(
     q, k, v, out, lse, … : numpy.ndarray
         In the shapes in which the public functions take them; bf16 and fp8 as ml_dtypes types. Shapes and
         dtypes are checked by the caller; values (lengths, offsets, pages) are checked here.
-    max_seqlen_k, batch_invariant, pack_gqa, sm_margin
+    max_seqlen_k, pack_gqa, sm_margin
         Change nothing in the result: a sequence is always computed by itself, its query heads packed.
+    batch_invariant
+        Keeps the keys in one part: `num_splits` is cut to the batch's longest sequence before it comes here.
 
     Raises
     ------
@@ -83,7 +85,7 @@ def forward(
                 visible=Visible(sequence.seqlen_q, sequence.seqlen_k, window_left, right, attention_chunk),
                 scale_qk=softmax_scale * q_descale[b] * k_descale[b],
                 scale_qv=softmax_scale * q_descale[b] * v_descale[b], scale_out=v_descale[b], sinks=sinks,
-                softcap=softcap, num_splits=max(1, num_splits), rotate=rotate,
+                softcap=softcap, num_splits=1 if batch_invariant else max(1, num_splits), rotate=rotate,
                 rotate_each_query=rotate_each_query, group=num_heads // num_heads_kv, dtype=dtype,
             )
             task.run(num_heads_kv)

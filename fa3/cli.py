@@ -25,9 +25,9 @@ FEATURES = (
     ("sequences of different lengths, seqused", "yes", "yes"),
     ("GQA and MQA, any ratio", "yes", "yes"),
     ("causal, window, attention_chunk, softcap, sinks", "yes", "yes"),
-    ("lse, batch_invariant", "yes", "yes"),
+    ("lse, batch_invariant, num_splits, pack_gqa", "yes", "yes"),
     ("paged cache, appending, rotary, leftpad", "not yet", "yes"),
-    ("num_splits > 1, flash_attn_combine", "not yet", "yes"),
+    ("flash_attn_combine", "not yet", "yes"),
     ("qv, absorbed MLA", "not yet", "yes"),
     ("backward, dropout, quantize_fp8", "not yet", "not yet"),
 )

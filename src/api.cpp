@@ -1,7 +1,9 @@
 // The C entry points: validate -> plan -> encode -> launch.
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cmath>
+#include <random>
 
 #include "device.h"
 #include "fa3.h"
@@ -17,7 +19,14 @@ namespace fa3 {
 namespace {
 
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr int kQueryBoxRows = 64;  // one consumer warpgroup's rows
+
+/// A number that no other call of this process has, and hardly one of another: see arch/counter.cuh.
+uint64_t draw_ticket() {
+  static std::atomic<uint64_t> drawn = std::random_device{}();
+  constexpr uint64_t kMask = (uint64_t{1} << 40) - 1, kOdd = 0x9E3779B97F4A7C15;  // a product with it is one to one
+  const uint64_t product = drawn++ * kOdd & kMask;
+  return product ^ product >> 20;
+}
 
 fa3_status plan_checked(const fa3_forward_params* params, int num_sms, fa3_forward_plan& plan) {
   if (auto status = validate(params)) return status;
@@ -48,37 +57,45 @@ struct Launch {
   cudaStream_t stream;
 
   /// An operand for TMA: the caller's array, or a copy of one that TMA cannot address.
-  fa3_status operand(fa3_array array, const fa3_lengths& lengths, int heads, int head_dim, bool copy, int box_rows,
-                     int swizzle, TmaOperand& operand) {
+  fa3_status operand(fa3_array array, const fa3_lengths& lengths, bool copy, OperandShape shape, TmaOperand& operand) {
+    shape.dtype = params.dtype;
     if (lengths.rows == 0) {  // nothing will be loaded, but a map must have an address, and an entry on each axis
       const auto address = reinterpret_cast<uintptr_t>(params.q.data) / kTmaAlignment * kTmaAlignment;
       const fa3_array nothing{reinterpret_cast<void*>(address), {0, 0, 0, 1}};
-      return encode_operand(nothing, {params.dtype, head_dim, 1, 1, 1, box_rows, swizzle}, operand);
+      shape.batch = shape.rows = shape.heads = 1;
+      return encode_operand(nothing, shape, operand);
     }
-    const int batch = lengths.cu_seqlens ? 1 : params.batch;
+    shape.batch = lengths.cu_seqlens ? 1 : params.batch;
+    shape.rows = lengths.rows;
     if (copy) {
-      const RowsToCopy rows{array.data, {array.stride[0], array.stride[1], array.stride[2]}, batch, lengths.rows, heads,
-                            head_dim};
-      void* packed = workspace.take(copy_bytes(lengths, params.batch, heads, head_dim));
+      const RowsToCopy rows{array.data,  {array.stride[0], array.stride[1], array.stride[2]},
+                            shape.batch, shape.rows,
+                            shape.heads, shape.head_dim};
+      void* packed = workspace.take(copy_bytes(lengths, params.batch, shape.heads, shape.head_dim));
       const cudaError_t error = copy_rows(rows, packed, stream);
       if (auto status = check_cuda(error, "copy_rows", cudaGetErrorString(error))) return status;
-      const int64_t row = int64_t{heads} * head_dim;
-      array = {packed, {row * lengths.rows, row, head_dim, 1}};
+      const int64_t row = int64_t{shape.heads} * shape.head_dim;
+      array = {packed, {row * shape.rows, row, shape.head_dim, 1}};
     }
-    return encode_operand(array, {params.dtype, head_dim, heads, batch, lengths.rows, box_rows, swizzle}, operand);
+    return encode_operand(array, shape, operand);
   }
 
   fa3_status fill(ForwardArgs& args) {
     const fa3_forward_params& p = params;
-    if (auto status =
-            operand(p.q, p.queries, p.num_heads, p.head_dim, plan.copy_q, kQueryBoxRows, variant.swizzle_q_k, args.q))
-      return status;
-    if (auto status =
-            operand(p.k, p.keys, p.num_heads_kv, p.head_dim, plan.copy_k, plan.tile_n, variant.swizzle_q_k, args.k))
-      return status;
-    if (auto status =
-            operand(p.v, p.keys, p.num_heads_kv, p.head_dim_v, plan.copy_v, plan.tile_n, variant.swizzle_v, args.v))
-      return status;
+    args.packing = packing_of(p, plan.pack_gqa > 1);
+    const OperandShape q{.head_dim = p.head_dim,
+                         .heads = p.num_heads,
+                         .group = args.packing.ratio,
+                         .box_group = args.packing.heads,
+                         .box_rows = args.packing.positions,
+                         .swizzle = variant.swizzle_q_k};
+    const OperandShape k{
+        .head_dim = p.head_dim, .heads = p.num_heads_kv, .box_rows = plan.tile_n, .swizzle = variant.swizzle_q_k};
+    const OperandShape v{
+        .head_dim = p.head_dim_v, .heads = p.num_heads_kv, .box_rows = plan.tile_n, .swizzle = variant.swizzle_v};
+    if (auto status = operand(p.q, p.queries, plan.copy_q, q, args.q)) return status;
+    if (auto status = operand(p.k, p.keys, plan.copy_k, k, args.k)) return status;
+    if (auto status = operand(p.v, p.keys, plan.copy_v, v, args.v)) return status;
     args.out = p.out.data;
     args.lse = static_cast<float*>(p.lse.data);
     args.out_vectors = reinterpret_cast<uintptr_t>(p.out.data) % 16 == 0;
@@ -91,8 +108,7 @@ struct Launch {
     args.keys = {p.keys.rows, p.keys.cu_seqlens, p.keys.seqused};
     args.visibility = visibility_of(p.mask);
     args.batch = p.batch;
-    args.num_heads = p.num_heads;
-    args.heads_per_kv = p.num_heads / p.num_heads_kv;
+    args.num_heads_kv = p.num_heads_kv;
     args.head_dim_v = p.head_dim_v;
     // A zero scale would make minus infinity, the masked score, NaN; this one makes every visible score 0 all the same.
     const float scale = p.softmax_scale == 0 ? 1e-30f : p.softmax_scale;
@@ -101,19 +117,23 @@ struct Launch {
     args.hidden = args.score_scale_log2 < 0 ? INFINITY : -INFINITY;
     args.sinks = p.sinks;
     args.exact_max = p.batch_invariant;
+    args.most_tiles = static_cast<int>(most_tiles(p, plan));
     args.order = {plan.heads_per_section, plan.short_m_blocks};
+    args.splits = {plan.whole_tiles, plan.num_splits};
     return FA3_OK;
   }
 
   fa3_status run() {
     ForwardArgs args{};
-    if (plan.dynamic) {
-      args.tile_counter = static_cast<int*>(workspace.take(kWorkspaceAlignment));
-      const cudaError_t error = cudaMemsetAsync(args.tile_counter, 0, sizeof(int), stream);
-      if (auto status = check_cuda(error, "cudaMemsetAsync", cudaGetErrorString(error))) return status;
+    args.ticket = draw_ticket();
+    const WorkspaceSizes sizes = workspace_sizes(params, plan);
+    if (sizes.counter) args.piece_counter = static_cast<uint64_t*>(workspace.take(sizes.counter));
+    if (sizes.parts) {
+      args.parts_done = static_cast<uint64_t*>(workspace.take(sizes.parts_done));
+      args.parts = static_cast<float4*>(workspace.take(sizes.parts));
     }
     if (auto status = fill(args)) return status;
-    const cudaError_t error = variant.launch(args, plan.grid, stream);
+    const cudaError_t error = variant.launch(args, plan.grid, params.device, stream);
     return check_cuda(error, variant.name, cudaGetErrorString(error));
   }
 };
@@ -127,9 +147,9 @@ fa3_status forward(const fa3_forward_params* params, void* workspace, cudaStream
   if (auto status = hopper_sms(params->device, num_sms)) return status;
   fa3_forward_plan plan;
   if (auto status = plan_forward(*params, num_sms, plan)) return status;
-  log_plan(*params, plan);
   if (plan.workspace && !workspace)
-    return fail(FA3_ERROR_NULL, "workspace: null, but %zu bytes are needed", plan.workspace);
+    return fail(FA3_ERROR_WORKSPACE, "workspace: null, but %zu bytes are needed", plan.workspace);
+  log_plan(*params, plan);
   if (auto status = slow_checks(*params, stream)) return status;
   return Launch{*params, plan, forward_variants()[plan.variant], Workspace(workspace), stream}.run();
 }

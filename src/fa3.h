@@ -37,6 +37,7 @@ typedef enum fa3_status {
   FA3_ERROR_DTYPE = -4,        /* an unknown or unfitting element type */
   FA3_ERROR_SHAPE = -5,        /* a size, stride or option that does not fit */
   FA3_ERROR_CU_SEQLENS = -6,   /* cumulative lengths that do not fit (told only under FA3_CHECK=1) */
+  FA3_ERROR_WORKSPACE = -7,    /* no workspace given, but fa3_forward_workspace() bytes of it are needed */
   FA3_ERROR_NO_FP8 = -10,      /* -10 ... -17: meaningful, but this build lacks it */
   FA3_ERROR_NO_PAGED_CACHE = -11,
   FA3_ERROR_NO_CACHE_UPDATE = -12, /* new keys, rotary, left padding, cache_batch_idx */
@@ -125,15 +126,18 @@ typedef struct fa3_forward_params {
   int32_t batch_invariant; /* 1: a sequence's bits do not depend on the rest of the batch */
   int32_t pack_gqa;        /* -1: chosen; 0, 1 */
   int32_t sm_margin;       /* multiprocessors to leave free */
+  int32_t tile_m, tile_n;  /* 0: chosen; else a tile of fa3_forward_variant, for measurements */
 } fa3_forward_params;
 
 /* What a call will do: the choices that fa3_forward makes from its arguments and the device. */
 typedef struct fa3_forward_plan {
   int32_t variant;                           /* index for fa3_forward_variant */
   int32_t tile_m, tile_n;                    /* queries and keys of a tile */
+  int32_t pack_gqa;                          /* query heads that share a tile's rows; 1: no packing */
+  int32_t whole_tiles, num_splits;           /* tiles from whole_tiles on are split into so many parts along the keys */
   int32_t num_m_blocks;                      /* tiles along the queries of the longest sequence */
   int32_t grid;                              /* thread blocks */
-  int32_t dynamic;                           /* 1: tiles are handed out by a counter in the workspace */
+  int32_t dynamic;                           /* 1: work is handed out by a counter in the workspace */
   int32_t heads_per_section, short_m_blocks; /* the order of tiles: see attention/tile_scheduler.h */
   int32_t copy_q, copy_k, copy_v;            /* 1: copied to the workspace first, because TMA cannot address it */
   size_t workspace;                          /* bytes */
@@ -155,7 +159,8 @@ typedef struct fa3_device {
 /* Bytes of device memory, 256-byte aligned, that fa3_forward needs for these arguments; often 0. */
 FA3_API int fa3_forward_workspace(const fa3_forward_params* params, size_t* bytes);
 
-/* Enqueue attention on `stream` (a cudaStream_t). `workspace` may be null if none is needed. */
+/* Enqueue attention on `stream` (a cudaStream_t). `workspace` may be null: where one is needed after all, nothing is
+ * enqueued and FA3_ERROR_WORKSPACE returned, so that most calls need not ask first. It need not be initialised. */
 FA3_API int fa3_forward(const fa3_forward_params* params, void* workspace, void* stream);
 
 /* The choices fa3_forward would make on a device with num_sms multiprocessors. Needs no GPU. */

@@ -9,6 +9,8 @@
 #include <cstring>
 
 #include "attention/block_range.h"
+#include "attention/packing.h"
+#include "attention/splits.h"
 #include "status.h"
 #include "variants.h"
 
@@ -18,8 +20,11 @@ namespace {
 // Keys and values that stay in L2 (60 MB) beside what streams through it: measured best, causal, 4,096 and 16,384 keys.
 constexpr double kSectionBytes = 32e6;
 constexpr int kElementBytes = 2;
-// Microseconds from which a tile counter is worth zeroing, which costs about 4 of them before the launch.
+// Microseconds from which a counter that hands out work balances better than dealing it out costs nothing.
 constexpr double kLongTime = 60;
+// Split tiles leave their parts in the workspace, which should stay small beside q, k and v.
+constexpr int64_t kMostPartBytes = 256 << 20;
+constexpr int kMostCounted = (1 << 24) - 1;  // pieces: see arch/counter.cuh
 
 /// Rows of a typical sequence: between the mean and the caller's maximum, or the mean where no maximum was given.
 int typical_seqlen(const fa3_lengths& lengths, int batch) {
@@ -30,9 +35,17 @@ int typical_seqlen(const fa3_lengths& lengths, int batch) {
   return longest - std::max(longest - mean, 0) / 2;
 }
 
+/// Whether all sequences are known to have the length that typical_seqlen gives.
+bool equal_lengths(const fa3_lengths& lengths, int batch) {
+  if (lengths.seqused) return false;
+  return !lengths.cu_seqlens || int64_t{lengths.max_seqlen} * batch == lengths.rows;
+}
+
+size_t aligned(size_t bytes) { return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment; }
+
 /// What a variant's tile costs an SM, in microseconds: its prologue and epilogue, and each block of keys. The constants
 /// fit a sweep on an H200 over head dims 64, 80, 128, lengths 64 to 4,096, full and causal, one to three consumer
-/// warpgroups; choosing by them costs 0.8% over choosing by measurement.
+/// warpgroups.
 struct TileCost {
   double tile, block;
 };
@@ -47,26 +60,107 @@ TileCost tile_cost(const ForwardVariant& v) {
   return {0.03 * dim, 0.95 * block};
 }
 
-/// About how long a call takes with a variant, in microseconds.
-double estimated_time(const fa3_forward_params& p, const ForwardVariant& v, int num_sms) {
-  const TileCost cost = tile_cost(v);
-  const Visibility visibility = visibility_of(p.mask);
-  const int seqlen_q = typical_seqlen(p.queries, p.batch), seqlen_k = typical_seqlen(p.keys, p.batch);
-  const int last = std::max(seqlen_q - 1, 0), half_tile = v.tile_m() / 2;
-  auto tile_around = [&](int row) {
-    const KeyInterval first = visibility.keys(std::max(row - half_tile, 0), seqlen_q, seqlen_k);
-    const KeyInterval final = visibility.keys(std::min(row + half_tile, last), seqlen_q, seqlen_k);
-    return cost.tile + (std::max(final.end - first.begin, 0) / double(v.tile_n) + 0.5) * cost.block;
-  };
-  const double tiles = double(ceil_div(seqlen_q, v.tile_m())) * p.batch * p.num_heads;
-  // Equal tiles come in whole rounds; unequal ones fill each other's gaps, up to a rest.
-  const double rounds = visibility.full() ? std::ceil(tiles / num_sms) : std::max(tiles / num_sms + 0.3, 1.0);
-  const double alone = v.blocks_per_sm == 2 ? 1.6 : 1.0;  // without a neighbour a block runs faster, but not twice
-  return std::max(rounds * tile_around(last / 2), alone * tile_around(last));
+/// What splitting adds, in microseconds: to each part, which it leaves in memory, and to the last, which joins them.
+constexpr double kPartTime = 0.6, kJoinTime = 2.0;
+
+/// Everything about a call's work that choosing looks at, worked out once.
+struct Work {
+  const fa3_forward_params& params;
+  Visibility visibility;
+  int seqlen_q, seqlen_k, num_sms;
+  bool equal_tiles;  // every tile is known to see as many keys as any other
+
+  Work(const fa3_forward_params& p, int sms)
+      : params(p),
+        visibility(visibility_of(p.mask)),
+        seqlen_q(typical_seqlen(p.queries, p.batch)),
+        seqlen_k(typical_seqlen(p.keys, p.batch)),
+        num_sms(sms),
+        equal_tiles(visibility.full() && equal_lengths(p.queries, p.batch) && equal_lengths(p.keys, p.batch)) {}
+};
+
+/// One way to do it.
+struct Choice {
+  int variant = -1;
+  bool packed = false;
+  Splits splits = kNoSplits;
+  double time = INFINITY;  // microseconds, estimated
+};
+
+int tile_queries(const ForwardVariant& v, const Packing& packing) { return v.consumers * packing.positions; }
+
+/// Tiles of all queries: exact for dense batches, an upper bound for ragged ones.
+int64_t count_tiles(const fa3_forward_params& p, const ForwardVariant& v, const Packing& packing) {
+  const int queries = tile_queries(v, packing), heads = p.num_heads_kv * packing.tiles;
+  if (p.queries.cu_seqlens) return (int64_t{p.queries.rows} / queries + std::min(p.batch, p.queries.rows)) * heads;
+  return int64_t{ceil_div(p.queries.rows, queries)} * p.batch * heads;
 }
 
-/// The variant that wastes least on padded head dims, and of those the one that is estimated to be fastest.
-int choose_variant(const fa3_forward_params& p, int num_sms) {
+/// Workspace for the parts of split tiles: all of them, where how many there will be is not known.
+int64_t split_tiles(const fa3_forward_params& p, const ForwardVariant& v, const Packing& packing,
+                    const Splits& splits) {
+  return std::max<int64_t>(count_tiles(p, v, packing) - splits.whole_tiles, 0);
+}
+
+/// The estimate for a variant, packed or not, split where that seems to pay (or as the caller says).
+Choice estimate(const Work& work, int index, bool packed) {
+  const fa3_forward_params& p = work.params;
+  const ForwardVariant& v = forward_variants()[index];
+  const Packing packing = packing_of(p, packed);
+  const TileCost cost = tile_cost(v);
+  const int last = std::max(work.seqlen_q - 1, 0), half_tile = tile_queries(v, packing) / 2;
+  auto blocks_around = [&](int query) {
+    const KeyInterval first = work.visibility.keys(std::max(query - half_tile, 0), work.seqlen_q, work.seqlen_k);
+    const KeyInterval final = work.visibility.keys(std::min(query + half_tile, last), work.seqlen_q, work.seqlen_k);
+    return std::max(final.end - first.begin, 0) / double(v.tile_n) + (work.equal_tiles ? 0.0 : 0.5);
+  };
+  const double mean = std::ceil(blocks_around(last / 2)), longest = std::ceil(blocks_around(last));
+  const double tiles =
+      double(ceil_div(std::max(work.seqlen_q, 1), tile_queries(v, packing))) * p.batch * p.num_heads_kv * packing.tiles;
+  const double alone = v.blocks_per_sm == 2 ? 1.6 : 1.0;  // without a neighbour a block runs faster, but not twice
+
+  auto time_of = [&](double pieces, double parts) {
+    auto piece = [&](double blocks) {
+      return cost.tile + std::ceil(blocks / parts) * cost.block + (parts > 1 ? kPartTime : 0.0);
+    };
+    // Equal pieces come in whole rounds; unequal ones fill each other's gaps, up to a rest.
+    const double rounds =
+        work.equal_tiles ? std::ceil(pieces / work.num_sms) : std::max(pieces / work.num_sms + 0.3, 1.0);
+    return std::max(rounds * piece(mean), alone * piece(longest)) + (parts > 1 ? kJoinTime : 0.0);
+  };
+
+  Choice choice{index, packed, kNoSplits, time_of(tiles, 1)};
+  auto consider = [&](int whole_tiles, int parts, double time) {
+    const Splits splits{whole_tiles, parts};
+    if (time < choice.time && split_tiles(p, v, packing, splits) * parts * v.part_bytes <= kMostPartBytes) {
+      choice.splits = splits;
+      choice.time = time;
+    }
+  };
+  const int key_blocks = std::max(ceil_div(p.keys.rows, v.tile_n), 1);  // a part without one has nothing to do
+  if (p.num_splits > 0 || p.batch_invariant) {
+    const int parts = p.batch_invariant ? 1 : std::min(p.num_splits, key_blocks);
+    if (parts > 1) choice.splits = {0, parts}, choice.time = time_of(tiles * parts, parts);
+    return choice;
+  }
+  const int slots = work.num_sms * v.blocks_per_sm;
+  const int most = static_cast<int>(std::min({longest, double(key_blocks), 64.0}));
+  if (tiles < slots) {
+    const int parts = std::min(static_cast<int>(slots / std::max(tiles, 1.0)), most);
+    if (parts > 1) consider(0, parts, time_of(tiles * parts, parts));
+  } else if (work.equal_tiles) {  // the last round, if it is not full, is split for all to share
+    const double whole = std::floor(tiles / slots) * slots, rest = tiles - whole;
+    if (rest > 0) {
+      const int parts = std::min(static_cast<int>(slots / rest), most);
+      if (parts > 1) consider(static_cast<int>(whole), parts, time_of(whole, 1) + time_of(rest * parts, parts));
+    }
+  }
+  return choice;
+}
+
+/// The variants that waste least on padded head dims, and of those the way that is estimated to be fastest.
+Choice choose(const Work& work) {
+  const fa3_forward_params& p = work.params;
   const auto variants = forward_variants();
   auto dims_if_fit = [&](const ForwardVariant& v) {
     const bool fits = v.dtype == p.dtype && v.head_dim >= p.head_dim && v.head_dim_v >= p.head_dim_v;
@@ -74,18 +168,22 @@ int choose_variant(const fa3_forward_params& p, int num_sms) {
   };
   int least_dims = INT_MAX;
   for (const ForwardVariant& v : variants) least_dims = std::min(least_dims, dims_if_fit(v));
-  if (least_dims == INT_MAX) return -1;
+  Choice best;
+  if (least_dims == INT_MAX) return best;
 
-  int best = -1;
-  double best_time = INFINITY;
+  const bool may_pack = p.pack_gqa != 0 && p.num_heads > p.num_heads_kv && (p.pack_gqa > 0 || !p.batch_invariant);
+  const bool may_not_pack = p.pack_gqa <= 0 || !may_pack;
   for (int i = 0; i < static_cast<int>(variants.size()); ++i) {
     const ForwardVariant& v = variants[i];
     if (dims_if_fit(v) != least_dims) continue;
-    // The tile decides the order of sums: where bits must not depend on the batch, neither may the choice.
-    const double time = p.batch_invariant ? -v.tile_m() : estimated_time(p, v, num_sms);
-    if (time >= best_time) continue;
-    best = i;
-    best_time = time;
+    if (p.tile_m && (v.tile_m() != p.tile_m || v.tile_n != p.tile_n)) continue;
+    for (const bool packed : {false, true}) {
+      if (packed ? !may_pack : !may_not_pack) continue;
+      Choice choice = estimate(work, i, packed);
+      // The tile decides the order of sums: where bits must not depend on the batch, neither may the choice.
+      if (p.batch_invariant) choice.time = -v.tile_m();
+      if (choice.time < best.time) best = choice;
+    }
   }
   return best;
 }
@@ -104,21 +202,15 @@ bool tma_addressable(const fa3_array& array, const fa3_lengths& lengths, int bat
   return heads == 1 || step_fits(array.stride[2], true);
 }
 
-/// Tiles of all queries: exact for dense batches, an upper bound for ragged ones.
-int64_t count_tiles(const fa3_forward_params& p, int tile_m) {
-  if (p.queries.cu_seqlens) return (int64_t{p.queries.rows} / tile_m + std::min(p.batch, p.queries.rows)) * p.num_heads;
-  return int64_t{ceil_div(p.queries.rows, tile_m)} * p.batch * p.num_heads;
-}
-
-void plan_order(const fa3_forward_params& p, fa3_forward_plan& plan) {
+void plan_order(const Work& work, const Packing& packing, fa3_forward_plan& plan) {
   plan.heads_per_section = 1;
   plan.short_m_blocks = 0;
-  if (visibility_of(p.mask).full()) return;
-  const int ratio = p.num_heads / p.num_heads_kv;
-  const double kv_bytes = double(typical_seqlen(p.keys, p.batch)) * (p.head_dim + p.head_dim_v) * kElementBytes;
+  if (work.visibility.full()) return;
+  const fa3_forward_params& p = work.params;
+  const double kv_bytes = double(work.seqlen_k) * (p.head_dim + p.head_dim_v) * kElementBytes;
   const int kv_heads = std::max(static_cast<int>(kSectionBytes / std::max(kv_bytes, 1.0)), p.head_dim > 192 ? 2 : 4);
-  const int64_t heads = int64_t{p.num_heads} * (p.queries.cu_seqlens ? 1 : p.batch);
-  plan.heads_per_section = static_cast<int>(std::min<int64_t>(int64_t{kv_heads} * ratio, heads));
+  const int64_t heads = int64_t{p.num_heads_kv} * packing.tiles * (p.queries.cu_seqlens ? 1 : p.batch);
+  plan.heads_per_section = static_cast<int>(std::min<int64_t>(int64_t{kv_heads} * packing.tiles, heads));
   plan.short_m_blocks = plan.num_m_blocks / 4;  // 25%: simulated tails of at most 1.5% for most shapes
 }
 
@@ -133,40 +225,68 @@ Visibility visibility_of(const fa3_mask& mask) {
           std::min(mask.attention_chunk, Visibility::kUnbounded)};
 }
 
+Packing packing_of(const fa3_forward_params& params, bool packed) {
+  return Packing::of(params.num_heads / params.num_heads_kv, packed);
+}
+
 size_t copy_bytes(const fa3_lengths& lengths, int batch, int heads, int head_dim) {
   const size_t rows = size_t(lengths.rows) * (lengths.cu_seqlens ? 1 : batch);
-  const size_t bytes = rows * heads * head_dim * kElementBytes;
-  return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+  return aligned(rows * heads * head_dim * kElementBytes);
+}
+
+int64_t most_tiles(const fa3_forward_params& params, const fa3_forward_plan& plan) {
+  return count_tiles(params, forward_variants()[plan.variant], packing_of(params, plan.pack_gqa > 1));
+}
+
+WorkspaceSizes workspace_sizes(const fa3_forward_params& params, const fa3_forward_plan& plan) {
+  WorkspaceSizes sizes{plan.dynamic ? kWorkspaceAlignment : 0, 0, 0};
+  if (plan.num_splits > 1) {
+    const ForwardVariant& v = forward_variants()[plan.variant];
+    const Splits splits{plan.whole_tiles, plan.num_splits};
+    const size_t tiles = split_tiles(params, v, packing_of(params, plan.pack_gqa > 1), splits);
+    sizes.parts_done = aligned(tiles * 4 * v.consumers * sizeof(uint64_t));
+    sizes.parts = aligned(tiles * plan.num_splits * v.part_bytes);
+  }
+  return sizes;
 }
 
 fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_plan& plan) {
   plan = {};
   const int free_sms = std::max(num_sms - p.sm_margin, 1);
-  plan.variant = choose_variant(p, free_sms);
-  if (plan.variant < 0)
-    return fail(FA3_ERROR_HEAD_DIM, "head_dim: (%d, %d) has no kernel of this dtype in this build", p.head_dim,
-                p.head_dim_v);
-  const ForwardVariant& variant = forward_variants()[plan.variant];
+  const Work work(p, free_sms);
+  const Choice choice = choose(work);
+  if (choice.variant < 0)
+    return fail(FA3_ERROR_HEAD_DIM, "head_dim: (%d, %d) has no kernel of this dtype%s in this build", p.head_dim,
+                p.head_dim_v, p.tile_m ? " and tile" : "");
+  const ForwardVariant& variant = forward_variants()[choice.variant];
+  const Packing packing = packing_of(p, choice.packed);
+  plan.variant = choice.variant;
   plan.tile_m = variant.tile_m();
   plan.tile_n = variant.tile_n;
-  plan.num_m_blocks = ceil_div(typical_seqlen(p.queries, p.batch), plan.tile_m);
-  plan_order(p, plan);
+  plan.pack_gqa = packing.heads;
+  plan.whole_tiles = choice.splits.whole_tiles;
+  plan.num_splits = choice.splits.count;
+  plan.num_m_blocks = ceil_div(work.seqlen_q, tile_queries(variant, packing));
+  plan_order(work, packing, plan);
 
-  const int64_t tiles = count_tiles(p, plan.tile_m);
-  plan.grid = static_cast<int>(std::min<int64_t>(tiles, variant.blocks_per_sm * free_sms));
-  if (tiles > INT32_MAX - 2 * plan.grid)  // a thread block asks for a tile of up to two rounds after the last
+  const int64_t tiles = count_tiles(p, variant, packing), pieces = choice.splits.pieces(tiles);
+  plan.grid = static_cast<int>(std::min<int64_t>(pieces, variant.blocks_per_sm * free_sms));
+  if (pieces > INT32_MAX - 2 * plan.grid)  // a thread block asks for a piece of up to two rounds after the last
     return fail(FA3_ERROR_SHAPE, "q: %lld tiles of %d rows, but at most 2^31 - 1 are possible",
-                static_cast<long long>(tiles), plan.tile_m);
-  const bool equal_tiles = visibility_of(p.mask).full() && !p.queries.cu_seqlens && !p.queries.seqused &&
-                           !p.keys.cu_seqlens && !p.keys.seqused;
-  plan.dynamic = tiles > plan.grid && !equal_tiles && estimated_time(p, variant, free_sms) > kLongTime;
+                static_cast<long long>(pieces), plan.tile_m);
+  plan.dynamic = pieces > plan.grid && pieces <= kMostCounted && !work.equal_tiles && choice.time > kLongTime;
 
-  plan.workspace = plan.dynamic ? kWorkspaceAlignment : 0;
+  const WorkspaceSizes sizes = workspace_sizes(p, plan);
+  plan.workspace = sizes.counter + sizes.parts_done + sizes.parts;
   auto plan_copy = [&](const fa3_array& array, const fa3_lengths& lengths, int heads, int head_dim, int32_t& copy) {
     copy = !tma_addressable(array, lengths, p.batch, heads);
     if (copy) plan.workspace += copy_bytes(lengths, p.batch, heads, head_dim);
   };
   plan_copy(p.q, p.queries, p.num_heads, p.head_dim, plan.copy_q);
+  if (choice.packed && p.q.stride[2] == 0 && !plan.copy_q) {  // heads that share a tile need an axis that moves
+    plan.copy_q = 1;
+    plan.workspace += copy_bytes(p.queries, p.batch, p.num_heads, p.head_dim);
+  }
   plan_copy(p.k, p.keys, p.num_heads_kv, p.head_dim, plan.copy_k);
   plan_copy(p.v, p.keys, p.num_heads_kv, p.head_dim_v, plan.copy_v);
   return FA3_OK;
@@ -177,12 +297,14 @@ void log_plan(const fa3_forward_params& p, const fa3_forward_plan& plan) {
   if (!wanted || std::strcmp(wanted, "plan")) return;
   std::fprintf(
       stderr,
-      "fa3 forward: batch %d, heads %d on %d, head_dim %d and %d, rows %d on %d%s: %s, tile %d x %d, grid %d%s, "
-      "sections of %d heads, %d short m_blocks, copies q %d k %d v %d, workspace %zu bytes\n",
+      "fa3 forward: batch %d, heads %d on %d, head_dim %d and %d, rows %d on %d%s: %s, tile %d x %d, %d heads a tile, "
+      "%d splits after %d tiles, grid %d%s, sections of %d heads, %d short m_blocks, copies q %d k %d v %d, workspace "
+      "%zu bytes\n",
       p.batch, p.num_heads, p.num_heads_kv, p.head_dim, p.head_dim_v, p.queries.rows, p.keys.rows,
       p.queries.cu_seqlens ? " (ragged)" : "", forward_variants()[plan.variant].name, plan.tile_m, plan.tile_n,
-      plan.grid, plan.dynamic ? " (dynamic)" : "", plan.heads_per_section, plan.short_m_blocks, plan.copy_q,
-      plan.copy_k, plan.copy_v, plan.workspace);
+      plan.pack_gqa, plan.num_splits, plan.num_splits > 1 ? plan.whole_tiles : 0, plan.grid,
+      plan.dynamic ? " (dynamic)" : "", plan.heads_per_section, plan.short_m_blocks, plan.copy_q, plan.copy_k,
+      plan.copy_v, plan.workspace);
 }
 
 }  // namespace fa3

@@ -17,6 +17,18 @@ inline constexpr int kTmaAlignment = 16;
 /// Parts of the workspace begin at multiples of this.
 inline constexpr size_t kWorkspaceAlignment = 256;
 
+/// How query heads share tiles.
+struct Packing packing_of(const fa3_forward_params& params, bool packed);
+
+/// The workspace's parts, each a multiple of kWorkspaceAlignment: what comes before the copies.
+struct WorkspaceSizes {
+  size_t counter, parts_done, parts;
+};
+WorkspaceSizes workspace_sizes(const fa3_forward_params& params, const fa3_forward_plan& plan);
+
+/// Tiles of all queries: exact for dense batches, an upper bound for ragged ones whose sequences do not overlap.
+int64_t most_tiles(const fa3_forward_params& params, const fa3_forward_plan& plan);
+
 /// Bytes of a contiguous copy of an operand, for one that TMA cannot address; see fa3_forward_plan::copy_q.
 size_t copy_bytes(const fa3_lengths& lengths, int batch, int heads, int head_dim);
 

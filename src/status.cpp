@@ -50,6 +50,8 @@ extern "C" const char* fa3_status_string(int status) {
       return "wrong shape or value";
     case FA3_ERROR_CU_SEQLENS:
       return "wrong cumulative lengths";
+    case FA3_ERROR_WORKSPACE:
+      return "workspace needed";
     case FA3_ERROR_NO_FP8:
       return "fp8 is not built";
     case FA3_ERROR_NO_PAGED_CACHE:

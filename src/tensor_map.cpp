@@ -4,6 +4,7 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <atomic>
 
 #include "status.h"
@@ -48,16 +49,29 @@ fa3_status encode_operand(const fa3_array& array, const OperandShape& shape, Tma
   const int64_t head_bytes = operand.head_step ? array.stride[2] * kElementBytes : row_bytes;
   const int64_t batch_bytes = operand.batch_step ? array.stride[0] * kElementBytes : row_bytes;
 
-  const cuuint64_t extents[4] = {cuuint64_t(shape.head_dim), cuuint64_t(shape.rows),
-                                 cuuint64_t(operand.head_step ? shape.heads : 1),
-                                 cuuint64_t(operand.batch_step ? shape.batch : 1)};
-  const cuuint64_t strides[3] = {cuuint64_t(row_bytes), cuuint64_t(head_bytes), cuuint64_t(batch_bytes)};
-  const cuuint32_t box[4] = {cuuint32_t(shape.swizzle / kElementBytes), cuuint32_t(shape.box_rows), 1, 1};
-  const cuuint32_t unit[4] = {1, 1, 1, 1};
+  const bool grouped = shape.group > 0;
+  const int group = operand.head_step && grouped ? shape.group : 1;
+  const auto heads = cuuint64_t(operand.head_step ? shape.heads / group : 1);
+  const auto batch = cuuint64_t(operand.batch_step ? shape.batch : 1);
+  const auto columns = cuuint32_t(shape.swizzle / kElementBytes);
+
+  // (dim, row, head, batch), or with grouped heads (dim, head of the group, row, group, batch).
+  cuuint64_t extents[5] = {cuuint64_t(shape.head_dim), cuuint64_t(shape.rows), heads, batch};
+  cuuint64_t strides[4] = {cuuint64_t(row_bytes), cuuint64_t(head_bytes), cuuint64_t(batch_bytes)};
+  cuuint32_t box[5] = {columns, cuuint32_t(shape.box_rows), 1, 1};
+  if (grouped) {
+    const cuuint64_t grouped_extents[5] = {extents[0], cuuint64_t(group), extents[1], heads, batch};
+    const cuuint64_t grouped_strides[4] = {strides[1], strides[0], strides[1] * group, strides[2]};
+    const cuuint32_t grouped_box[5] = {columns, cuuint32_t(shape.box_group), cuuint32_t(shape.box_rows), 1, 1};
+    std::copy_n(grouped_extents, 5, extents);
+    std::copy_n(grouped_strides, 4, strides);
+    std::copy_n(grouped_box, 5, box);
+  }
+  const cuuint32_t unit[5] = {1, 1, 1, 1, 1};
   const CUresult result = encode(
-      &operand.map, shape.dtype == FA3_FLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
-      array.data, extents, strides, box, unit, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_mode(shape.swizzle),
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      &operand.map, shape.dtype == FA3_FLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      grouped ? 5 : 4, array.data, extents, strides, box, unit, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      swizzle_mode(shape.swizzle), CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return check_cuda(result, "cuTensorMapEncodeTiled", "the driver refused an array's shape or strides");
 }
 

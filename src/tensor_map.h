@@ -6,11 +6,12 @@ namespace fa3 {
 
 /// One operand as the tensor core's loads want it.
 struct OperandShape {
-  int dtype;                   // fa3_dtype: 16 bits
-  int head_dim, heads, batch;  // batch: 1 for a ragged operand
-  int rows;                    // along the sequence axis
-  int box_rows;                // rows that one load brings
-  int swizzle;                 // bytes of a shared memory chunk: 32, 64 or 128
+  int dtype = 0;                           // fa3_dtype: 16 bits
+  int head_dim = 0, heads = 0, batch = 0;  // batch: 1 for a ragged operand
+  int rows = 0;                            // along the sequence axis
+  int group = 0;  // heads side by side on an axis of their own, as q's of one KV head; 0: no such axis
+  int box_group = 0, box_rows = 0;  // heads (with such an axis) and rows that one load brings
+  int swizzle = 0;                  // bytes of a shared memory chunk: 32, 64 or 128
 };
 
 /// Describe `array` for TMA; see TmaOperand for what its axes are.

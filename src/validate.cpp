@@ -32,12 +32,6 @@ fa3_status check_features(const fa3_forward_params& p) {
     return fail(FA3_ERROR_NO_CACHE_UPDATE, "rotary_cos, rotary_sin: rotary embedding is not built for the GPU yet");
   if (c.cache_batch_idx) return fail(FA3_ERROR_NO_CACHE_UPDATE, "cache_batch_idx: is not built for the GPU yet");
   if (c.cache_leftpad) return fail(FA3_ERROR_NO_CACHE_UPDATE, "cache_leftpad: is not built for the GPU yet");
-  if (p.num_splits > 1)
-    return fail(FA3_ERROR_NO_SPLIT,
-                "num_splits: %d, but splitting along keys is not built for the GPU yet; needs 0 or 1", p.num_splits);
-  if (p.pack_gqa > 0)
-    return fail(FA3_ERROR_NO_SPLIT,
-                "pack_gqa: packing query heads into a tile is not built for the GPU yet; needs False or None");
   if (p.dropout_p != 0)
     return fail(FA3_ERROR_NO_DROPOUT, "dropout_p: %g, but dropout is not built yet; needs 0", p.dropout_p);
   return FA3_OK;
@@ -57,6 +51,8 @@ fa3_status check_sizes(const fa3_forward_params& p) {
   if (p.num_heads % p.num_heads_kv)
     return fail(FA3_ERROR_SHAPE, "num_heads: %d, not a multiple of num_heads_kv %d", p.num_heads, p.num_heads_kv);
   if (p.num_splits < 0) return fail(FA3_ERROR_SHAPE, "num_splits: %d is negative", p.num_splits);
+  if (p.pack_gqa < -1 || p.pack_gqa > 1)
+    return fail(FA3_ERROR_SHAPE, "pack_gqa: %d, but it must be -1 (chosen), 0 or 1", p.pack_gqa);
   if (p.sm_margin < 0) return fail(FA3_ERROR_SHAPE, "sm_margin: %d is negative", p.sm_margin);
   return FA3_OK;
 }

@@ -156,6 +156,32 @@ def check_stream_workspace_and_gil(gpu):
     assert gpu.state.stream is None and gpu.state.workspace is None
 
 
+def check_crossings(gpu):
+    """Into C once; a call that turns out to need a workspace asks how much, and comes a second time with it."""
+    import fa3
+
+    for workspace_bytes, expected in ((0, 1), (4096, 3)):
+        with gpu.given(workspace_bytes=workspace_bytes):
+            crossings, calls = gpu.state.crossings, gpu.state.calls
+            fa3.flash_attn_func(**dense(gpu), num_splits=3)
+            assert gpu.state.crossings - crossings == expected
+            assert gpu.state.calls - calls == 1, "enqueued twice"
+
+
+def check_failure_with_a_workspace(gpu):
+    """What fails with a workspace is not tried a third time."""
+    import fa3
+
+    with gpu.given(status=-100, workspace_bytes=4096):
+        calls = gpu.state.calls
+        try:
+            fa3.flash_attn_func(**dense(gpu))
+        except fa3.CudaError:
+            assert gpu.state.calls - calls == 1
+        else:
+            raise AssertionError("no CudaError")
+
+
 def check_nothing_to_do(gpu):
     import fa3
 

@@ -1,17 +1,32 @@
 """The forward kernel's barrier protocol as a discrete-event model, for test_pipeline_model.py.
 
-Producer.load, Consumer.attend and the constructors of src/kernels/forward_{load,mma}.cuh, line by line, as generators
-that yield what they wait for. A scheduler lets one warp or one copy go on at a time, so that any of them may be
-arbitrarily slow. Whoever reads a stage of shared memory checks that it holds, and goes on holding, what it expects.
+Scheduler::run, Loader::run, Consumer::attend, RowWriter::put and what the kernel does around them
+(src/kernels/forward_{tiles,load,mma,epilogue,kernel}.cuh), step by step, as generators that yield what they wait for. A
+scheduler of events lets one warp, one lane, one copy or one product go on at a time, so that any of them may be
+arbitrarily slow. Whoever reads shared memory checks that it holds, and goes on holding, what it expects.
+
+Each wait, arrival and sync has a name; ThreadBlock can be told to leave one out, to see that the model notices.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-STAGES, TILE_SLOTS, WARPS = 2, 2, 2  # as the kernel, but for two warps a warpgroup in place of four: enough to race
+STAGES, TILE_SLOTS, LEAD = 2, 4, 2  # as the kernel
+WARPS, LANES = 2, 2  # of a warpgroup, of a warp, in place of 4 and 32: enough to race
+GROUPS = 2  # of 64 columns, as an output of head dim 128 is staged
+SITES = set()  # names of all waits, arrivals and syncs, as they are met
 
 
 class Deadlock(Exception):
     """Everybody waits."""
+
+
+class Hazard(Exception):
+    """Shared memory or a barrier is not in the state that someone relies on."""
+
+
+def expect(condition, otherwise):
+    if not condition:
+        raise Hazard(otherwise)
 
 
 @dataclass
@@ -29,7 +44,7 @@ class Barrier:
     def update(self, arrivals=0, copies=0):
         self.pending -= arrivals
         self.copies += copies
-        assert self.pending >= 0, "more arrivals than the barrier was made for"
+        expect(self.pending >= 0, "more arrivals than the barrier was made for")
         if self.pending == 0 and self.copies == 0:
             self.phase, self.pending = self.phase + 1, self.count
 
@@ -40,16 +55,18 @@ class Barrier:
 
 @dataclass
 class NamedBarrier:
-    """bar.sync of one warpgroup with bar.arrive of the one before it."""
+    """bar.sync of one warpgroup, with bar.arrive of another where `arrivals_expected`; or a warp's __syncwarp."""
 
+    syncs_expected: int = WARPS
+    arrivals_expected: int = 0
     syncs: int = 0
     arrivals: int = 0
     generation: int = 0
 
     def join(self, syncs=0, arrivals=0):
         self.syncs, self.arrivals = self.syncs + syncs, self.arrivals + arrivals
-        if self.syncs + self.arrivals == 2 * WARPS:
-            assert self.syncs == self.arrivals == WARPS, "a turn was passed twice before it was taken"
+        if self.syncs + self.arrivals == self.syncs_expected + self.arrivals_expected:
+            expect(self.syncs == self.syncs_expected, "a turn was passed twice before it was taken")
             self.syncs, self.arrivals, self.generation = 0, 0, self.generation + 1
 
     def sync(self):
@@ -61,13 +78,15 @@ class NamedBarrier:
 @dataclass
 class Ring:
     size: int
-    stage: int = 0
-    parity: int = 0
+    count: int = 0
 
-    def advance(self):
-        self.stage += 1
-        if self.stage == self.size:
-            self.stage, self.parity = 0, self.parity ^ 1
+    @property
+    def stage(self):
+        return self.count % self.size
+
+    @property
+    def parity(self):
+        return self.count // self.size % 2
 
 
 class Pipe:
@@ -79,133 +98,302 @@ class Pipe:
         self.content = [None] * size
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A piece of work: the blocks [first, end) are loaded, each warpgroup has its own of them (begin, end), empty ones
+    at `first`."""
+
+    first: int
+    end: int
+    own: tuple = field(default=())
+    cut: bool = False  # the last block holds rows past the sequence's keys, which its readers clear for themselves
+    joiners: frozenset | None = None  # of a part: the warps (w, warp) that find all parts there; None: not split
+    skipped: int = 0  # indices before its own that have no queries
+
+
 class ThreadBlock:
-    """`tiles` of (first_block, end_block, ranges): own (begin, end) of each warpgroup, None where it has no rows."""
+    """One thread block with its pieces of work. `counted`: their indices come from a counter. `idle_rows`: a tile has
+    rows that no query is loaded to. `left_out`: the name of a wait, arrival or sync that is not there."""
 
-    def __init__(self, consumers, tiles):
-        self.consumers, self.tiles = consumers, tiles
+    def __init__(self, consumers, pieces, query_stages=1, counted=False, idle_rows=False, left_out=None):
+        self.consumers, self.pieces, self.left_out = consumers, pieces, left_out
+        self.query_stages, self.counted, self.idle_rows = query_stages, counted, idle_rows
+        self.ahead = TILE_SLOTS
         warps = consumers * WARPS
-        self.k, self.v, self.slots = Pipe(STAGES, warps), Pipe(STAGES, warps), Pipe(TILE_SLOTS, warps)
-        self.q = [Pipe(1, WARPS) for _ in range(consumers)]
-        self.turn = [NamedBarrier() for _ in range(consumers)]
-        self.copies = []  # under way: they land in any order
+        self.k, self.v, self.slots = Pipe(STAGES, warps), Pipe(STAGES, warps), Pipe(TILE_SLOTS, warps + 1)
+        self.q = [Pipe(query_stages, WARPS) for _ in range(consumers)]
+        self.nearly_loaded = Barrier(1)
+        self.asked = -1, 0  # the piece that the loader is at, and how many of its blocks of K it has not asked for
+        self.turn = [NamedBarrier(arrivals_expected=WARPS) for _ in range(consumers)]
+        self.own_barrier = [NamedBarrier() for _ in range(consumers)]
+        self.cleared = {}  # (stage of V, warpgroup) -> warps that cleared their share of the block there
+        self.idle_cleared = {}  # (stage of Q, warpgroup) -> warps that cleared their share of the idle rows there
+        self.actors = {}  # name -> its generator, and whether it can go on
+        self.under_way = []  # copies and products, each with what happens when it is done: they end in any order
 
-    def producer(self):
-        k_ring, v_ring, slots, q_parity = Ring(STAGES), Ring(STAGES), Ring(TILE_SLOTS), 0
+    def there(self, site):
+        SITES.add(site)
+        return site != self.left_out
 
-        def load(pipe, stage, parity, value):
-            yield pipe.empty[stage].passed(parity ^ 1)
-            pipe.full[stage].update(arrivals=1, copies=1)
+    def wait(self, site, barrier, parity):
+        if self.there(site):
+            yield barrier.passed(parity)
+
+    def arrive(self, site, barrier, **announced):
+        if self.there(site):
+            barrier.update(arrivals=1, **announced)
+
+    def sync(self, site, barrier):
+        if self.there(site):
+            yield barrier.sync()
+
+    def scheduler(self):
+        def take_index():
+            """From a counter: not before the loader is nearly done with the piece before. It may wait for that anew."""
+            if self.counted and count > 0:
+                yield from self.wait("scheduler: nearly loaded", self.nearly_loaded, (count - 1) % 2)
+                at, left = self.asked
+                expect(at == count - 1 and left <= LEAD, "taken while another thread block could do it sooner")
+
+        for count, piece in enumerate([*self.pieces, None]):
+            if count > 0:
+                yield from take_index()
+            if count >= self.ahead:
+                before = Ring(TILE_SLOTS, count - self.ahead)
+                yield from self.wait("scheduler: slot given back", self.slots.empty[before.stage], before.parity)
+            for _ in range(piece.skipped if piece else 0):
+                yield from take_index()
+            slot = Ring(TILE_SLOTS, count).stage
+            self.slots.content[slot] = (count, piece)
+            self.arrive("scheduler: slot filled", self.slots.full[slot])
+
+    def next_piece(self, who, tiles):
+        yield from self.wait(f"{who}: slot filled", self.slots.full[tiles.stage], tiles.parity)
+        content = self.slots.content[tiles.stage]
+        expect(content is not None and content[0] == tiles.count, "a slot with another piece of work")
+        return content[1]
+
+    def read_slot(self, tiles, piece):
+        expect(self.slots.content[tiles.stage] == (tiles.count, piece), "a slot was overwritten while it was used")
+
+    def give_slot_back(self, who, tiles, piece):
+        self.read_slot(tiles, piece)
+        self.arrive(f"{who}: slot given back", self.slots.empty[tiles.stage])
+        tiles.count += 1
+
+    def loader(self):
+        k_ring, v_ring, tiles = Ring(STAGES), Ring(STAGES), Ring(TILE_SLOTS)
+
+        def load(name, pipe, stage, parity, value):
+            yield from self.wait(f"loader: {name} given back", pipe.empty[stage], parity ^ 1)
+            self.arrive(f"loader: {name} announced", pipe.full[stage], copies=1)
             pipe.content[stage] = "half written"
-            self.copies.append((pipe, stage, value))
 
-        def load_block(pipe, ring, tile, block):
-            yield from load(pipe, ring.stage, ring.parity, (tile, block))
-            ring.advance()
+            def land():
+                pipe.content[stage] = value
+                pipe.full[stage].update(copies=-1)
 
-        for index, tile in enumerate([*self.tiles, None]):
-            yield self.slots.empty[slots.stage].passed(slots.parity ^ 1)
-            self.slots.content[slots.stage] = (index, tile)
-            self.slots.full[slots.stage].update(arrivals=1)
-            slots.advance()
-            if tile is None or tile[0] == tile[1]:
-                continue
-            first, n_block = tile[0], tile[1] - 1
-            yield from load_block(self.k, k_ring, index, n_block)
+            self.under_way.append(land)
+
+        def load_block(name, pipe, ring, block):
+            yield from load(name, pipe, ring.stage, ring.parity, (tiles.count, block))
+            ring.count += 1
+
+        def load_k(block):
+            yield from load_block("k", self.k, k_ring, block)
+            self.asked = tiles.count, block - piece.first
+
+        while (piece := (yield from self.next_piece("loader", tiles))) is not None:
+            self.asked = tiles.count, piece.end - piece.first
+            n_block = piece.end - 1
+            if n_block >= piece.first:
+                yield from load_k(n_block)
+            q_ring = Ring(self.query_stages, tiles.count)
             for q in self.q:
-                yield from load(q, 0, q_parity, index)
-            q_parity ^= 1
-            while n_block > first:
-                yield from load_block(self.k, k_ring, index, n_block - 1)
-                yield from load_block(self.v, v_ring, index, n_block)
+                yield from load("q", q, q_ring.stage, q_ring.parity, tiles.count)
+            nearly_last = min(n_block, piece.first + LEAD)
+            if n_block < piece.first:
+                self.arrive("loader: nothing to load", self.nearly_loaded)
+            while n_block >= piece.first:
+                if n_block == nearly_last:
+                    self.arrive("loader: nearly loaded", self.nearly_loaded)
+                if n_block > piece.first:
+                    yield from load_k(n_block - 1)
+                yield from load_block("v", self.v, v_ring, n_block)
                 n_block -= 1
-            yield from load_block(self.v, v_ring, index, n_block)
+            self.give_slot_back("loader", tiles, piece)
 
-    def consumer(self, w):
-        k_ring, v_ring, slots, q_parity = Ring(STAGES), Ring(STAGES), Ring(TILE_SLOTS), 0
+    def multiply(self, *operands):
+        """A product: what it reads must be there from when it is issued until it is done. Returns whether it is."""
+        ended = []
+
+        def check():
+            for pipe, stage, expected in operands:
+                expect(pipe.content[stage] == expected, f"{pipe.content[stage]} where {expected} is read")
+
+        def land():
+            check()
+            ended.append(True)
+
+        check()
+        self.under_way.append(land)
+        return lambda: bool(ended)
+
+    def product_done(self, site, product):
+        if self.there(site):
+            yield product
+        expect(product(), "an accumulator is used before its product is done")
+
+    def consumer(self, w, warp):
+        k_ring, v_ring, tiles = Ring(STAGES), Ring(STAGES), Ring(TILE_SLOTS)
         q, mine, following = self.q[w], self.turn[w], self.turn[(w + 1) % self.consumers]
+        warp_barrier, staged = NamedBarrier(syncs_expected=LANES), [None] * LANES  # StagedRows: the warp's own
+        scales = None  # the piece whose rows are finished
 
-        def read(pipe, stage, expected):
-            """A product: the stage must hold the block from when it is issued until it is done."""
-            assert pipe.content[stage] == expected
-            yield lambda: True
-            assert pipe.content[stage] == expected, "overwritten while it was read"
+        def clear_idle_queries():
+            for stage in range(self.query_stages):
+                yield lambda: True
+                self.idle_cleared.setdefault((stage, w), set()).add(warp)
+            yield from self.sync("consumer: idle queries are cleared by all", self.own_barrier[w])
 
-        def release(pipe, ring):
-            pipe.empty[ring.stage].update(arrivals=1)
-            ring.advance()
+        def queries():
+            idle = self.idle_cleared.get((q_ring.stage, w), set())
+            expect(not self.idle_rows or len(idle) == WARPS, "idle rows hold anything")
+            return q, q_ring.stage, tiles.count
 
-        def skip_blocks(blocks, last_has_no_turn):
-            for block in blocks:
-                yield self.k.full[k_ring.stage].passed(k_ring.parity)
-                release(self.k, k_ring)
-                yield self.v.full[v_ring.stage].passed(v_ring.parity)
-                release(self.v, v_ring)
-                if last_has_no_turn and block == blocks[-1]:
-                    break
-                yield mine.sync()
+        def keys(block):
+            return self.k, k_ring.stage, (tiles.count, block)
+
+        def values(block):
+            if piece.cut and block == piece.end - 1:
+                by = self.cleared.get((v_ring.stage, w), set())
+                expect(by == {(tiles.count, i) for i in range(WARPS)}, "values past the end are read")
+            return self.v, v_ring.stage, (tiles.count, block)
+
+        def clear_values_past_end():
+            yield from wait_for("consumer: v to clear is there", self.v, v_ring)
+            expect(self.v.content[v_ring.stage] == (tiles.count, piece.end - 1), "cleared before it was there")
+            by = self.cleared.setdefault((v_ring.stage, w), set())
+            by -= {old for old in by if old[0] != tiles.count}
+            by.add((tiles.count, warp))
+            yield from self.sync("consumer: v is cleared by all", self.own_barrier[w])
+
+        def release(site, pipe, ring):
+            self.arrive(site, pipe.empty[ring.stage])
+            ring.count += 1
+
+        def take(site):
+            if self.consumers > 1:
+                yield from self.sync(site, mine)
+
+        def hand_on(site):
+            if self.consumers > 1 and self.there(site):
                 following.join(arrivals=1)
 
-        if w == self.consumers - 1:
-            following.join(arrivals=1)
-        while True:
-            yield self.slots.full[slots.stage].passed(slots.parity)
-            index, tile = self.slots.content[slots.stage]
-            if tile is None:
-                break
-            first, end, ranges = tile
-            if first != end:
-                own_first, own_end = ranges[w] or (first, first)
-                yield from skip_blocks(range(end - 1, own_end - 1, -1), own_first == own_end)
-                yield q.full[0].passed(q_parity)
-                if own_first != own_end:
-                    yield self.k.full[k_ring.stage].passed(k_ring.parity)
-                    yield from read(q, 0, index)
-                    yield from read(self.k, k_ring.stage, (index, own_end - 1))
-                    release(self.k, k_ring)
-                    for block in range(own_end - 2, own_first - 1, -1):
-                        yield self.k.full[k_ring.stage].passed(k_ring.parity)
-                        yield self.v.full[v_ring.stage].passed(v_ring.parity)
-                        yield mine.sync()
-                        following.join(arrivals=1)
-                        yield from read(q, 0, index)
-                        yield from read(self.v, v_ring.stage, (index, block + 1))
-                        yield from read(self.k, k_ring.stage, (index, block))
-                        release(self.k, k_ring)
-                        release(self.v, v_ring)
-                    q.empty[0].update(arrivals=1)
-                    yield self.v.full[v_ring.stage].passed(v_ring.parity)
-                    yield from read(self.v, v_ring.stage, (index, own_first))
-                    release(self.v, v_ring)
-                else:
-                    q.empty[0].update(arrivals=1)
-                q_parity ^= 1
-                yield from skip_blocks(range(own_first - 1, first - 1, -1), False)
-            assert self.slots.content[slots.stage] == (index, tile)
-            release(self.slots, slots)
-        if w == 0:
-            yield mine.sync()
+        def wait_for(site, pipe, ring):
+            yield from self.wait(site, pipe.full[ring.stage], ring.parity)
 
-    def land_copy(self, which):
-        pipe, stage, value = self.copies.pop(which)
-        pipe.content[stage] = value
-        pipe.full[stage].update(copies=-1)
+        def skip_blocks(count, last_has_no_turn):
+            for i in range(count):
+                yield from wait_for("consumer: skipped k is there", self.k, k_ring)
+                release("consumer: skipped k given back", self.k, k_ring)
+                yield from wait_for("consumer: skipped v is there", self.v, v_ring)
+                release("consumer: skipped v given back", self.v, v_ring)
+                if last_has_no_turn and i == count - 1:
+                    break
+                yield from take("consumer: skipped turn taken")
+                hand_on("consumer: skipped turn passed")
+
+        def attend(first, end, meanwhile):
+            yield from skip_blocks(piece.end - end, first == end)
+            yield from self.wait("consumer: q is there", q.full[q_ring.stage], q_ring.parity)
+            if first != end:
+                yield from wait_for("consumer: first k is there", self.k, k_ring)
+                product = self.multiply(queries(), keys(end - 1))
+                yield from self.product_done("consumer: first product is done", product)
+                release("consumer: first k given back", self.k, k_ring)
+                if piece.cut and end == piece.end:
+                    yield from clear_values_past_end()
+                for block in range(end - 2, first - 1, -1):
+                    yield from wait_for("consumer: k is there", self.k, k_ring)
+                    yield from wait_for("consumer: v is there", self.v, v_ring)
+                    yield from take("consumer: turn taken")
+                    product = self.multiply(values(block + 1), queries(), keys(block))
+                    hand_on("consumer: turn passed")
+                    yield from self.product_done("consumer: products are done", product)
+                    release("consumer: k given back", self.k, k_ring)
+                    release("consumer: v given back", self.v, v_ring)
+                self.arrive("consumer: q given back", q.empty[q_ring.stage])
+                yield from wait_for("consumer: last v is there", self.v, v_ring)
+                product = self.multiply(values(first))
+                yield lambda: True
+                meanwhile()
+                yield from self.product_done("consumer: last product is done", product)
+                release("consumer: last v given back", self.v, v_ring)
+            else:
+                meanwhile()
+                self.arrive("consumer: unused q given back", q.empty[q_ring.stage])
+            yield from skip_blocks(first - piece.first, False)
+
+        def finish_rows():
+            nonlocal scales
+            self.read_slot(tiles, piece)
+            scales = tiles.count
+
+        def write_rows(lane):
+            """RowWriter: each lane stages its part of 64 columns, then reads what others have staged."""
+            self.read_slot(tiles, piece)
+            expect(scales == tiles.count, "rows are written before they are finished")
+            for group in range(GROUPS):
+                staged[lane] = tiles.count, group
+                yield from self.sync("lane: columns are staged", warp_barrier)
+                for _ in range(LANES):
+                    expect(staged == [(tiles.count, group)] * LANES, f"{staged} where columns {group} are read")
+                    yield lambda: True
+                yield from self.sync("lane: columns are written", warp_barrier)
+
+        def write_with_all_lanes():
+            """Lanes go each their way until the whole warp gives the piece back."""
+            lanes = {f"lane {lane} of warp {warp} of warpgroup {w}": write_rows(lane) for lane in range(LANES)}
+            self.start(lanes)
+            yield lambda: lanes.keys().isdisjoint(self.actors)
+
+        if w == self.consumers - 1:
+            hand_on("consumer: first turn passed")
+        if self.idle_rows:
+            yield from clear_idle_queries()
+        while (piece := (yield from self.next_piece("consumer", tiles))) is not None:
+            q_ring = Ring(self.query_stages, tiles.count)
+            whole = piece.joiners is None
+            yield from attend(*piece.own[w], finish_rows if whole else lambda: None)
+            if not whole and (w, warp) in piece.joiners:
+                finish_rows()
+            if whole or (w, warp) in piece.joiners:
+                yield from write_with_all_lanes()
+            self.give_slot_back("consumer", tiles, piece)
+        if w == 0 and self.consumers > 1:
+            yield from self.sync("consumer: last turn taken", mine)
+
+    def start(self, actors):
+        self.actors |= {name: (actor, lambda: True) for name, actor in actors.items()}
 
     def run(self, choose):
         """`choose(n)` is one of n: what goes on next."""
-        warps = {"producer": self.producer()}
-        warps |= {f"warp {i} of warpgroup {w}": self.consumer(w) for w in range(self.consumers) for i in range(WARPS)}
-        waiting = {name: lambda: True for name in warps}
-        while warps:
-            ready = [name for name in warps if waiting[name]()]
-            if not ready and not self.copies:
-                raise Deadlock(f"{', '.join(warps)} wait, in tiles {self.tiles}")
-            which = choose(len(ready) + len(self.copies))
+        self.start({"scheduler": self.scheduler(), "loader": self.loader()})
+        self.start({f"warp {i} of warpgroup {w}": self.consumer(w, i)
+                    for w in range(self.consumers) for i in range(WARPS)})
+        while self.actors:
+            ready = [(name, actor) for name, (actor, can_go_on) in self.actors.items() if can_go_on()]
+            if not ready and not self.under_way:
+                raise Deadlock(f"{', '.join(self.actors)} wait, in {self.pieces}")
+            which = choose(len(ready) + len(self.under_way))
             if which >= len(ready):
-                self.land_copy(which - len(ready))
+                self.under_way.pop(which - len(ready))()
                 continue
+            name, actor = ready[which]
             try:
-                waiting[ready[which]] = next(warps[ready[which]])
+                self.actors[name] = actor, next(actor)
             except StopIteration:
-                del warps[ready[which]]
-        assert all(turn.syncs == turn.arrivals == 0 for turn in self.turn), "turns are left over at the end"
+                del self.actors[name]
+        expect(not self.under_way, "a copy lands after the thread block has ended")
+        expect(all(turn.syncs == turn.arrivals == 0 for turn in self.turn), "turns are left over at the end")

@@ -16,7 +16,7 @@ DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat
           "float64": np.dtype(np.float64)}
 TILES = (64, 80, 96, 112, 128, 192)
 EDGE_LENGTHS = (1, 2, 0, 7, 16, *sorted({tile + edge for tile in TILES for edge in (-1, 0, 1)}), 257, 400)
-RATIOS = (1, 2, 3, 5, 7, 8, 12)
+RATIOS = (1, 2, 3, 5, 6, 7, 8, 12, 66)  # 66: more heads than a packed tile holds
 HEAD_DIMS = ((64, 64), (8, 8), (24, 24), (32, 32), (40, 40), (48, 48), (72, 72), (80, 80), (96, 96), (112, 112),
              (128, 128), (160, 160), (192, 192), (192, 128), (256, 256))
 PLACEMENTS = ("contiguous", "sliced", "transposed", "broadcast")
@@ -47,6 +47,9 @@ class Problem:
     placement_q: str = "contiguous"
     placement_kv: str = "contiguous"
     placement_out: str = "contiguous"
+    num_splits: int = 0  # from here on: what must not change more than rounding
+    pack_gqa: bool | None = None
+    sm_margin: int = 0
 
     def __repr__(self):
         """What is not as in the simplest problem: a failure reads as what it takes."""
@@ -69,6 +72,11 @@ class Problem:
     @property
     def scale(self):
         return self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
+
+    @property
+    def how(self):
+        """The keywords that steer how the library goes about it."""
+        return dict(num_splits=self.num_splits, pack_gqa=self.pack_gqa, sm_margin=self.sm_margin)
 
     @property
     def formula(self):
@@ -254,4 +262,6 @@ def problems(draw, dtypes=("float16", "bfloat16"), head_dims=HEAD_DIMS, ratios=R
         softmax_scale=draw(st.none() | st.sampled_from([1.0, 0.25, 0.0, -0.1])), sinks=draw(st.booleans()),
         placement_q=draw(st.sampled_from(placements)), placement_kv=draw(st.sampled_from(placements)),
         placement_out=draw(st.sampled_from([p for p in placements if p != "broadcast"])),
+        num_splits=draw(st.sampled_from([0, 0, 1, 2, 3, 7, 1000])), pack_gqa=draw(st.sampled_from([None, False, True])),
+        sm_margin=draw(st.sampled_from([0, 0, 500])),  # 500: one multiprocessor has to do it all
     )

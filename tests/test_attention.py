@@ -28,7 +28,7 @@ def pose(framework, problem, arrays, **options):
     call = fa3.flash_attn_varlen_func if problem.varlen else fa3.flash_attn_func
     return call(**put, **small, **framework.options(put["q"]), softmax_scale=problem.softmax_scale,
                 causal=problem.causal, window_size=problem.window, attention_chunk=problem.chunk,
-                softcap=problem.softcap, **options)
+                softcap=problem.softcap, **problem.how, **options)
 
 
 def expected(problem, arrays):
@@ -142,7 +142,48 @@ def test_nan_stays_where_it_is_seen(framework, data):
     reference.assert_close(out[~touched], ref.out[~touched], naive[~touched], out.dtype)
 
 
-# Parts of the keys, fp8 and qv: what only the CPU has.
+# Packed heads and parts of the keys: the same result, whatever is asked for.
+
+@every_backend
+@pytest.mark.parametrize("pack_gqa", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("ratio", [3, 5, 6, 7, 12, 65])
+def test_heads_that_do_not_fill_a_tile(framework, ratio, num_splits, pack_gqa):
+    """Rows that stand idle, tiles that end within a sequence, and sequences without queries or keys."""
+    problem = Problem(seqlens_q=(0, 70, 1, 9, 3), seqlens_k=(50, 270, 300, 0, 64), num_heads_kv=2, ratio=ratio,
+                      head_dim=128, head_dim_v=128, dtype="bfloat16", varlen=True, causal=True, num_splits=num_splits,
+                      pack_gqa=pack_gqa)
+    arrays = strategies.make(problem)
+    out, lse = (framework.numpy(x) for x in pose(framework, problem, arrays, return_lse=True))
+    assert_right(problem, arrays, out, lse)
+
+
+@every_backend
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("num_splits", [2, 5, 64, 100_000])
+@pytest.mark.parametrize("mask", [
+    {"window": (5, 0)}, {"window": (-1, 3)}, {"chunk": 64}, {"causal": True}, {"padding_k": 640}], ids=str)
+def test_parts_without_a_key(framework, mask, num_splits, sinks):
+    """Parts of which some rows, or all, see nothing, and more parts than there are keys."""
+    problem = Problem(seqlens_q=(260, 260), seqlens_k=(200, 200), ratio=2, sinks=sinks, num_splits=num_splits, **mask)
+    arrays = strategies.make(problem)
+    out, lse = (framework.numpy(x) for x in pose(framework, problem, arrays, return_lse=True))
+    assert_right(problem, arrays, out, lse)
+    blind = ~reference.visible(260, 200, problem.causal, problem.window, problem.chunk).any(axis=1)
+    assert (out[:, blind] == 0).all()
+
+
+@every_backend
+def test_batch_invariance_comes_before_splits(framework):
+    """Parts would make bits depend on who asks for them; 1 and n give the same bits then."""
+    problem = Problem(seqlens_q=(70,), seqlens_k=(500,), ratio=3)
+    arrays = strategies.make(problem)
+    results = [framework.numpy(pose(framework, dataclasses.replace(problem, num_splits=num_splits), arrays,
+                                    batch_invariant=True)).tobytes() for num_splits in (0, 1, 4)]
+    assert len(set(results)) == 1
+
+
+# Joining parts, fp8 and qv: what only the CPU has.
 
 @pytest.mark.parametrize("framework", frameworks.CPU)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -239,9 +280,10 @@ def test_padding_holds_anything(framework, value):
 @every_backend
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("amplitude", [1e-3, 8.0, 60.0])
-def test_amplitudes(framework, dtype, amplitude):
+@pytest.mark.parametrize("num_splits", [1, 4])
+def test_amplitudes(framework, dtype, amplitude, num_splits):
     """Scores from almost nothing to thousands, rising and falling along the keys: the softmax's rare branches."""
-    problem = Problem(seqlens_q=(130,), seqlens_k=(700,), num_heads_kv=1, ratio=2, dtype=dtype)
+    problem = Problem(seqlens_q=(130,), seqlens_k=(700,), num_heads_kv=1, ratio=2, dtype=dtype, num_splits=num_splits)
     arrays = strategies.make(problem, amplitude=amplitude)
     arrays.k[0] *= np.linspace(0, 1, 700)[:, None, None].astype(arrays.k.dtype)
     assert_right(problem, arrays, *(framework.numpy(x) for x in pose(framework, problem, arrays, return_lse=True)))
@@ -286,11 +328,13 @@ def test_dtype_names_what_bytes_are():
 
 
 @every_backend
-def test_a_row_that_sees_only_nan_is_nan(framework):
+@pytest.mark.parametrize(("rows", "num_splits"), [(3, 1), (400, 3)])
+def test_a_row_that_sees_only_nan_is_nan(framework, rows, num_splits):
     """A maximum skips NaN: row 0, which sees one key, must not pass for one that sees none and gives 0."""
-    q, k, v = (np.ones((1, 3, 2, 64), np.float16) for _ in range(3))
+    q, k, v = (np.ones((1, rows, 2, 64), np.float16) for _ in range(3))
     k[:, 0] = np.nan
-    out, lse = fa3.flash_attn_func(*(framework.put(x)[0] for x in (q, k, v)), causal=True, return_lse=True)
+    out, lse = fa3.flash_attn_func(*(framework.put(x)[0] for x in (q, k, v)), causal=True, return_lse=True,
+                                   num_splits=num_splits)
     assert np.isnan(framework.numpy(out)).all() and np.isnan(framework.numpy(lse)).all()
 
 

@@ -69,10 +69,6 @@ def cache_entries(torch):
     return cache_call(torch, cache_batch_idx=ints(torch, 1, 0))
 
 
-def splits(torch):
-    return dense_call(torch, num_splits=2)
-
-
 def latent_queries(torch):
     return dense_call(torch, qv=half(torch, 2, 5, 4, 64))
 
@@ -95,7 +91,7 @@ def join(torch):
 
 @pytest.mark.parametrize(("call", "named"), [
     (fp8, "float8_e4m3fn"), (pages, "page_table"), (new_keys, "k, v"), (rotary, "k, v|rotary"),
-    (left_padding, "cache_leftpad"), (cache_entries, "cache_batch_idx"), (splits, "num_splits: 2"),
+    (left_padding, "cache_leftpad"), (cache_entries, "cache_batch_idx"),
     (latent_queries, "qv"), (latent_values, "MLA"), (wide_heads, "q: head_dim 264"),
     (dropout, "dropout_p: 0.5"), (join, "flash_attn_combine")])
 def test_what_is_not_built_says_so(torch, call, named):
@@ -151,6 +147,7 @@ def test_stream_is_followed(torch, how):
     q, k, v = (cuda.put(getattr(arrays, name))[0] for name in ("q", "k", "v"))
     late = torch.zeros_like(q)
     stream = torch.cuda.Stream()
+    fa3.flash_attn_func(late, k, v, causal=True)  # the first call loads the kernel, which waits for the GPU
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)  # some 25 ms: what does not wait for it reads zeros

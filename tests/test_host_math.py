@@ -1,6 +1,7 @@
 """The kernels' host-callable maths (src/attention), compiled here and brute-forced against spec.md's formulas."""
 
 import ctypes
+import itertools
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from compilers import HERE, host_library
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-TILE_NS = (64, 80, 96, 112, 128)
+TILE_NS = (48, 64, 80, 96, 112, 128)
 WARPGROUP_ROWS = 64
 MAX_ROWS = 2**30
 INT_MAX = 2**31 - 1
@@ -166,7 +167,8 @@ def steps_of(host, blocks):
 
 
 def check_loops(host, blocks, some, every):
-    """Each block once, masked wherever some row does not see all of it; without a mask, each row has met a key."""
+    """Each block of the range once, masked wherever some row does not see all of it; without a mask, each row has met
+    a key."""
     steps = list(steps_of(host, blocks))
     assert [block for block, _ in steps] == list(range(blocks.end - 1, blocks.begin - 1, -1))
     met = np.zeros(len(some), bool)
@@ -175,66 +177,76 @@ def check_loops(host, blocks, some, every):
             assert every[:, block].all()
             assert position == 0 or met.all(), "an unmasked step takes no first maximum"
         met |= some[:, block]
-    assert np.array_equal(met, some.any(1))
+    assert np.array_equal(met, some[:, blocks.begin:blocks.end].any(1))
 
 
-def turns_taken(tile, blocks):
-    """Consumer::attend's turns: of skipped blocks and of steps."""
-    skipped = tile.end - blocks.end
-    before = skipped - (blocks.count == 0 and skipped > 0)
-    return before + max(blocks.count - 1, 0) + (blocks.begin - tile.begin)
+def turns_taken(first, end, blocks):
+    """Consumer::attend's turns, where [first, end) is loaded: of skipped blocks and of steps."""
+    skipped, count = end - blocks.end, blocks.end - blocks.begin
+    before = skipped - (count == 0 and skipped > 0)
+    return before + max(count - 1, 0) + (blocks.begin - first)
 
 
-class Own:
-    """A warpgroup's range as Consumer::own_blocks makes it: empty ones begin where the tile's begins."""
-
-    def __init__(self, tile, blocks):
-        empty = blocks is None or blocks.end == blocks.begin
-        self.begin, self.end = (tile.begin, tile.begin) if empty else (blocks.begin, blocks.end)
-        self.count = self.end - self.begin
+def own_blocks(host, blocks, first, end):
+    """A warpgroup's range of the loaded blocks [first, end), as Scheduler::describe makes it; None: no rows."""
+    own = BlockRange()
+    host.no_blocks_at(first, ctypes.byref(own))
+    if blocks is not None:
+        ctypes.pointer(own)[0] = blocks
+    host.clip(ctypes.byref(own), first, end)
+    return own
 
 
 @pytest.mark.parametrize("tile_n", TILE_NS)
-@given(masks(), st.integers(1, 500), st.integers(0, 700), st.sampled_from([64, 128, 192]))
-@example((-1, 0, 0), 300, 40, 192)
-@example((-1, 0, 0), 40, 300, 192)
-@example((60, 0, 0), 500, 500, 128)
-@example((-1, -1, 100), 500, 430, 192)
-@example((7, 0, 0), 500, 5, 192)
-def test_blocks_of_tiles(host, tile_n, mask, seqlen_q, seqlen_k, tile_m):
+@given(masks(), st.integers(1, 500), st.integers(0, 700), st.sampled_from([64, 128, 192, 21, 60, 63]),
+       st.integers(1, 8))
+@example((-1, 0, 0), 300, 40, 192, 1)
+@example((-1, 0, 0), 40, 300, 192, 3)
+@example((60, 0, 0), 500, 500, 128, 2)
+@example((-1, -1, 100), 500, 430, 192, 2)
+@example((7, 0, 0), 500, 5, 192, 4)
+@example((130, 0, 0), 400, 700, 192, 3)
+def test_blocks_of_tiles(host, tile_n, mask, seqlen_q, seqlen_k, tile_m, parts):
+    """Of whole tiles and of their parts, of warpgroups that have 64 queries or, with packed heads, fewer."""
+    queries = WARPGROUP_ROWS if tile_m % WARPGROUP_ROWS == 0 else tile_m // 3
     seen = visible(mask, range(seqlen_q), seqlen_q, np.arange(seqlen_k), seqlen_k)
     some, every = by_block(seen, tile_n)
     for first in range(0, seqlen_q, tile_m):
         last = min(first + tile_m, seqlen_q) - 1
         tile, = ranges(host, tile_n, mask, [(first, last)], seqlen_q, seqlen_k)
         check_meaning(host, tile, some[first:last + 1], every[first:last + 1])
-        loaded = tile.end - tile.begin
-        for top in range(first, first + tile_m, WARPGROUP_ROWS):
-            bottom = min(top + WARPGROUP_ROWS, seqlen_q) - 1
-            blocks = None
-            if bottom >= top:
-                blocks, = ranges(host, tile_n, mask, [(top, bottom)], seqlen_q, seqlen_k)
-                rows = slice(top, bottom + 1)
+        edges = [tile.begin + (tile.end - tile.begin) * part // parts for part in range(parts + 1)]
+        for top in range(first, first + tile_m, queries):
+            rows, blocks = slice(top, min(top + queries, seqlen_q)), None
+            if top < seqlen_q:
+                blocks, = ranges(host, tile_n, mask, [(top, rows.stop - 1)], seqlen_q, seqlen_k)
                 check_meaning(host, blocks, some[rows], every[rows])
-                if blocks.end > blocks.begin:
-                    check_loops(host, blocks, some[rows], every[rows])
-            own = Own(tile, blocks)
-            assert tile.begin <= own.begin <= own.end <= tile.end
-            if loaded:
-                assert turns_taken(tile, own) == loaded - 1, "every warpgroup takes the same number of turns"
+            for begin, end in itertools.pairwise(edges):
+                own = own_blocks(host, blocks, begin, end)
+                check_part(host, own, begin, end, some[rows], every[rows])
 
 
-@given(st.sampled_from(TILE_NS), st.integers(-300, 300), st.integers(-300, 300), st.booleans(), st.integers(0, 1))
-def test_hide_columns(host, tile_n, begin, end, bounded_left, row):
-    begin = begin if bounded_left else min(begin, 0)
+def check_part(host, own, begin, end, some, every):
+    """What a warpgroup does of a part, the loaded blocks [begin, end)."""
+    assert begin <= own.begin <= own.end <= end and own.begin <= own.settled <= own.end
+    assert not some[:, begin:own.begin].any() and not some[:, own.end:end].any(), "a block that is seen is left out"
+    if own.end > own.begin:
+        check_loops(host, own, some, every)
+    else:
+        assert own.begin == begin, "where the loop that skips blocks stops"
+    if end > begin:
+        assert turns_taken(begin, end, own) == end - begin - 1, "every warpgroup takes the same number of turns"
+
+
+@given(st.sampled_from(TILE_NS), st.integers(-300, 300), st.integers(-300, 300), st.integers(0, 1))
+def test_hide_columns(host, tile_n, begin, end, row):
     scores = np.random.default_rng(0).standard_normal(tile_n // 2).astype(np.float32)
     expected = scores.copy()
     for element in range(len(scores)):
         column = 8 * (element // 4) + element % 2
         if element // 2 % 2 == row and not begin <= column < end:
             expected[element] = -np.inf
-    host.hide_scores(tile_n, scores.ctypes.data_as(ctypes.c_void_p), row, begin, end, int(bounded_left),
-                     ctypes.c_float(-np.inf))
+    host.hide_scores(tile_n, scores.ctypes.data_as(ctypes.c_void_p), row, begin, end, ctypes.c_float(-np.inf))
     assert np.array_equal(scores, expected)
 
 

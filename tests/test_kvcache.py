@@ -36,7 +36,7 @@ def test_cache_that_is_only_read(framework, data):
     out = fa3.flash_attn_with_kvcache(
         q, k, v, cache_seqlens=seqlen_k if one_length else framework.put(arrays.seqused_k)[0],
         softmax_scale=problem.softmax_scale, causal=problem.causal, window_size=problem.window,
-        attention_chunk=problem.chunk, softcap=problem.softcap, **options)
+        attention_chunk=problem.chunk, softcap=problem.softcap, **problem.how, **options)
     assert_right(problem, arrays, framework.numpy(out).reshape(arrays.out.shape))
 
 

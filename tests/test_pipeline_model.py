@@ -1,52 +1,110 @@
 """The forward kernel's barriers (pipeline_model.py): no order of events makes it hang or mixes blocks up."""
 
 import random
+import re
+from pathlib import Path
 
+import pipeline_model
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pipeline_model import WARPS, Deadlock, NamedBarrier, ThreadBlock
+from pipeline_model import WARPS, Deadlock, Hazard, NamedBarrier, Piece, ThreadBlock
+
+KERNELS = Path(__file__).parent.parent / "src" / "kernels"
+
+
+@st.composite
+def pieces(draw, consumers):
+    """A piece of any length and, inside it, any ranges: more than masks make, so that none of theirs is missed."""
+    first = draw(st.integers(0, 3))
+    end = first + draw(st.integers(0, 7))
+    edges = st.lists(st.integers(first, end), min_size=2, max_size=2).map(sorted).map(tuple)
+    own = st.just((first, end)) | edges.map(lambda own: own if own[0] < own[1] else (first, first))
+    joiners = st.frozensets(st.tuples(st.integers(0, consumers - 1), st.integers(0, WARPS - 1)))
+    return Piece(first, end, tuple(draw(own) for _ in range(consumers)), draw(st.booleans()),
+                 draw(st.none() | joiners), draw(st.integers(0, 2)))
 
 
 @st.composite
 def thread_blocks(draw):
-    """Tiles of any lengths and, inside them, any ranges: more than masks make, so that none of theirs is missed."""
-    consumers, tiles = draw(st.sampled_from([2, 3])), []
-    for _ in range(draw(st.integers(0, 6))):
-        first = draw(st.integers(0, 3))
-        end = first + draw(st.integers(0, 7))
-        edges = st.lists(st.integers(first, end), min_size=2, max_size=2).map(sorted).map(tuple)
-        own = st.none() | st.just((first, end)) | edges.map(lambda own: own if own[0] < own[1] else None)
-        tiles.append((first, end, [draw(own) for _ in range(consumers)]))
-    return consumers, tiles
+    consumers = draw(st.sampled_from([1, 2, 3]))
+    work = draw(st.lists(pieces(consumers), max_size=9))
+    return dict(consumers=consumers, pieces=work, query_stages=draw(st.sampled_from([1, 2])),
+                counted=draw(st.booleans()), idle_rows=draw(st.booleans()))
 
 
 @given(thread_blocks(), st.integers(0, 2**32))
 def test_no_order_of_events_hangs(thread_block, seed):
-    ThreadBlock(*thread_block).run(random.Random(seed).randrange)
+    ThreadBlock(**thread_block).run(random.Random(seed).randrange)
 
 
-@given(thread_blocks(), st.integers(0, 2**32), st.sampled_from(["first", "last"]))
-def test_nor_does_an_unfair_one(thread_block, seed, favoured):
-    """One end of the list, the producer or the last warpgroup and the copies, runs as far ahead as it can."""
+def unfair(seed, favoured):
+    """One end of the list, the scheduler and the loader or the last warpgroup and the copies, runs far ahead."""
     chance = random.Random(seed)
 
     def choose(count):
         return chance.randrange(count) if chance.random() < 0.1 else 0 if favoured == "first" else count - 1
 
-    ThreadBlock(*thread_block).run(choose)
+    return choose
 
 
-def test_the_model_sees_a_deadlock():
-    """A turn that nobody passes on: the model must not be blind to what it is for."""
-    block = ThreadBlock(3, [(0, 5, [(0, 5)] * 3)])
-    block.turn[1].join = lambda syncs=0, arrivals=0: None
-    with pytest.raises(Deadlock):
-        block.run(random.Random(0).randrange)
+@given(thread_blocks(), st.integers(0, 2**32), st.sampled_from(["first", "last"]))
+def test_nor_does_an_unfair_one(thread_block, seed, favoured):
+    ThreadBlock(**thread_block).run(unfair(seed, favoured))
+
+
+# The model must not be blind to what it is for: without any one of the kernel's waits, arrivals and syncs, it finds an
+# order of events that hangs, that reads what is not there, or that takes a piece from the counter too early.
+
+def blocks_to_break():
+    """Thread blocks that use every wait, arrival and sync, with the orders of events to try."""
+    for seed in range(200):
+        consumers = 2 + seed % 2
+        whole, others = (0, 5), (((0, 5),) * (consumers - 1))
+        work = [Piece(0, 5, (whole, *others), cut=True), Piece(0, 5, ((4, 5), *others), cut=True, skipped=1),
+                Piece(0, 5, ((2, 3),) * consumers, joiners=frozenset({(0, 0), (1, 1)})),
+                Piece(1, 1, ((1, 1),) * consumers), Piece(0, 5, (*others, (0, 0)))] * 3
+        choose = random.Random(seed).randrange if seed % 3 == 0 else unfair(seed, ["first", "last"][seed % 3 - 1])
+        yield dict(consumers=consumers, pieces=work, query_stages=1 + seed // 2 % 2, counted=seed // 4 % 2 == 1,
+                   idle_rows=seed // 8 % 2 == 0), choose
+
+
+def names_of_sites():
+    for thread_block, choose in list(blocks_to_break())[:8]:
+        ThreadBlock(**thread_block).run(choose)
+    return sorted(pipeline_model.SITES)
+
+
+@pytest.mark.parametrize("site", names_of_sites())
+def test_each_wait_arrival_and_sync_is_needed(site):
+    for thread_block, choose in blocks_to_break():
+        try:
+            ThreadBlock(**thread_block, left_out=site).run(choose)
+        except (Deadlock, Hazard):
+            return
+    pytest.fail(f"nothing went wrong without \"{site}\"")
 
 
 def test_the_model_sees_a_turn_passed_twice():
-    block = ThreadBlock(2, [(0, 5, [(0, 5)] * 2)])
-    block.turn[1] = NamedBarrier(arrivals=WARPS)
-    with pytest.raises(AssertionError, match="passed twice"):
+    block = ThreadBlock(2, [Piece(0, 5, ((0, 5),) * 2)])
+    block.turn[1] = NamedBarrier(arrivals_expected=WARPS, arrivals=WARPS)
+    with pytest.raises(Hazard, match="passed twice"):
         block.run(random.Random(0).randrange)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_the_model_sees_too_few_slots(monkeypatch, slots):
+    """The scheduler runs up to four pieces ahead: with fewer slots than that, one is overwritten."""
+    monkeypatch.setattr(pipeline_model, "TILE_SLOTS", slots)
+    block = ThreadBlock(2, [Piece(0, 2, ((0, 2),) * 2)] * 9)
+    block.ahead = 4
+    with pytest.raises((Deadlock, Hazard)):
+        block.run(unfair(0, "first"))
+
+
+@pytest.mark.parametrize(("header", "name", "size"), [
+    ("forward_traits", "kStages", pipeline_model.STAGES), ("forward_traits", "kTileSlots", pipeline_model.TILE_SLOTS),
+    ("forward_load", "kLead", pipeline_model.LEAD)])
+def test_the_model_has_the_kernels_sizes(header, name, size):
+    source = (KERNELS / f"{header}.cuh").read_text()
+    assert re.findall(rf"constexpr int {name} = (\d+);", source) == [str(size)]

@@ -1,8 +1,10 @@
-"""The host's plan of a forward call (src/plan.cpp), brute-forced: its kernel, its thread blocks, its copies."""
+"""The host's plan of a forward call (src/plan.cpp), brute-forced: its kernel, its thread blocks, its memory."""
 
+import csv
 import ctypes
 
 import numpy as np
+import plan_choices
 import pytest
 from compilers import HERE, SRC, host_library
 from hypothesis import example, given
@@ -20,6 +22,7 @@ COUNTER_BYTES = 256
 SWITCHED_OFF = {"window_left": -1, "window_right": -1, "attention_chunk": 0, "causal": False}
 
 head_dims = st.integers(1, LARGEST // 8).map(lambda n: 8 * n)
+ratios = st.integers(1, 8) | st.sampled_from([12, 63, 64, 65, 70, 128, 130])
 rows = st.one_of(st.integers(1, 20), st.integers(1, 5000))
 
 
@@ -33,14 +36,56 @@ def calls(draw, **fixed):
     num_heads_kv = draw(st.integers(1, 5))
     call = {
         "dtype": draw(st.sampled_from(DTYPES)), "batch": draw(st.integers(1, 9)), "seqlen_q": draw(rows),
-        "seqlen_k": draw(rows), "num_heads": num_heads_kv * draw(st.integers(1, 5)), "num_heads_kv": num_heads_kv,
+        "seqlen_k": draw(rows), "num_heads": num_heads_kv * draw(ratios), "num_heads_kv": num_heads_kv,
         "head_dim": draw(head_dims), "head_dim_v": draw(head_dims), "ragged": draw(st.booleans()),
+        "num_splits": draw(st.sampled_from([0, 0, 0, 1, 2, 3, 100])), "batch_invariant": draw(st.booleans()),
+        "pack_gqa": draw(st.sampled_from([None, True, False])),
         "sm_margin": draw(st.sampled_from([0, 1, 20, 131, 132, 500])), "num_sms": draw(st.sampled_from([132, 78, 1])),
         **SWITCHED_OFF,
     }
     mask = draw(st.sampled_from(list(SWITCHED_OFF)))
     call[mask] = {"causal": True, "attention_chunk": 100}.get(mask, 50) if draw(st.booleans()) else call[mask]
     return {**call, **fixed}
+
+
+class Work:
+    """What follows from a call and its plan, counted here once more."""
+
+    def __init__(self, call, plan):
+        self.variant = VARIANTS[plan["variant"]]
+        self.ratio = call["num_heads"] // call["num_heads_kv"]
+        self.heads_side_by_side = call["num_heads_kv"] * ceil_div(self.ratio, plan["pack_gqa"])
+        self.queries = plan["tile_m"] // 64 * (64 // plan["pack_gqa"])  # of a tile
+        self.slots = self.variant["blocks_per_sm"] * max(call["num_sms"] - call["sm_margin"], 1)
+        self.key_blocks = max(ceil_div(call["seqlen_k"], plan["tile_n"]), 1)
+        self.whole_tiles, self.parts = plan["whole_tiles"], plan["num_splits"]
+        if call["ragged"]:  # at most: what is left over of each sequence may need a tile of its own
+            m_blocks = call["seqlen_q"] // self.queries + min(call["batch"], call["seqlen_q"])
+        else:
+            m_blocks = ceil_div(call["seqlen_q"], self.queries) * call["batch"]
+        self.tiles = m_blocks * self.heads_side_by_side
+        self.split_tiles = max(self.tiles - self.whole_tiles, 0) if self.parts > 1 else 0
+
+    def tiles_of(self, lengths):
+        return sum(ceil_div(int(n), self.queries) for n in lengths) * self.heads_side_by_side
+
+    def pieces(self, tiles):
+        return min(tiles, self.whole_tiles) + max(tiles - self.whole_tiles, 0) * self.parts
+
+    @property
+    def part_bytes(self):
+        """Of one part of a tile: for each row the output in fp32, and 8 numbers of its maximum and sums."""
+        return self.variant["tile_m"] * (self.variant["head_dim_v"] + 8) * 4
+
+    @property
+    def workspace(self):
+        """Bytes of all parts, and of a counter for each warp of a split tile."""
+        warps = self.variant["tile_m"] // 16
+        return up_to_256(self.split_tiles * self.parts * self.part_bytes) + up_to_256(self.split_tiles * warps * 8)
+
+
+def up_to_256(count):
+    return ceil_div(count, 256) * 256
 
 
 def is_full(call):
@@ -87,14 +132,26 @@ def test_head_dims_without_a_kernel(dims, error):
                    head_dim_v=dims[1])
 
 
-def slots(call, plan):
-    """Thread blocks that run at once."""
-    per_sm = _core.variants()[plan["variant"]]["blocks_per_sm"]
-    return per_sm * max(call["num_sms"] - call["sm_margin"], 1)
+# Exactly what is chosen, for calls that matter.
+
+def choices():
+    with plan_choices.FILE.open(newline="") as file:
+        header, *lines = csv.reader(file)
+    assert header == ["call", *plan_choices.COLUMNS]
+    return lines
+
+
+def test_the_choices():
+    """Who changes them on purpose writes the table anew: see plan_choices.py."""
+    expected = {name: line for name, *line in choices()}
+    assert list(expected) == list(plan_choices.CALLS)
+    found = {name: line for name, *line in plan_choices.rows()}
+    assert len(found) == len(expected) or MINIMAL
+    assert found == {name: expected[name] for name in found}
 
 
 def test_a_counter_is_for_long_unequal_tiles():
-    """Zeroing it takes longer than it saves where there is little to do."""
+    """It costs more than it saves where there is little to do."""
     call = {"dtype": "bfloat16", "num_heads": 16, "num_heads_kv": 16, "head_dim": 128, "head_dim_v": 128}
     small, large = ({"batch": 1, "seqlen_q": s, "seqlen_k": s} for s in (1024, 16384))
     assert not _core.plan(**call, **small, causal=True)["dynamic"]
@@ -113,31 +170,103 @@ def test_short_sequences_take_small_tiles():
     assert _core.plan(**call | {"batch": 1}, seqlen_q=16384, seqlen_k=16384)["tile_m"] > 64
 
 
+def test_decoding_packs_heads_and_splits_keys():
+    """One query of 16 heads on 2: two tiles, and a machine of 132 multiprocessors to fill."""
+    call = {"dtype": "bfloat16", "batch": 1, "seqlen_q": 1, "num_heads": 16, "num_heads_kv": 2, "head_dim": 128,
+            "head_dim_v": 128}
+    plan = _core.plan(**call, seqlen_k=8192)
+    assert plan["pack_gqa"] == 8 and plan["num_splits"] > 8 and plan["grid"] == 2 * plan["num_splits"]
+    assert _core.plan(**call, seqlen_k=64)["num_splits"] == 1, "one block of keys"
+    assert _core.plan(**call | {"batch": 200}, seqlen_k=8192, ragged=False)["grid"] >= 132
+
+
+# What holds for any choice.
+
+@given(calls())
+def test_plan_is_a_function_of_its_arguments(call):
+    plan = _core.plan(**call)
+    _core.plan(**call | {"batch": call["batch"] + 1, "causal": not call["causal"]})  # leaves nothing behind
+    assert _core.plan(**call) == plan
+
+
+@given(calls())
+def test_heads_are_packed_as_asked(call):
+    plan = _core.plan(**call)
+    ratio = call["num_heads"] // call["num_heads_kv"]
+    packed = ceil_div(ratio, ceil_div(ratio, 64))
+    if call["pack_gqa"] is None and not call["batch_invariant"]:
+        assert plan["pack_gqa"] in (1, packed)
+    else:  # where bits must not depend on the batch, it is not chosen by the batch
+        assert plan["pack_gqa"] == (packed if call["pack_gqa"] else 1)
+
+
+@given(calls())
+@example({"dtype": "bfloat16", "batch": 1, "seqlen_q": 1, "seqlen_k": 2048, "num_heads": 16, "num_heads_kv": 2,
+          "head_dim": 128, "head_dim_v": 128, "ragged": False, "num_splits": 0, "batch_invariant": False,
+          "pack_gqa": None, "sm_margin": 0, "num_sms": 132, **SWITCHED_OFF, "causal": True})
+def test_keys_are_split_as_asked(call):
+    plan = _core.plan(**call)
+    work = Work(call, plan)
+    assert 1 <= plan["num_splits"] <= work.key_blocks, "a part without a block has nothing to do"
+    if call["num_splits"] and not call["batch_invariant"]:
+        assert plan["num_splits"] == min(call["num_splits"], work.key_blocks)
+        assert plan["whole_tiles"] == (0 if plan["num_splits"] > 1 else INT_MAX)
+    if call["batch_invariant"] or plan["num_splits"] == 1:  # joined parts have other bits
+        assert (plan["num_splits"], plan["whole_tiles"]) == (1, INT_MAX)
+
+
+@given(calls(num_splits=0, batch_invariant=False))
+def test_splits_are_chosen_for_idle_multiprocessors(call):
+    """Never more pieces than there is room for at once, beyond full rounds of whole tiles; and few bytes."""
+    plan = _core.plan(**call)
+    work = Work(call, plan)
+    if plan["num_splits"] == 1:
+        return
+    assert work.split_tiles * work.parts * work.part_bytes <= 256 * 2**20
+    assert plan["whole_tiles"] % work.slots == 0, "full rounds come first"
+    if not call["ragged"]:
+        assert 0 < work.split_tiles * work.parts <= work.slots
+
+
+@given(calls(), st.integers(1, 9), rows, rows)
+def test_batch_invariant_plan(call, batch, seqlen_q, seqlen_k):
+    """Nothing that the bits depend on follows from the batch's sizes: tile, packing, splits."""
+    one = _core.plan(**call | {"batch_invariant": True})
+    other = _core.plan(**call | {"batch_invariant": True, "batch": batch, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k})
+    for name in ("variant", "pack_gqa", "num_splits"):
+        assert one[name] == other[name]
+
+
 @given(calls(ragged=False))
 def test_grid_of_dense_batches(call):
     plan = _core.plan(**call)
-    tiles = ceil_div(call["seqlen_q"], plan["tile_m"]) * call["batch"] * call["num_heads"]
-    assert plan["grid"] == min(tiles, slots(call, plan)) >= 1
-    assert plan["num_m_blocks"] == ceil_div(call["seqlen_q"], plan["tile_m"])
+    work = Work(call, plan)
+    assert plan["grid"] == min(work.pieces(work.tiles), work.slots) >= 1
+    assert plan["num_m_blocks"] == ceil_div(call["seqlen_q"], work.queries)
     if plan["dynamic"]:
-        assert tiles > plan["grid"] and not is_full(call), "a counter for tiles that need none"
+        assert work.pieces(work.tiles) > plan["grid"] and not is_full(call), "a counter for pieces that need none"
 
 
 @given(calls(ragged=True), st.data())
 def test_grid_of_ragged_batches(call, data):
-    """The lengths are not known on the host: whatever they are, no thread block is missing and none waits in vain."""
+    """The lengths are not known on the host: whatever they are, no thread block is missing and none waits in vain, and
+    the workspace holds every part."""
     cuts = sorted(data.draw(st.lists(st.integers(0, call["seqlen_q"]), min_size=call["batch"] - 1,
                                      max_size=call["batch"] - 1)))
     lengths = np.diff([0, *cuts, call["seqlen_q"]])
     plan = _core.plan(**call, max_seqlen_q=data.draw(st.sampled_from([0, int(lengths.max())])))
-    tiles = int(sum(ceil_div(int(n), plan["tile_m"]) for n in lengths)) * call["num_heads"]
-    assert min(tiles, slots(call, plan)) <= plan["grid"] <= slots(call, plan)
+    work = Work(call, plan)
+    tiles = work.tiles_of(lengths)
+    assert min(work.pieces(tiles), work.slots) <= plan["grid"] <= work.slots
+    assert tiles <= work.tiles
+    if plan["num_splits"] > 1:
+        assert plan["workspace"] >= max(tiles - plan["whole_tiles"], 0) * work.parts * work.part_bytes
 
 
 @given(calls())
 def test_order_of_tiles(call):
     plan = _core.plan(**call)
-    heads = call["num_heads"] * (1 if call["ragged"] else call["batch"])
+    heads = Work(call, plan).heads_side_by_side * (1 if call["ragged"] else call["batch"])
     assert 1 <= plan["heads_per_section"] <= heads
     assert 0 <= plan["short_m_blocks"] <= plan["num_m_blocks"]
     if is_full(call):
@@ -149,9 +278,11 @@ def test_more_tiles_than_an_index_counts():
     call = {"dtype": "bfloat16", "seqlen_q": 1, "seqlen_k": 1, "num_heads": 1, "num_heads_kv": 1, "head_dim": 128,
             "head_dim_v": 128, "causal": True, "num_sms": 132, "sm_margin": 0}
     plan = _core.plan(**call, batch=INT_MAX - 1000)
-    assert plan["grid"] == slots(call, plan)
+    assert plan["grid"] == 132 * VARIANTS[plan["variant"]]["blocks_per_sm"]
     with pytest.raises(ValueError, match="tiles"):
         _core.plan(**call, batch=INT_MAX)
+    with pytest.raises(ValueError, match="tiles"):
+        _core.plan(**call | {"seqlen_k": 2**20}, batch=2**20, num_splits=2**12)
 
 
 @pytest.mark.parametrize("call", [{"batch": 0}, {"seqlen_q": 0}], ids=str)
@@ -190,14 +321,17 @@ def test_copies_and_workspace(call, data):
     address = data.draw(st.sampled_from([4096, 4096, 4112, 4098, 4104]))
     plan = _core.plan(**call, **{f"{name}_strides": s for name, s in strides.items()}, address=address)
     workspace = COUNTER_BYTES if plan["dynamic"] else 0
+    workspace += Work(call, plan).workspace if plan["num_splits"] > 1 else 0
     for name, (length, heads, head_dim) in axes.items():
         given_strides = strides[name] or (length * heads * head_dim, heads * head_dim, head_dim)
         copied = not tma_addresses(given_strides, address, call["ragged"], call["batch"], length, heads)
+        if name == "q" and plan["pack_gqa"] > 1 and given_strides[2] == 0:
+            copied = True  # heads that share a tile need an axis that moves
         assert plan[f"copy_{name}"] == copied, f"{name} {given_strides} at {address}"
         if copied:
             total_rows = length * (1 if call["ragged"] else call["batch"])
-            workspace += ceil_div(total_rows * heads * head_dim * 2, 256) * 256
-    assert plan["workspace"] == workspace, "the counter and the copies, each from a multiple of 256 bytes on"
+            workspace += up_to_256(total_rows * heads * head_dim * 2)
+    assert plan["workspace"] == workspace, "counter, parts and copies, each from a multiple of 256 bytes on"
 
 
 @pytest.mark.parametrize(("strides", "copied"), [

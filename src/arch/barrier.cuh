@@ -38,8 +38,9 @@ __device__ __forceinline__ void publish_barriers() {
   cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
 }
 
-/// One box of a 4-axis operand into shared memory; its bytes count on `barrier`.
-__device__ __forceinline__ void load_box(void* shared, const CUtensorMap* map, const int32_t (&at)[4],
+/// One box of an operand with kAxes axes into shared memory; its bytes count on `barrier`.
+template <int kAxes>
+__device__ __forceinline__ void load_box(void* shared, const CUtensorMap* map, const int32_t (&at)[kAxes],
                                          Barrier& barrier) {
   cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global, shared, map, at, &barrier.word);
 }

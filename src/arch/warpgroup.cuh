@@ -29,4 +29,12 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+/// threadIdx.x, read anew. What follows from it is then not held in registers between one use and the next: for what
+/// comes after a main loop that needs them all.
+__device__ __forceinline__ uint32_t thread_anew() {
+  uint32_t x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
 }  // namespace fa3::arch

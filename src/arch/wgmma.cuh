@@ -34,4 +34,9 @@ __host__ __device__ constexpr uint64_t descriptor_layout(int swizzle, int leadin
   return uint64_t(leading_offset >> 4) << 16 | uint64_t(stride_offset >> 4) << 32 | mode << 62;
 }
 
+/// The whole of it. The address and the offset beside it share a word, and a 32-bit sum keeps both in one register.
+__device__ __forceinline__ uint64_t descriptor(uint64_t layout, uint32_t address) {
+  return layout >> 32 << 32 | static_cast<uint32_t>(layout) + address;
+}
+
 }  // namespace fa3::arch

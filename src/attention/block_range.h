@@ -17,7 +17,6 @@ struct Visibility {
 
   /// Without bounds the interval does not depend on the query.
   FA3_HOST_DEVICE bool full() const { return left == kUnbounded && right == kUnbounded && chunk == 0; }
-  FA3_HOST_DEVICE bool bounded_left() const { return left != kUnbounded || chunk != 0; }
 
   /// Keys that query `row` sees, of a sequence of these lengths. Both ends are monotone in `row`.
   FA3_HOST_DEVICE KeyInterval keys(int row, int seqlen_q, int seqlen_k) const {
@@ -44,6 +43,14 @@ struct BlockRange {
 
   FA3_HOST_DEVICE int count() const { return end - begin; }
   FA3_HOST_DEVICE bool needs_mask(int block) const { return block < plain_begin || block >= plain_end; }
+
+  /// What of it lies in [first, last): the blocks of one part of a tile. An empty range stands at `first`.
+  FA3_HOST_DEVICE void clip(int first, int last) {
+    begin = larger(begin, first);
+    end = smaller(end, last);
+    if (begin >= end) begin = end = first;
+    settled = clamped(settled, begin, end);
+  }
 };
 
 /// The range for query rows [first, last] (both inside the sequence).

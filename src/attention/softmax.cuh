@@ -37,7 +37,7 @@ struct Softmax {
 
   /// Another block. Optimistic: exponentiate with the maximum so far, and only then see whether that was safe. It
   /// nearly always is: no maximum, no shuffle and no rescaling in the common case, and still exact, since s is intact
-  /// and a block whose sum grew too large (or is NaN) is done again with its true maximum.
+  /// and a block whose sum grew too large (or is NaN) is done again with its true maximum. A warp does so together.
   template <int kCount>
   __device__ __forceinline__ void update(const Scores& s, Probabilities& p, float (&o)[kCount], bool exact) {
     float sum[2];
@@ -60,10 +60,17 @@ struct Softmax {
     row_sum[1] += sum[1];
   }
 
+  /// No key at all, not even one of NaN, which leaves its mark in the sum.
+  __device__ __forceinline__ bool met_nothing(int r) const { return row_max[r] == -INFINITY && row_sum[r] == 0.f; }
+
+  /// What sums and outputs relative to `max` count here.
+  __device__ __forceinline__ float weight_of(int r, float max) const {
+    return arch::exp2_fast(max - finite(row_max[r]));
+  }
+
   struct Result {
-    float scale;  // of the row's output
+    float scale;  // of the row's output; negative: no key was seen, and the output is 0 whatever the values hold
     float lse;    // natural logarithm
-    bool empty;   // no key: the output is 0 whatever the values hold
   };
 
   /// The row's denominator, with its head's sink (-inf: none).
@@ -72,10 +79,10 @@ struct Softmax {
     float sum = row_sum[r];
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
-    if (row_max[r] == -INFINITY && sum == 0.f) return {0.f, sink, true};  // a sum of NaN has met keys, NaN ones
+    if (row_max[r] == -INFINITY && sum == 0.f) return {-1.f, sink};  // a sum of NaN has met keys, NaN ones
     const float top = fmaxf(row_max[r], sink * kLog2e), shrink = arch::exp2_fast(row_max[r] - top);
     sum = sum * shrink + arch::exp2_fast(sink * kLog2e - top);
-    return {shrink / sum, (top + log2f(sum)) * kLn2, false};
+    return {__fdividef(shrink, sum), (top + __log2f(sum)) * kLn2};
   }
 
  private:

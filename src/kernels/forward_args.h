@@ -6,12 +6,15 @@
 #include <cstdint>
 
 #include "attention/block_range.h"
+#include "attention/packing.h"
 #include "attention/seqlen.h"
+#include "attention/splits.h"
 #include "attention/tile_scheduler.h"
 
 namespace fa3 {
 
-/// An operand that TMA loads: axes (dim, row, head, batch). What lies past an axis' end arrives as zeros.
+/// An operand that TMA loads: axes (dim, row, head, batch), and for q (dim, head of its KV head, row, KV head, batch).
+/// What lies past an axis' end arrives as zeros.
 struct TmaOperand {
   CUtensorMap map;
   int head_step, batch_step;  // 1, or 0 where the axis does not move
@@ -28,7 +31,8 @@ struct ForwardArgs {
 
   Lengths queries, keys;
   Visibility visibility;
-  int batch, num_heads, heads_per_kv, head_dim_v;
+  int batch, num_heads_kv, head_dim_v;
+  Packing packing;  // of the query heads of each KV head
 
   float score_scale_log2;  // exponent = score * score_scale_log2 - max
   float hidden;            // what a masked score becomes: minus infinity once scaled
@@ -36,8 +40,13 @@ struct ForwardArgs {
   const float* sinks;      // (num_heads), or null
   bool exact_max;          // take each row's true maximum in every block (batch_invariant)
 
+  int most_tiles;  // of a ragged batch: sequences that overlap would make more, and the workspace has no room for them
   TileOrder order;
-  int* tile_counter;  // zero at launch, or null: tiles are dealt out in turn
+  Splits splits;
+  uint64_t ticket;          // this call's, for its counters
+  uint64_t* piece_counter;  // of the pieces of work handed out, or null: they are dealt out in turn
+  float4* parts;            // results of split tiles' parts: see forward_split.cuh
+  uint64_t* parts_done;     // a counter for each warp of a split tile
 };
 
 }  // namespace fa3

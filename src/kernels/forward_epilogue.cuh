@@ -1,65 +1,131 @@
-// A warpgroup's rows of output and lse, from registers to memory.
+// A warp's 16 rows of output and lse, from registers to memory.
 #pragma once
+#include "arch/stmatrix.cuh"
+#include "arch/warpgroup.cuh"
 #include "attention/softmax.cuh"
-#include "kernels/forward_args.h"
-#include "kernels/forward_traits.cuh"
+#include "kernels/forward_rows.cuh"
 
 namespace fa3 {
 
-/// A quad holds a row in pairs: lane q has columns 8 i + 2 q and + 1 of each group i of 8. Swap them within the quad,
-/// so that lane q holds all 8 columns of group q: 16 bytes, one store.
-__device__ __forceinline__ void gather_group(uint32_t (&x)[4], int quad_lane) {
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2) {
-    const bool upper = quad_lane & bit;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & bit) continue;
-      const uint32_t received = __shfl_xor_sync(~0u, upper ? x[i] : x[i | bit], bit);
-      (upper ? x[i] : x[i | bit]) = received;
-    }
-  }
-}
+/// What a thread's two rows of output are still to be multiplied with.
+struct RowScales {
+  float scale[2];
 
-template <class Traits>
-__device__ __forceinline__ void store_rows(const ForwardArgs& args, const TileWork& work, int first_row, int lane,
-                                           const float (&o)[Traits::kHeadDimV / 2],
-                                           const Softmax<typename Traits::Element, Traits::kTileN>& softmax) {
-  using Element = typename Traits::Element;
-  constexpr int kGroups = Traits::kHeadDimV / 8;  // of 8 columns
-  const int quad = lane / 4, quad_lane = lane % 4;
-  const float sink = args.sinks ? args.sinks[work.head] : -INFINITY;
-  const int batch = args.queries.ragged() ? 0 : work.batch;
+  __device__ __forceinline__ bool empty(int r) const { return scale[r] < 0; }  // it is 0, whatever the values hold
+};
+
+/// The rows' denominators, and their lse to memory.
+template <class Softmax>
+__device__ __forceinline__ RowScales finish_rows(const ForwardArgs& args, const TileHead& work, int consumers,
+                                                 uint32_t thread, const Softmax& softmax) {
+  const RowPlaces places(args, work, consumers, thread / 128);
+  RowScales scales;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const auto result = softmax.finish(r, sink);
-    const int row = first_row + quad + 8 * r;
-    const bool exists = row < work.seqlen_q;
-    const int64_t out_row = work.q_begin + row;
-    if (args.lse && exists && quad_lane == 0)
-      args.lse[batch * args.lse_stride[0] + work.head * args.lse_stride[1] + out_row * args.lse_stride[2]] = result.lse;
-    auto* out = static_cast<Element*>(args.out) + batch * args.out_stride[0] + out_row * args.out_stride[1] +
-                work.head * args.out_stride[2];
+    const int row = thread % 128 / 32 * 16 + thread % 32 / 4 + 8 * r;
+    const int position = args.packing.position_of(row), head = args.packing.head_of(row);
+    const bool exists = places.exist(position, head);
+    const auto result = softmax.finish(r, args.sinks && exists ? args.sinks[places.first_head + head] : -INFINITY);
+    scales.scale[r] = result.scale;
+    if (args.lse && exists && thread % 4 == 0)
+      args.lse[places.batch * args.lse_stride[0] + (places.first_head + head) * args.lse_stride[1] +
+               (places.first_row + position) * args.lse_stride[2]] = result.lse;
+  }
+  return scales;
+}
+
+/// Writes a warp's rows. A thread holds parts of two of them, as wgmma left them: rows lane / 4 and 8 below, and of
+/// each 8 columns the pair 2 (lane % 4). They go through shared memory, 64 columns at a time, so that 8 lanes write a
+/// row in one stretch. A warp stands alone here: nothing waits for the other warps.
+template <class Traits>
+class RowWriter {
+  using Element = typename Traits::Element;
+  using Staging = StagedRows;
+  static constexpr int kRowsAtOnce = 32 / Staging::kVectors, kTurns = Staging::kRows / kRowsAtOnce;
+
+ public:
+  static constexpr int kPairs = Traits::kHeadDimV / 16;  // of 8 columns each
+
+  __device__ __forceinline__ RowWriter(const ForwardArgs& args, const TileHead& work, uint32_t thread,
+                                       const RowScales& scales, Staging* staging)
+      : args_(args),
+        places_(args, work, Traits::kConsumers, thread / 128),
+        lane_(thread % 32),
+        first_row_(16 * (thread / 32 % 4)),
+        staging_(staging[thread / 32]),
+        scale_{scales.empty(0) ? 0.f : scales.scale[0], scales.empty(1) ? 0.f : scales.scale[1]} {
+    auto* first = static_cast<Element*>(args_.out) + places_.batch * args_.out_stride[0] +
+                  places_.first_row * args_.out_stride[1] + places_.first_head * args_.out_stride[2] +
+                  8 * (lane_ % Staging::kVectors);
 #pragma unroll
-    for (int i = 0; i < kGroups; i += 4) {
-      uint32_t x[4] = {};
-#pragma unroll
-      for (int j = 0; j < 4 && i + j < kGroups; ++j) {
-        const int e = 4 * (i + j) + 2 * r;
-        x[j] = result.empty ? 0u : arch::pack<Element>(o[e] * result.scale, o[e + 1] * result.scale);
-      }
-      gather_group(x, quad_lane);
-      const int column = 8 * (i + quad_lane);
-      if (!exists || column >= args.head_dim_v) continue;
-      if (args.out_vectors) {
-        *reinterpret_cast<uint4*>(out + column) = make_uint4(x[0], x[1], x[2], x[3]);
-      } else {
-#pragma unroll
-        for (int e = 0; e < 8; ++e)
-          reinterpret_cast<uint16_t*>(out)[column + e] = static_cast<uint16_t>(x[e / 2] >> 16 * (e % 2));
-      }
+    for (int turn = 0; turn < kTurns; ++turn) {
+      const int row = first_row_ + kRowsAtOnce * turn + lane_ / Staging::kVectors;
+      const int position = args_.packing.position_of(row), head = args_.packing.head_of(row);
+      exists_[turn] = places_.exist(position, head);
+      to_[turn] = first + position * args_.out_stride[1] + head * args_.out_stride[2];
     }
   }
+
+  /// Columns 16 i to 16 i + 15: `a` and `b` have the two rows' pairs of each 8. To be called with i = 0, 1, ...
+  __device__ __forceinline__ void put(int i, const float4& a, const float4& b) const {
+    auto pack = [this](int r, float low, float high) { return arch::pack<Element>(low * scale_[r], high * scale_[r]); };
+    const int row = lane_ % 16, vector = 2 * (i % Staging::kPairs) + lane_ / 16;
+    arch::store_matrices(staging_.at(row, vector), pack(0, a.x, a.y), pack(1, a.z, a.w), pack(0, b.x, b.y),
+                         pack(1, b.z, b.w));
+    if (i % Staging::kPairs == Staging::kPairs - 1 || i == kPairs - 1) write(i / Staging::kPairs);
+  }
+
+ private:
+  /// The 64 columns that are staged.
+  __device__ __forceinline__ void write(int group) const {
+    __syncwarp();
+    const int offset = 8 * Staging::kVectors * group;
+    const bool exists = offset + 8 * static_cast<int>(lane_ % Staging::kVectors) < args_.head_dim_v;
+    if (args_.out_vectors) {
+#pragma unroll
+      for (int turn = 0; turn < kTurns; ++turn)
+        if (exists && exists_[turn]) *reinterpret_cast<uint4*>(to_[turn] + offset) = *staged(turn);
+    } else {
+#pragma unroll
+      for (int turn = 0; turn < kTurns; ++turn)
+        if (exists && exists_[turn]) store_elements(reinterpret_cast<uint16_t*>(to_[turn] + offset), *staged(turn));
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ const uint4* staged(int turn) const {
+    return staging_.at(kRowsAtOnce * turn + lane_ / Staging::kVectors, lane_ % Staging::kVectors);
+  }
+
+  /// Memory that is not aligned to 16 bytes.
+  __device__ __forceinline__ static void store_elements(uint16_t* to, const uint4& x) {
+    const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int e = 0; e < 8; ++e) to[e] = static_cast<uint16_t>(words[e / 2] >> 16 * (e % 2));
+  }
+
+  const ForwardArgs& args_;
+  const RowPlaces places_;
+  const uint32_t lane_, first_row_;
+  Staging& staging_;
+  const float scale_[2];
+  Element* to_[kTurns];  // this lane's part of the rows that it writes
+  bool exists_[kTurns];
+};
+
+/// The rows of a tile that is not split.
+template <class Traits>
+__device__ __forceinline__ void store_rows(const RowWriter<Traits>& writer, const RowScales& scales,
+                                           float (&o)[Traits::kHeadDimV / 2]) {
+  if (__any_sync(~0u, scales.empty(0) || scales.empty(1))) {  // products of zero probabilities may be NaN
+#pragma unroll
+    for (int i = 0; i < Traits::kHeadDimV / 2; ++i)
+      if (scales.empty(i / 2 % 2)) o[i] = 0.f;
+  }
+#pragma unroll
+  for (int i = 0; i < writer.kPairs; ++i)
+    writer.put(i, make_float4(o[8 * i], o[8 * i + 1], o[8 * i + 2], o[8 * i + 3]),
+               make_float4(o[8 * i + 4], o[8 * i + 5], o[8 * i + 6], o[8 * i + 7]));
 }
 
 }  // namespace fa3

@@ -1,9 +1,13 @@
-// The forward kernel: one producer warp, two or three consumer warpgroups, tiles until there are none left.
+// The forward kernel: one producer warp, one to three consumer warpgroups, pieces of work until there are none left.
 #pragma once
+#include <atomic>
+
 #include "arch/warpgroup.cuh"
 #include "kernels/forward_epilogue.cuh"
 #include "kernels/forward_load.cuh"
 #include "kernels/forward_mma.cuh"
+#include "kernels/forward_split.cuh"
+#include "kernels/forward_tiles.cuh"
 #include "variants.h"
 
 namespace fa3 {
@@ -24,33 +28,46 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
 
   if (warpgroup == Traits::kConsumers) {
     arch::shrink_registers<Traits::kProducerRegisters>();
-    if (arch::uniform(threadIdx.x / 32) == 4 * Traits::kConsumers) {  // a lone warp would save no registers
-      Producer<Traits> producer(args, shared);
-      producer.run(threadIdx.x % 32);
-    }
+    const int warp = arch::uniform(threadIdx.x / 32 % 4);  // two of four have a role, but fewer would save no registers
+    if (warp == 0) Scheduler<Traits>(args, shared).run();
+    if (warp == 1 && threadIdx.x % 32 == 0) Loader<Traits>(args, shared).run();
   } else {
     arch::grow_registers<Traits::kConsumerRegisters>();
     Consumer<Traits> consumer(args, shared, warpgroup);
-    float o[Traits::kHeadDimV / 2];
-    while (const TileWork* work = consumer.next()) {
-      consumer.attend(*work, o);
-      store_rows<Traits>(args, *work, consumer.first_row(*work) + 16 * consumer.warp(), consumer.lane(), o,
-                         consumer.softmax());
+    typename Consumer<Traits>::Output o;
+    while (const auto* work = consumer.next()) {
+      RowScales scales;
+      consumer.attend(*work, o, [&] {
+        if (work->parts == 1)
+          scales = finish_rows(args, *work, Traits::kConsumers, arch::thread_anew(), consumer.softmax());
+      });
+      const uint32_t thread = arch::thread_anew();
+      const PartRows<Traits> parts(args, *work, thread);
+      if (parts.all_here()) {
+        store_rows(RowWriter<Traits>(args, *work, thread, scales, shared.staging), scales, o);
+      } else if (parts.leave(o, consumer.softmax())) {
+        parts.join(shared.staging, consumer.softmax());
+      }
       consumer.done();
     }
     consumer.finish();
   }
 }
 
-/// Launch on the current device, whose shared memory limit is raised the first time.
+/// Launch on `device`, the current one, whose shared memory limit is raised the first time.
 template <class Traits>
-cudaError_t launch_forward(const ForwardArgs& args, int grid, cudaStream_t stream) {
+cudaError_t launch_forward(const ForwardArgs& args, int grid, int device, cudaStream_t stream) {
   constexpr int kSharedBytes = sizeof(ForwardShared<Traits>);
   static_assert(Traits::kBlocksPerSm * (kSharedBytes + 1024) <= 228 * 1024,
                 "a multiprocessor has 228 KB of shared memory, and keeps 1 KB for each thread block");
-  const cudaError_t error =
-      cudaFuncSetAttribute(forward_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (error != cudaSuccess) return error;
+  static std::atomic<uint64_t> raised;  // a bit for each of the first 64 devices
+  const uint64_t mine = device < 64 ? uint64_t{1} << device : 0;
+  if (!(raised.load(std::memory_order_relaxed) & mine)) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(forward_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    if (error != cudaSuccess) return error;
+    raised.fetch_or(mine, std::memory_order_relaxed);
+  }
   forward_kernel<Traits><<<grid, Traits::kThreads, kSharedBytes, stream>>>(args);
   return cudaGetLastError();
 }
@@ -66,6 +83,7 @@ ForwardVariant describe_forward(const char* name, int dtype) {
           Traits::kThreads,
           static_cast<int>(sizeof(ForwardShared<Traits>)),
           Traits::kBlocksPerSm,
+          PartRows<Traits>::kBytes,
           Traits::kSwizzleQK,
           Traits::kSwizzleV,
           launch_forward<Traits>};

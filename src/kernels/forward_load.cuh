@@ -1,90 +1,104 @@
-// The producer warp: finds tiles, tells the consumers, and keeps Q, K and V coming by TMA.
+// The loader: one thread that keeps Q, K and V coming by TMA.
 #pragma once
-#include "kernels/forward_tiles.cuh"
+#include "kernels/forward_args.h"
+#include "kernels/forward_traits.cuh"
 #include "tile/ring.cuh"
 
 namespace fa3 {
 
 template <class Traits>
-class Producer {
+class Loader {
  public:
-  __device__ __forceinline__ Producer(const ForwardArgs& args, ForwardShared<Traits>& shared)
+  __device__ __forceinline__ Loader(const ForwardArgs& args, ForwardShared<Traits>& shared)
       : args_(args), shared_(shared) {}
 
-  __device__ __forceinline__ void run(int lane) {
-    TileWalk<Traits> tiles(args_, lane);
+  __device__ __forceinline__ void run() {
     while (true) {
-      const TileWork work = tiles.next();
-      if (lane == 0) announce(work);
-      if (work.m_block == TileWork::kNone) return;
-      if (lane == 0 && work.first_block < work.end_block) load(work);
-      __syncwarp();
+      shared_.tile_full[tiles_.stage()].wait(tiles_.parity());
+      const TileHead& work = shared_.tile[tiles_.stage()];
+      if (work.m_block == TileHead::kNone) return;
+      load(work);
+      shared_.tile_empty[tiles_.stage()].arrive();
+      tiles_.advance();
     }
   }
 
  private:
-  __device__ __forceinline__ void announce(const TileWork& work) {
-    shared_.tile_empty[tiles_.stage].wait(tiles_.parity ^ 1);
-    shared_.tile[tiles_.stage] = work;
-    shared_.tile_full[tiles_.stage].arrive();
-    tiles_.advance();
-  }
+  static constexpr int kLead = 2;  // blocks before the last when the scheduler is to find the next piece
 
   /// Blocks come from the last to the first. K runs one block ahead of V: that is the order in which they are used.
-  __device__ __forceinline__ void load(const TileWork& work) {
-    const int head_kv = work.head / args_.heads_per_kv;
-    const int k = args_.keys.span(work.batch).begin;
+  __device__ __forceinline__ void load(const TileHead& work) {
+    const Source k = source(args_.k, work), v = source(args_.v, work);
     int n_block = work.end_block - 1;
-    load_block<typename Traits::TileK>(args_.k, k, n_block, head_kv, work.batch, shared_.k, shared_.k_full,
-                                       shared_.k_empty, k_ring_);
+    const int first_block = work.first_block;
+    if (n_block >= first_block) load_k(k, n_block);
     load_q(work);
-    for (; n_block > work.first_block; --n_block) {
-      load_block<typename Traits::TileK>(args_.k, k, n_block - 1, head_kv, work.batch, shared_.k, shared_.k_full,
-                                         shared_.k_empty, k_ring_);
-      load_block<typename Traits::TileV>(args_.v, k, n_block, head_kv, work.batch, shared_.v, shared_.v_full,
-                                         shared_.v_empty, v_ring_);
+    const int nearly_last = smaller(n_block, first_block + kLead);
+    if (n_block < first_block) shared_.tile_nearly_loaded.arrive();
+    for (; n_block >= first_block; --n_block) {
+      if (n_block == nearly_last) shared_.tile_nearly_loaded.arrive();
+      if (n_block > first_block) load_k(k, n_block - 1);
+      load_v(v, n_block);
     }
-    load_block<typename Traits::TileV>(args_.v, k, n_block, head_kv, work.batch, shared_.v, shared_.v_full,
-                                       shared_.v_empty, v_ring_);
   }
 
-  __device__ __forceinline__ void load_q(const TileWork& work) {
+  /// Where a sequence's keys or values of one head are.
+  struct Source {
+    const CUtensorMap* map;
+    int first_row, head, batch;
+  };
+  __device__ __forceinline__ static Source source(const TmaOperand& operand, const TileHead& work) {
+    return {&operand.map, work.k_begin, work.head_kv * operand.head_step, work.batch * operand.batch_step};
+  }
+
+  __device__ __forceinline__ void load_q(const TileHead& work) {
     using Tile = typename Traits::TileQ;
-    const int first_row = work.q_begin + work.m_block * Traits::kTileM;
+    const uint32_t bytes = args_.packing.rows * (Tile::kBytes / 64);
+    const Ring<Traits::kQueryStages> ring{tiles_.count};
+    const uint32_t stage = ring.stage();
+    const int head = work.first_head * args_.q.head_step, head_kv = work.head_kv * args_.q.head_step;
+    const int batch = work.batch * args_.q.batch_step;
+    int row = work.q_begin + work.m_block * Traits::kConsumers * args_.packing.positions;
 #pragma unroll 1
     for (int warpgroup = 0; warpgroup < Traits::kConsumers; ++warpgroup) {
-      shared_.q_empty[warpgroup].wait(q_parity_ ^ 1);
-      shared_.q_full[warpgroup].arrive_expecting(Tile::kBytes);
-      load_rows<Tile>(args_.q, first_row + 64 * warpgroup, work.head, work.batch, shared_.q[warpgroup],
-                      shared_.q_full[warpgroup]);
+      uint8_t* rows = shared_.q[warpgroup][stage];
+      arch::Barrier& full = shared_.q_full[warpgroup][stage];
+      shared_.q_empty[warpgroup][stage].wait(ring.parity() ^ 1);
+      full.arrive_expecting(bytes);
+#pragma unroll
+      for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
+        arch::load_box(rows + chunk * Tile::kChunkBytes, &args_.q.map,
+                       {chunk * Tile::kChunkColumns, head, row, head_kv, batch}, full);
+      row += args_.packing.positions;
     }
-    q_parity_ ^= 1;
+  }
+
+  __device__ __forceinline__ void load_k(const Source& k, int n_block) {
+    load_block<typename Traits::TileK>(k, n_block, shared_.k, shared_.k_full, shared_.k_empty, k_ring_);
+  }
+  __device__ __forceinline__ void load_v(const Source& v, int n_block) {
+    load_block<typename Traits::TileV>(v, n_block, shared_.v, shared_.v_full, shared_.v_empty, v_ring_);
   }
 
   template <class Tile>
-  __device__ __forceinline__ void load_block(const TmaOperand& operand, int first_row, int n_block, int head, int batch,
+  __device__ __forceinline__ void load_block(const Source& from, int n_block,
                                              uint8_t (&stages)[Traits::kStages][Tile::kBytes], arch::Barrier* full,
                                              arch::Barrier* empty, Ring<Traits::kStages>& ring) {
-    empty[ring.stage].wait(ring.parity ^ 1);
-    full[ring.stage].arrive_expecting(Tile::kBytes);
-    load_rows<Tile>(operand, first_row + n_block * Traits::kTileN, head, batch, stages[ring.stage], full[ring.stage]);
-    ring.advance();
-  }
-
-  template <class Tile>
-  __device__ __forceinline__ void load_rows(const TmaOperand& operand, int row, int head, int batch, uint8_t* shared,
-                                            arch::Barrier& full) {
-    const int h = head * operand.head_step, b = batch * operand.batch_step;
+    const uint32_t stage = ring.stage();
+    empty[stage].wait(ring.parity() ^ 1);
+    full[stage].arrive_expecting(Tile::kBytes);
+    const int row = from.first_row + n_block * Traits::kTileN;
 #pragma unroll
     for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
-      arch::load_box(shared + chunk * Tile::kChunkBytes, &operand.map, {chunk * Tile::kChunkColumns, row, h, b}, full);
+      arch::load_box(stages[stage] + chunk * Tile::kChunkBytes, from.map,
+                     {chunk * Tile::kChunkColumns, row, from.head, from.batch}, full[stage]);
+    ring.advance();
   }
 
   const ForwardArgs& args_;
   ForwardShared<Traits>& shared_;
   Ring<Traits::kStages> k_ring_, v_ring_;
-  Ring<ForwardShared<Traits>::kTileSlots> tiles_;
-  uint32_t q_parity_ = 0;
+  Ring<ForwardShared<Traits>::kTileSlots> tiles_;  // every piece has its queries, so it counts them too
 };
 
 }  // namespace fa3

@@ -4,8 +4,7 @@
 #include "arch/warpgroup.cuh"
 #include "attention/mask.h"
 #include "attention/softmax.cuh"
-#include "kernels/forward_args.h"
-#include "kernels/forward_traits.cuh"
+#include "kernels/forward_rows.cuh"
 #include "tile/ring.cuh"
 
 namespace fa3 {
@@ -38,15 +37,17 @@ template <class Traits>
 class Consumer {
   using Element = typename Traits::Element;
   using Shared = ForwardShared<Traits>;
+  using Work = TileWork<Traits::kConsumers>;
   using TileQ = typename Traits::TileQ;
   using TileK = typename Traits::TileK;
   using TileV = typename Traits::TileV;
   static constexpr int kTileN = Traits::kTileN;
   using Scores = float[kTileN / 2];
   using Probabilities = uint32_t[kTileN / 4];
-  using Output = float[Traits::kHeadDimV / 2];
 
  public:
+  using Output = float[Traits::kHeadDimV / 2];
+
   __device__ __forceinline__ Consumer(const ForwardArgs& args, Shared& shared, int warpgroup)
       : args_(args),
         shared_(shared),
@@ -58,42 +59,43 @@ class Consumer {
         k_address_(arch::shared_address(shared.k) >> 4),
         v_address_(arch::shared_address(shared.v) >> 4) {
     softmax_.scale_log2 = args.score_scale_log2;
+    if (args.packing.rows < 64) clear_idle_queries();
   }
 
-  /// The next tile, or null. It stays in shared memory, where it costs no registers, until done() gives it back.
-  __device__ __forceinline__ const TileWork* next() const {
-    shared_.tile_full[tiles_.stage].wait(tiles_.parity);
-    const TileWork* work = &shared_.tile[tiles_.stage];
-    return work->m_block == TileWork::kNone ? nullptr : work;
+  /// The next piece of work, or null. It stays in shared memory, where it costs no registers, until done().
+  __device__ __forceinline__ const Work* next() const {
+    shared_.tile_full[tiles_.stage()].wait(tiles_.parity());
+    const Work* work = &shared_.tile[tiles_.stage()];
+    return arch::uniform(work->m_block) == Work::kNone ? nullptr : work;
   }
+
+  /// Give the piece of work back.
   __device__ __forceinline__ void done() {
-    release(shared_.tile_empty[tiles_.stage]);
+    release(shared_.tile_empty[tiles_.stage()]);
     tiles_.advance();
   }
 
-  __device__ __forceinline__ int first_row(const TileWork& work) const {
-    return work.m_block * Traits::kTileM + 64 * warpgroup_;
-  }
-
-  /// One tile: this warpgroup's 64 rows against every block of keys that they see, last block first.
-  __device__ __forceinline__ void attend(const TileWork& work, Output& o) {
+  /// This warpgroup's 64 rows against every block of keys that they see, last block first. The softmax is done before
+  /// the last product is: `meanwhile` runs beside it.
+  template <class Meanwhile>
+  __device__ __forceinline__ void attend(const Work& work, Output& o, const Meanwhile& meanwhile) {
     softmax_.reset();
-    if (work.first_block == work.end_block) return;
-    const BlockRange blocks = own_blocks(work);
-
+#pragma unroll
+    for (float& x : o) x = 0.f;
+    const BlockRange blocks = uniform(work.blocks[warpgroup_]);
+    k_ring_.count = v_ring_.count = arch::uniform(v_ring_.count);
     skip_blocks(work.end_block - blocks.end, blocks.count() == 0);
-    shared_.q_full[warpgroup_].wait(q_parity_);
+    shared_.q_full[warpgroup_][q_ring().stage()].wait(q_ring().parity());
     if (blocks.count() > 0) {
       Scores s;
       Probabilities p;
-      bool accumulate = false;
 
-      auto step = [&](int n_block, bool masked) {
-        shared_.k_full[k_ring_.stage].wait(k_ring_.parity);
-        shared_.v_full[v_ring_.stage].wait(v_ring_.parity);
+      auto step = [&](int n_block, bool plain) {
+        shared_.k_full[k_ring_.stage()].wait(k_ring_.parity());
+        shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());
         turns_.take();
         arch::wgmma_fence();
-        add_values(o, p, accumulate);
+        add_values(o, p);
         multiply_keys(s);
         turns_.pass();
         arch::wgmma_wait<0>();
@@ -101,13 +103,12 @@ class Consumer {
         arch::wgmma_wrote(s);
         release_k();
         release_v();
-        accumulate = true;
-        shape_scores(s, work, n_block, masked);
-        softmax_.update(s, p, o, args_.exact_max || (masked && softmax_.met_no_key()));
+        if (!plain) shape_scores(s, work, n_block, n_block >= blocks.settled || n_block < blocks.plain_begin);
+        softmax_.update(s, p, o, args_.exact_max || (!plain && softmax_.met_no_key()));
       };
 
       int n_block = blocks.end - 1;
-      shared_.k_full[k_ring_.stage].wait(k_ring_.parity);
+      shared_.k_full[k_ring_.stage()].wait(k_ring_.parity());
       arch::wgmma_fence();
       multiply_keys(s);
       arch::wgmma_wait<0>();
@@ -117,47 +118,67 @@ class Consumer {
       softmax_.first(s, p);
       clear_values_past(work.seqlen_k - n_block * kTileN);
 #pragma unroll 1
-      for (--n_block; n_block >= larger(blocks.settled, blocks.begin); --n_block) step(n_block, true);
-#pragma unroll 1
-      for (; n_block >= larger(blocks.plain_begin, blocks.begin); --n_block) step(n_block, false);
-#pragma unroll 1
-      for (; n_block >= blocks.begin; --n_block) step(n_block, true);
-      release(shared_.q_empty[warpgroup_]);
+      while (--n_block >= blocks.begin) {
+        if (n_block < blocks.settled && n_block >= blocks.plain_begin && args_.softcap_scale == 0)
+          step(n_block, true);
+        else
+          step(n_block, false);
+      }
+      release(shared_.q_empty[warpgroup_][q_ring().stage()]);
 
-      shared_.v_full[v_ring_.stage].wait(v_ring_.parity);
+      shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());
       arch::wgmma_fence();
-      add_values(o, p, accumulate);
+      add_values(o, p);
+      meanwhile();
       arch::wgmma_wait<0>();
       arch::wgmma_wrote(o);
       release_v();
     } else {
-      release(shared_.q_empty[warpgroup_]);
+      meanwhile();
+      release(shared_.q_empty[warpgroup_][q_ring().stage()]);
     }
-    q_parity_ ^= 1;
     skip_blocks(blocks.begin - work.first_block, false);
   }
 
   __device__ __forceinline__ void finish() const { turns_.finish(); }
 
-  __device__ __forceinline__ const Softmax<Element, kTileN>& softmax() const { return softmax_; }
-  __device__ __forceinline__ int warp() const { return warp_; }
-  __device__ __forceinline__ int lane() const { return lane_; }
+  __device__ __forceinline__ Softmax<Element, kTileN>& softmax() { return softmax_; }
 
  private:
-  __device__ __forceinline__ BlockRange own_blocks(const TileWork& work) const {
-    const int first = first_row(work), last = smaller(first + 64, work.seqlen_q) - 1;
-    BlockRange blocks = block_range<kTileN>(args_.visibility, first, larger(first, last), work.seqlen_q, work.seqlen_k);
-    if (last < first || blocks.count() == 0) blocks = no_blocks(work.first_block);
-    return blocks;
+  __device__ __forceinline__ Ring<Traits::kQueryStages> q_ring() const { return {tiles_.count}; }
+
+  /// The row of the warpgroup's 64 that this thread's row r of two is.
+  __device__ __forceinline__ int row(int r) const { return 16 * warp_ + lane_ / 4 + 8 * r; }
+
+  /// What a whole warp agrees on belongs into uniform registers, where products want their descriptors. The compiler
+  /// sees that of a shuffle's result, but not through shared memory or loops that read their ends there.
+  __device__ __forceinline__ static BlockRange uniform(const BlockRange& blocks) {
+    return {arch::uniform(blocks.begin), arch::uniform(blocks.end), arch::uniform(blocks.plain_begin),
+            arch::uniform(blocks.plain_end), arch::uniform(blocks.settled)};
+  }
+
+  /// The named barrier of this warpgroup's 128 threads alone.
+  __device__ __forceinline__ int own_barrier() const { return 1 + Traits::kConsumers + warpgroup_; }
+
+  /// Rows that no query is ever loaded to are zeros: the softmax of a warp must not depend on what memory held before.
+  __device__ __forceinline__ void clear_idle_queries() const {
+    constexpr int kVectors = Traits::kSwizzleQK / 16;  // of a row's chunk
+    for (int chunk = 0; chunk < Traits::kQueryStages * TileQ::kChunks; ++chunk) {
+      auto* vectors = reinterpret_cast<uint4*>(shared_.q[warpgroup_][0] + chunk * TileQ::kChunkBytes);
+      for (int i = args_.packing.rows * kVectors + threadIdx.x % 128; i < 64 * kVectors; i += 128)
+        vectors[i] = make_uint4(0, 0, 0, 0);
+    }
+    arch::fence_async_proxy();
+    arch::barrier_sync(own_barrier(), 128);
   }
 
   /// Blocks that other warpgroups need and this one does not: let them pass in order, with their turns.
   __device__ __forceinline__ void skip_blocks(int count, bool last_has_no_turn) {
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
-      shared_.k_full[k_ring_.stage].wait(k_ring_.parity);
+      shared_.k_full[k_ring_.stage()].wait(k_ring_.parity());
       release_k();
-      shared_.v_full[v_ring_.stage].wait(v_ring_.parity);
+      shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());
       release_v();
       if (last_has_no_turn && i == count - 1) break;
       turns_.take();  // never held while waiting for a skipped block: the others may need it to free that block's stage
@@ -166,20 +187,22 @@ class Consumer {
   }
 
   __device__ __forceinline__ void multiply_keys(Scores& s) const {
-    const uint32_t k = k_address_ + k_ring_.stage * (TileK::kBytes >> 4);
+    const uint32_t q = q_address_ + q_ring().stage() * (TileQ::kBytes >> 4);
+    const uint32_t k = k_address_ + k_ring_.stage() * (TileK::kBytes >> 4);
 #pragma unroll
     for (int step = 0; step < Traits::kHeadDim / 16; ++step)
-      arch::WgmmaSS<Element, kTileN>::mma(s, TileQ::kMajorColumns | (q_address_ + TileQ::column_step(step)),
-                                          TileK::kMajorColumns | (k + TileK::column_step(step)), step > 0);
+      arch::WgmmaSS<Element, kTileN>::mma(s, arch::descriptor(TileQ::kMajorColumns, q + TileQ::column_step(step)),
+                                          arch::descriptor(TileK::kMajorColumns, k + TileK::column_step(step)),
+                                          step > 0);
     arch::wgmma_commit();
   }
 
-  __device__ __forceinline__ void add_values(Output& o, const Probabilities& p, bool accumulate) const {
-    const uint32_t v = v_address_ + v_ring_.stage * (TileV::kBytes >> 4);
+  __device__ __forceinline__ void add_values(Output& o, const Probabilities& p) const {
+    const uint32_t v = v_address_ + v_ring_.stage() * (TileV::kBytes >> 4);
 #pragma unroll
     for (int step = 0; step < kTileN / 16; ++step)
-      arch::WgmmaRS<Element, Traits::kHeadDimV>::mma(o, p + 4 * step, TileV::kMajorRows | (v + TileV::row_step(step)),
-                                                     step > 0 || accumulate);
+      arch::WgmmaRS<Element, Traits::kHeadDimV>::mma(
+          o, p + 4 * step, arch::descriptor(TileV::kMajorRows, v + TileV::row_step(step)), true);
     arch::wgmma_commit();
   }
 
@@ -188,28 +211,27 @@ class Consumer {
   /// warpgroup clears the whole rest for itself, which spares them waiting for each other.
   __device__ __forceinline__ void clear_values_past(int rows) const {
     if (rows >= kTileN || !(args_.keys.cu_seqlens || args_.keys.seqused)) return;
-    shared_.v_full[v_ring_.stage].wait(v_ring_.parity);
+    shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());
     constexpr int kVectors = Traits::kSwizzleV / 16;  // of a row's chunk
     for (int chunk = 0; chunk < TileV::kChunks; ++chunk) {
-      auto* vectors = reinterpret_cast<uint4*>(shared_.v[v_ring_.stage] + chunk * TileV::kChunkBytes);
+      auto* vectors = reinterpret_cast<uint4*>(shared_.v[v_ring_.stage()] + chunk * TileV::kChunkBytes);
       for (int i = rows * kVectors + threadIdx.x % 128; i < kTileN * kVectors; i += 128)
         vectors[i] = make_uint4(0, 0, 0, 0);
     }
     arch::fence_async_proxy();
-    arch::barrier_sync(1 + Traits::kConsumers + warpgroup_, 128);  // all 128 of this warpgroup
+    arch::barrier_sync(own_barrier(), 128);
   }
 
   /// Softcap and mask.
-  __device__ __forceinline__ void shape_scores(Scores& s, const TileWork& work, int n_block, bool masked) const {
+  __device__ __forceinline__ void shape_scores(Scores& s, const Work& work, int n_block, bool masked) const {
     if (args_.softcap_scale != 0) squash(s, args_.softcap_scale);
     if (!masked) return;
     const int first_column = n_block * kTileN + 2 * (lane_ % 4);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = first_row(work) + 16 * warp_ + lane_ / 4 + 8 * r;
-      const KeyInterval seen = args_.visibility.keys(row, work.seqlen_q, work.seqlen_k);
-      hide_columns(s, r, seen.begin - first_column, seen.end - first_column, args_.visibility.bounded_left(),
-                   args_.hidden);
+      const int query = query_of(args_, work, Traits::kConsumers, warpgroup_, row(r));
+      const KeyInterval seen = args_.visibility.keys(query, work.seqlen_q, work.seqlen_k);
+      hide_columns(s, r, seen.begin - first_column, seen.end - first_column, args_.hidden);
     }
   }
 
@@ -219,11 +241,11 @@ class Consumer {
     if (lane_ == 0) empty.arrive();
   }
   __device__ __forceinline__ void release_k() {
-    release(shared_.k_empty[k_ring_.stage]);
+    release(shared_.k_empty[k_ring_.stage()]);
     k_ring_.advance();
   }
   __device__ __forceinline__ void release_v() {
-    release(shared_.v_empty[v_ring_.stage]);
+    release(shared_.v_empty[v_ring_.stage()]);
     v_ring_.advance();
   }
 
@@ -234,8 +256,7 @@ class Consumer {
   const uint32_t q_address_, k_address_, v_address_;  // in units of 16 bytes
   Softmax<Element, kTileN> softmax_;
   Ring<Traits::kStages> k_ring_, v_ring_;
-  Ring<Shared::kTileSlots> tiles_;
-  uint32_t q_parity_ = 0;
+  Ring<Shared::kTileSlots> tiles_;  // every piece has its queries, so it counts them too
 };
 
 }  // namespace fa3

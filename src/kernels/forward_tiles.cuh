@@ -1,72 +1,139 @@
-// Which tile a thread block works on next: the producer warp's part of the scheduler.
+// The scheduler warp: which piece of work a thread block takes next.
 #pragma once
+#include "arch/counter.cuh"
 #include "attention/seqlen.h"
 #include "kernels/forward_args.h"
 #include "kernels/forward_traits.cuh"
+#include "tile/ring.cuh"
 
 namespace fa3 {
 
-/// Walks a thread block's tiles. Every lane of the producer warp calls next() and gets the same tile.
+/// Finds a thread block's pieces of work and describes them to its loader and its consumers, ahead of them. Every lane
+/// calls; lane w looks after the block range of warpgroup w, lane 0 after the rest.
 template <class Traits>
-class TileWalk {
+class Scheduler {
  public:
-  __device__ __forceinline__ TileWalk(const ForwardArgs& args, int lane)
-      : args_(args), lane_(lane), upcoming_(blockIdx.x), stride_(2 * (gridDim.x - blockIdx.x) - 1) {}
+  __device__ __forceinline__ Scheduler(const ForwardArgs& args, ForwardShared<Traits>& shared)
+      : args_(args),
+        shared_(shared),
+        lane_(threadIdx.x % 32),
+        heads_(args.num_heads_kv * args.packing.tiles),
+        tile_m_(Traits::kConsumers * args.packing.positions),
+        index_(blockIdx.x),
+        stride_(2 * (gridDim.x - blockIdx.x) - 1) {}
 
-  __device__ __forceinline__ TileWork next() {
-    while (true) {
-      TileWork work;
-      const int index = take_index();
-      if (!(args_.queries.ragged() ? find_ragged(index, work) : find_dense(index, work))) {
-        work.m_block = TileWork::kNone;
-        return work;
+  __device__ __forceinline__ void run() {
+    constexpr uint32_t kSlots = ForwardShared<Traits>::kTileSlots;
+    for (;; take_index()) {
+      if (tiles_.count >= kSlots) {
+        const Ring<kSlots> before{tiles_.count - kSlots};
+        shared_.tile_empty[before.stage()].wait(before.parity());
       }
-      const Span q = args_.queries.span(work.batch), k = args_.keys.span(work.batch);
-      const int first = work.m_block * Traits::kTileM, last = smaller(first + Traits::kTileM, q.length) - 1;
-      if (last < first) continue;  // past seqused_q
-      const BlockRange blocks = block_range<Traits::kTileN>(args_.visibility, first, last, q.length, k.length);
-      work.q_begin = q.begin;
-      work.seqlen_q = q.length;
-      work.seqlen_k = k.length;
-      work.first_block = blocks.begin;
-      work.end_block = blocks.end;
-      return work;
+      const bool found = describe(shared_.tile[tiles_.stage()]);
+      __syncwarp();
+      if (lane_ == 0) shared_.tile_full[tiles_.stage()].arrive();
+      tiles_.advance();
+      if (!found) return;
     }
   }
 
  private:
-  /// The index of this thread block's next tile. Without a counter tiles are dealt out to and fro: who got the longest
-  /// of one round gets the shortest of the next. With one, the tile after this is asked for together with this one:
-  /// the answer waits here, one round trip to L2, while the consumers still work on the tile before.
-  __device__ __forceinline__ int take_index() {
-    const int index = upcoming_;
-    if (args_.tile_counter) {
-      int handed_out = 0;
-      if (lane_ == 0) handed_out = atomicAdd(args_.tile_counter, 1);
-      upcoming_ = gridDim.x + __shfl_sync(~0u, handed_out, 0);
-    } else {
-      upcoming_ += stride_;
-      stride_ = 2 * gridDim.x - stride_;
+  struct Tile {
+    int m_block, head, batch;  // head counts the tiles side by side of a sequence
+  };
+
+  /// Describe the next piece that has queries in `work`, in shared memory; false: there is none.
+  __device__ __forceinline__ bool describe(TileWork<Traits::kConsumers>& work) {
+    for (;; take_index()) {
+      const Splits::Piece piece = args_.splits.at(index_);
+      Tile tile;
+      if (!(args_.queries.ragged() ? find_ragged(piece.tile, tile) : find_dense(piece.tile, tile))) {
+        finish();
+        if (lane_ == 0) work.m_block = TileHead::kNone;
+        return false;
+      }
+      const Span q = args_.queries.span(tile.batch), k = args_.keys.span(tile.batch);
+      const int first = tile.m_block * tile_m_, last = smaller(first + tile_m_, q.length) - 1;
+      if (last < first) continue;  // past seqused_q
+      if (lane_ == 0) {
+        work.m_block = tile.m_block;
+        work.batch = tile.batch;
+        work.head_kv = tile.head / args_.packing.tiles;
+        work.first_head = tile.head % args_.packing.tiles * args_.packing.heads;
+        work.q_begin = q.begin;
+        work.k_begin = k.begin;
+        work.seqlen_q = q.length;
+        work.seqlen_k = k.length;
+        work.place = piece.tile - args_.splits.whole_tiles;
+        work.part = piece.part;
+        work.parts = piece.parts;
+      }
+      const BlockRange all = range(first, last, q, k);
+      const int first_block = all.begin + Splits::boundary(all.count(), piece.part, piece.parts);
+      const int end_block = all.begin + Splits::boundary(all.count(), piece.part + 1, piece.parts);
+      if (lane_ == 0) {
+        work.first_block = first_block;
+        work.end_block = end_block;
+      }
+      if (lane_ < Traits::kConsumers) {
+        const int own_first = first + args_.packing.positions * lane_;
+        const int own_last = smaller(own_first + args_.packing.positions, q.length) - 1;
+        BlockRange own = own_last < own_first ? no_blocks(first_block) : range(own_first, own_last, q, k);
+        own.clip(first_block, end_block);
+        work.blocks[lane_] = own;
+      }
+      return true;
     }
-    return index;
   }
 
-  __device__ __forceinline__ bool find_dense(int index, TileWork& work) const {
-    const int heads = args_.num_heads * args_.batch, m_blocks = ceil_div(args_.queries.rows, Traits::kTileM);
-    if (index >= heads * m_blocks) return false;
-    const TileOrder::Tile tile = args_.order.at(index, heads, m_blocks);
-    work.m_block = tile.m_block;
-    work.batch = tile.head / args_.num_heads;
-    work.head = tile.head - work.batch * args_.num_heads;
+  __device__ __forceinline__ BlockRange range(int first, int last, const Span& q, const Span& k) const {
+    return block_range<Traits::kTileN>(args_.visibility, first, last, q.length, k.length);
+  }
+
+  /// The index of this thread block's next piece; its first is its own number. Without a counter they are dealt out to
+  /// and fro: who got the longest of one round gets the shortest of the next. Who takes from a counter takes late, lest
+  /// another could do it sooner: when the loader has little left to ask for.
+  __device__ __forceinline__ void take_index() {
+    if (args_.piece_counter) {
+      if (tiles_.count > 0) shared_.tile_nearly_loaded.wait((tiles_.count - 1) % 2);
+      if (lane_ == 0) {
+        if (index_ == blockIdx.x) counter().open();
+        index_ = gridDim.x + counter().add();
+      }
+      index_ = __shfl_sync(~0u, index_, 0);
+    } else {
+      index_ += stride_;
+      stride_ = 2 * gridDim.x - stride_;
+    }
+  }
+
+  /// A thread block asks no more once it was told that nothing is left, so as many numbers are given out as there are
+  /// pieces: the last of them closes the counter.
+  __device__ __forceinline__ void finish() const {
+    if (!args_.piece_counter || index_ == blockIdx.x) return;
+    const int64_t tiles = args_.queries.ragged() ? group_first_ : int64_t{heads_} * args_.batch * m_blocks();
+    if (lane_ == 0 && index_ + 1 == gridDim.x + args_.splits.pieces(tiles)) counter().close();
+  }
+
+  __device__ __forceinline__ arch::Counter counter() const { return {args_.piece_counter, args_.ticket}; }
+  __device__ __forceinline__ int m_blocks() const { return ceil_div(args_.queries.rows, tile_m_); }
+
+  __device__ __forceinline__ bool find_dense(int index, Tile& tile) const {
+    const int heads = heads_ * args_.batch;
+    if (index >= heads * m_blocks()) return false;
+    const TileOrder::Tile found = args_.order.at(index, heads, m_blocks());
+    tile.m_block = found.m_block;
+    tile.batch = found.head / heads_;
+    tile.head = found.head - tile.batch * heads_;
     return true;
   }
 
   /// Ragged batches: the lanes count the m_blocks of 32 sequences at a time. Indices only grow, so the search goes on
   /// from where the last one ended.
-  __device__ __forceinline__ bool find_ragged(int index, TileWork& work) {
+  __device__ __forceinline__ bool find_ragged(int index, Tile& tile) {
     for (; group_ < args_.batch; group_ += 32) {
       int m_blocks = 0;
-      if (group_ + lane_ < args_.batch) m_blocks = ceil_div(args_.queries.span(group_ + lane_).length, Traits::kTileM);
+      if (group_ + lane_ < args_.batch) m_blocks = ceil_div(args_.queries.span(group_ + lane_).length, tile_m_);
       int before = m_blocks;  // becomes the m_blocks of all sequences of the group up to this lane's
 #pragma unroll
       for (int step = 1; step < 32; step *= 2) {
@@ -75,27 +142,36 @@ class TileWalk {
       }
       before -= m_blocks;
       const int64_t local = index - group_first_;
-      const unsigned reached = __ballot_sync(~0u, local < int64_t{before + m_blocks} * args_.num_heads);
+      const unsigned reached = __ballot_sync(~0u, local < int64_t{before + m_blocks} * heads_);
       if (reached) {
+        if (index >= args_.most_tiles) return end_at(args_.most_tiles);
         const int owner = __ffs(reached) - 1;
-        const int rest = static_cast<int>(local - int64_t{__shfl_sync(~0u, before, owner)} * args_.num_heads);
-        const TileOrder::Tile tile = args_.order.at(rest, args_.num_heads, __shfl_sync(~0u, m_blocks, owner));
-        work.m_block = tile.m_block;
-        work.head = tile.head;
-        work.batch = group_ + owner;
+        const int rest = static_cast<int>(local - int64_t{__shfl_sync(~0u, before, owner)} * heads_);
+        const TileOrder::Tile found = args_.order.at(rest, heads_, __shfl_sync(~0u, m_blocks, owner));
+        tile = {found.m_block, found.head, group_ + owner};
         return true;
       }
-      group_first_ += int64_t{__shfl_sync(~0u, before + m_blocks, 31)} * args_.num_heads;
+      group_first_ += int64_t{__shfl_sync(~0u, before + m_blocks, 31)} * heads_;
     }
+    return end_at(group_first_ < args_.most_tiles ? group_first_ : args_.most_tiles);
+  }
+
+  /// No further tile is found: there are so many, which every thread block must agree on.
+  __device__ __forceinline__ bool end_at(int64_t tiles) {
+    group_first_ = tiles;
     return false;
   }
 
   const ForwardArgs& args_;
+  ForwardShared<Traits>& shared_;
   const int lane_;
-  int upcoming_;
+  const int heads_;   // tiles side by side of a sequence
+  const int tile_m_;  // queries of a tile
+  int index_;
   int stride_;               // to the next index dealt out
   int group_ = 0;            // first sequence of the group searched
   int64_t group_first_ = 0;  // index of its first tile
+  Ring<ForwardShared<Traits>::kTileSlots> tiles_;
 };
 
 }  // namespace fa3

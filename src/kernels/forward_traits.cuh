@@ -2,6 +2,7 @@
 #pragma once
 #include "arch/barrier.cuh"
 #include "arch/convert.cuh"
+#include "attention/block_range.h"
 #include "tile/shared_tile.cuh"
 
 namespace fa3 {
@@ -11,6 +12,15 @@ FA3_HOST_DEVICE constexpr int swizzle_for(int columns) {
   const int bytes = 2 * columns;
   return ceil_div(bytes, 128) * 128 > ceil_div(bytes, 64) * 64 ? 64 : 128;
 }
+
+/// A warp's 16 rows of output on their way to memory, 64 columns of them: 8 vectors of 16 bytes a row, swizzled, so
+/// that 8 rows' equal vectors and a row's 8 vectors each meet all banks.
+struct alignas(128) StagedRows {
+  static constexpr int kRows = 16, kVectors = 8, kPairs = kVectors / 2;
+  uint4 vector[kRows][kVectors];
+
+  __device__ __forceinline__ uint4* at(uint32_t row, uint32_t column) { return &vector[row][column ^ row % kVectors]; }
+};
 
 template <class Element_, int kHeadDim_, int kHeadDimV_, int kConsumers_, int kTileN_>
 struct ForwardTraits {
@@ -38,39 +48,63 @@ struct ForwardTraits {
   using TileQ = SharedTile<64, kHeadDim, kSwizzleQK>;  // one warpgroup's rows
   using TileK = SharedTile<kTileN, kHeadDim, kSwizzleQK>;
   using TileV = SharedTile<kTileN, kHeadDimV, kSwizzleV>;
+
+  static constexpr int kKeyBytes = kStages * (TileK::kBytes + TileV::kBytes);
+  // With a second place for Q, the next tile's arrives while this one is worked on.
+  static constexpr int kSharedLimit = 228 * 1024 / kBlocksPerSm - 1024, kSharedRest = 1024;
+  static constexpr int kStagingBytes = 4 * kConsumers * static_cast<int>(sizeof(StagedRows));
+  static constexpr int kQueryStages =
+      kKeyBytes + 2 * kConsumers * TileQ::kBytes + kStagingBytes + kSharedRest <= kSharedLimit ? 2 : 1;
 };
 
-/// A tile of work, as the producer hands it to the consumers.
-struct alignas(16) TileWork {
+/// A piece of work: a tile, or its part along the keys.
+struct TileHead {
   int m_block;  // kNone: there is no more
-  int head, batch;
-  int q_begin;  // the sequence's first row along q's row axis
+  int batch, head_kv;
+  int first_head;        // of those that share the tile, counted from the first query head of head_kv
+  int q_begin, k_begin;  // the sequence's first rows along the row axes
   int seqlen_q, seqlen_k;
-  int first_block, end_block;  // blocks of keys that are loaded for this tile
+  int first_block, end_block;  // blocks of keys that are loaded for this piece
+  int place, part, parts;      // of a split tile; whole ones have parts = 1
   static constexpr int kNone = -1;
+
+  __device__ __forceinline__ bool loads() const { return first_block < end_block; }
+};
+
+/// The same as the scheduler hands it to the consumers.
+template <int kConsumers>
+struct alignas(16) TileWork : TileHead {
+  BlockRange blocks[kConsumers];  // what each warpgroup needs of the blocks loaded
 };
 
 template <class Traits>
 struct ForwardShared {
-  static constexpr int kTileSlots = 2;
+  static constexpr int kTileSlots = 4;
 
-  alignas(1024) uint8_t q[Traits::kConsumers][Traits::TileQ::kBytes];
+  using Work = TileWork<Traits::kConsumers>;
+
+  alignas(1024) uint8_t q[Traits::kConsumers][Traits::kQueryStages][Traits::TileQ::kBytes];
   alignas(1024) uint8_t k[Traits::kStages][Traits::TileK::kBytes];
   alignas(1024) uint8_t v[Traits::kStages][Traits::TileV::kBytes];
+  StagedRows staging[4 * Traits::kConsumers];  // each consumer warp's own
 
-  // full: the producer announces bytes, the copy engine delivers them. empty: each consumer warp arrives once.
-  arch::Barrier q_full[Traits::kConsumers], q_empty[Traits::kConsumers];  // one warpgroup's own: 4 warps arrive
+  // full: the loader announces bytes, the copy engine delivers them. empty: each consumer warp arrives once.
+  arch::Barrier q_full[Traits::kConsumers][Traits::kQueryStages];  // q's are a warpgroup's own: 4 warps arrive
+  arch::Barrier q_empty[Traits::kConsumers][Traits::kQueryStages];
   arch::Barrier k_full[Traits::kStages], k_empty[Traits::kStages];
   arch::Barrier v_full[Traits::kStages], v_empty[Traits::kStages];
-  arch::Barrier tile_full[kTileSlots], tile_empty[kTileSlots];  // full: the producer's lane arrives
+  arch::Barrier tile_full[kTileSlots], tile_empty[kTileSlots];  // full: the scheduler arrives. empty: also the loader
+  arch::Barrier tile_nearly_loaded;                             // the loader arrives, once a piece; the scheduler waits
 
-  TileWork tile[kTileSlots];
+  Work tile[kTileSlots];
 
   __device__ void init_barriers() {
     constexpr int kWarps = 4 * Traits::kConsumers;
     for (int w = 0; w < Traits::kConsumers; ++w) {
-      q_full[w].init(1);
-      q_empty[w].init(4);
+      for (int stage = 0; stage < Traits::kQueryStages; ++stage) {
+        q_full[w][stage].init(1);
+        q_empty[w][stage].init(4);
+      }
     }
     for (int stage = 0; stage < Traits::kStages; ++stage) {
       k_full[stage].init(1);
@@ -78,9 +112,10 @@ struct ForwardShared {
       k_empty[stage].init(kWarps);
       v_empty[stage].init(kWarps);
     }
+    tile_nearly_loaded.init(1);
     for (int slot = 0; slot < kTileSlots; ++slot) {
       tile_full[slot].init(1);
-      tile_empty[slot].init(kWarps);
+      tile_empty[slot].init(kWarps + 1);
     }
   }
 };

@@ -4,19 +4,16 @@
 
 namespace fa3 {
 
-/// A position in a ring of stages, and the parity of the barriers' phase there. Producer and consumers each go round on
-/// their own; the producer waits for `empty` with the opposite parity, so that its first round finds every stage free.
+/// A position in a ring of stages: how many have gone by. Producer and consumers each count on their own. `parity` is
+/// that of the barriers' phase there; a producer waits for `empty` with the opposite parity, so that its first round
+/// finds every stage free.
 template <int kStages>
 struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
+  uint32_t count = 0;
 
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
+  __device__ __forceinline__ uint32_t stage() const { return count % kStages; }
+  __device__ __forceinline__ uint32_t parity() const { return count / kStages % 2; }
+  __device__ __forceinline__ void advance() { ++count; }
 };
 
 }  // namespace fa3

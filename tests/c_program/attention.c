@@ -5,7 +5,13 @@
 #include "checks.h"
 #include "driver.h"
 
-enum { kBatch = 2, kRowsQ = 37, kRowsK = 170, kHeads = 6, kHeadsKv = 2, kDim = 128, kGuard = 64 };
+enum { kBatch = 2, kRowsQ = 37, kRowsK = 170, kHeads = 6, kHeadsKv = 2, kDim = 128, kGuard = 64, kMargin = 256 };
+
+/* What is asked of a call, and what its workspace holds before: it need not be initialised. */
+typedef struct variation {
+  int causal, padding, num_splits, pack_gqa;
+  unsigned char workspace_holds;
+} variation;
 
 static uint16_t to_bfloat16(float x) {
   uint32_t bits;
@@ -39,6 +45,26 @@ static device_pointer on_device(const void* data, size_t bytes) {
 }
 
 static void* as_pointer(device_pointer pointer) { return (void*)(uintptr_t)pointer; }
+
+/* `bytes` of workspace between margins, the one behind it `behind` bytes long, all of it full of `byte`. */
+static device_pointer filled_workspace(size_t bytes, size_t behind, unsigned char byte) {
+  const size_t all = kMargin + bytes + behind;
+  void* filling = malloc(all);
+  memset(filling, byte, all);
+  const device_pointer memory = on_device(filling, all);
+  free(filling);
+  return memory + kMargin;
+}
+
+/* Nothing was written around it. */
+static void check_margins(device_pointer workspace, size_t bytes, size_t behind, unsigned char byte) {
+  unsigned char* memory = malloc(kMargin + bytes + behind);
+  CHECK(driver.download(memory, workspace - kMargin, kMargin + bytes + behind) == 0, "a download");
+  for (size_t i = 0; i < kMargin; ++i) CHECK(memory[i] == byte, "written before the workspace");
+  for (size_t i = 0; i < behind; ++i)
+    CHECK(memory[kMargin + bytes + i] == byte, "written %zu bytes past a workspace of %zu", i, bytes);
+  free(memory);
+}
 
 /* A (batch, rows, heads, dim) array whose rows are `padding` elements further apart than they need be. */
 typedef struct operand {
@@ -87,7 +113,8 @@ static double attend_row(const operand* q, const operand* k, const operand* v, c
   return top + log(sum);
 }
 
-static void check_attention(int causal, int padding) {
+static void check_attention(variation vary) {
+  const int padding = vary.padding;
   const operand q = random_operand(kRowsQ, kHeads, 0), k = random_operand(kRowsK, kHeadsKv, padding),
                 v = random_operand(kRowsK, kHeadsKv, 0);
   const size_t count = (size_t)kBatch * kRowsQ * kHeads * kDim, rows = (size_t)kBatch * kHeads * kRowsQ;
@@ -106,14 +133,24 @@ static void check_attention(int causal, int padding) {
   p.lse.stride[0] = kHeads * kRowsQ;
   p.lse.stride[1] = kRowsQ;
   p.lse.stride[2] = 1;
-  p.mask.causal = causal;
+  p.mask.causal = vary.causal;
+  p.num_splits = vary.num_splits;
+  p.pack_gqa = vary.pack_gqa;
 
   size_t bytes = 0;
   CHECK(fa3_forward_workspace(&p, &bytes) == FA3_OK, "workspace");
-  CHECK((bytes > 0) == (padding % 8 != 0), "%zu bytes: only what TMA cannot address is copied", bytes);
-  if (bytes) CHECK(fa3_forward(&p, NULL, NULL) == FA3_ERROR_NULL, "a workspace is needed");
-  CHECK(fa3_forward(&p, bytes ? as_pointer(on_device(NULL, bytes)) : NULL, NULL) == FA3_OK, "forward");
+  CHECK((bytes > 0) == (padding % 8 != 0 || vary.num_splits > 1), "%zu bytes: for parts and copies only", bytes);
+  device_pointer workspace = 0;
+  if (bytes) {
+    CHECK(fa3_forward(&p, NULL, NULL) == FA3_ERROR_WORKSPACE, "a workspace is needed");
+    workspace = filled_workspace(bytes, kMargin, vary.workspace_holds);
+  }
+  /* A second time in what the first has left behind; then without the first one's results. */
+  CHECK(fa3_forward(&p, as_pointer(workspace), NULL) == FA3_OK, "forward");
+  CHECK(driver.upload(out_device, out, (count + 2 * kGuard) * sizeof *out) == 0, "an upload");
+  CHECK(fa3_forward(&p, as_pointer(workspace), NULL) == FA3_OK, "forward");
   CHECK(driver.synchronize() == 0, "the kernel failed");
+  if (bytes) check_margins(workspace, bytes, kMargin, vary.workspace_holds);
   CHECK(driver.download(out, out_device, (count + 2 * kGuard) * sizeof *out) == 0, "a download");
   CHECK(driver.download(lse, lse_device, rows * sizeof *lse) == 0, "a download");
 
@@ -140,6 +177,28 @@ static void check_attention(int causal, int padding) {
   free(v.values);
 }
 
+/* Sequences that overlap have more tiles than the rows of q would make: the parts of all must not be written, only
+ * those that the workspace has room for. */
+static void check_lengths_that_lie(void) {
+  enum { kSequences = 8, kRows = 640 };
+  int32_t cu_seqlens[kSequences + 1];
+  for (int i = 0; i <= kSequences; ++i) cu_seqlens[i] = i % 2 ? kRows : 0;
+  const size_t q_bytes = (size_t)kRows * kHeads * kDim * 2;
+  const device_pointer lengths = on_device(cu_seqlens, sizeof cu_seqlens);
+  fa3_forward_params p = dense_call(kSequences, kRows, kRows, kHeads, kHeadsKv, as_pointer(on_device(NULL, q_bytes)));
+  p.out.data = as_pointer(on_device(NULL, q_bytes));
+  p.queries.cu_seqlens = p.keys.cu_seqlens = as_pointer(lengths);
+  for (p.num_splits = 2; p.num_splits <= 3; ++p.num_splits)
+    for (p.pack_gqa = 0; p.pack_gqa <= 1; ++p.pack_gqa) {
+      size_t bytes = 0;
+      CHECK(fa3_forward_workspace(&p, &bytes) == FA3_OK && bytes > 0, "parts need a workspace");
+      const device_pointer workspace = filled_workspace(bytes, 4 * bytes, 0x5a);
+      CHECK(fa3_forward(&p, as_pointer(workspace), NULL) == FA3_OK, "forward");
+      CHECK(driver.synchronize() == 0, "the kernel failed");
+      check_margins(workspace, bytes, 4 * bytes, 0x5a);
+    }
+}
+
 static int skip(const char* reason) {
   printf("%s\n", reason);
   return 77;
@@ -162,9 +221,16 @@ int main(void) {
   CHECK(fa3_pointer_device(&device, &device) == FA3_OK && device == -1, "host memory, not device %d", device);
   CHECK(fa3_stream_wait(NULL, NULL, 0) == FA3_OK, "a stream waits for itself");
   for (int causal = 0; causal <= 1; ++causal) {
-    check_attention(causal, 0);
-    check_attention(causal, 8);
-    check_attention(causal, 1); /* rows off 16 bytes: copied first */
+    check_attention((variation){causal, 0, 1, -1, 0});
+    check_attention((variation){causal, 8, 1, -1, 0});
+    check_attention((variation){causal, 1, 1, -1, 0}); /* rows off 16 bytes: copied first */
+    for (int pack_gqa = 0; pack_gqa <= 1; ++pack_gqa)
+      for (int num_splits = 1; num_splits <= 100; num_splits = 2 * num_splits + 1) {
+        check_attention((variation){causal, 0, num_splits, pack_gqa, 0x00});
+        check_attention((variation){causal, 1, num_splits, pack_gqa, 0xff});
+        check_attention((variation){causal, 0, num_splits, pack_gqa, 0x5a});
+      }
   }
+  check_lengths_that_lie();
   return 0;
 }

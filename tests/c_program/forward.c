@@ -9,7 +9,7 @@ static char memory[4096]; /* stands for device memory that nothing reads */
 static void* const address = memory;
 
 static void check_statuses(void) {
-  static const int codes[] = {0, -1, -2, -3, -4, -5, -6, -10, -11, -12, -13, -14, -15, -16, -17, -100};
+  static const int codes[] = {0, -1, -2, -3, -4, -5, -6, -7, -10, -11, -12, -13, -14, -15, -16, -17, -100};
   const int count = (int)(sizeof codes / sizeof *codes);
   const char* unknown = fa3_status_string(-9999);
   CHECK(unknown && *unknown, "an unknown status has a text too");
@@ -78,6 +78,8 @@ static void check_arguments(void) {
   REFUSES(FA3_ERROR_SHAPE, "softcap", p.softcap = -1);
   REFUSES(FA3_ERROR_SHAPE, "softcap", p.softcap = NAN);
   REFUSES(FA3_ERROR_SHAPE, "num_splits", p.num_splits = -1);
+  REFUSES(FA3_ERROR_SHAPE, "pack_gqa: 2, but it must be -1 (chosen), 0 or 1", p.pack_gqa = 2);
+  REFUSES(FA3_ERROR_SHAPE, "pack_gqa: -2, but", p.pack_gqa = -2);
   REFUSES(FA3_ERROR_SHAPE, "sm_margin", p.sm_margin = -1);
 }
 
@@ -89,8 +91,6 @@ static void check_missing_features(void) {
   REFUSES(FA3_ERROR_NO_CACHE_UPDATE, "rotary", p.cache.rotary_cos = p.cache.rotary_sin = address);
   REFUSES(FA3_ERROR_NO_CACHE_UPDATE, "cache_batch_idx", p.cache.cache_batch_idx = integers);
   REFUSES(FA3_ERROR_NO_CACHE_UPDATE, "cache_leftpad", p.cache.cache_leftpad = integers);
-  REFUSES(FA3_ERROR_NO_SPLIT, "num_splits: 2", p.num_splits = 2);
-  REFUSES(FA3_ERROR_NO_SPLIT, "pack_gqa", p.pack_gqa = 1);
   REFUSES(FA3_ERROR_NO_QV, "qv", p.qv = p.q);
   REFUSES(FA3_ERROR_NO_QV, "576", p.head_dim = 576; p.head_dim_v = 512);
   REFUSES(FA3_ERROR_NO_DROPOUT, "dropout_p: 0.1", p.dropout_p = 0.1f);
@@ -132,6 +132,38 @@ static void check_plans(void) {
   CHECK(plan.workspace == 2 * 20 * 2 * 128 * 2, "the copy's bytes, not %zu", plan.workspace);
 }
 
+static void check_splits_and_packing(void) {
+  fa3_forward_plan plan;
+  fa3_forward_params p = dense_call(1, 1, 1000, 8, 2, address);
+  CHECK(fa3_plan_forward(&p, 132, &plan) == FA3_OK && plan.num_splits == 1, "num_splits 1: none");
+  p.num_splits = 3;
+  p.pack_gqa = 1;
+  CHECK(fa3_plan_forward(&p, 132, &plan) == FA3_OK, "three parts of packed heads");
+  CHECK(plan.num_splits == 3 && plan.whole_tiles == 0 && plan.pack_gqa == 4 && plan.grid == 2 * 3, "%d parts, %d heads",
+        plan.num_splits, plan.pack_gqa);
+  CHECK(plan.workspace > (size_t)(2 * 3) * 4 * 128 * 4, "%zu bytes for the parts", plan.workspace);
+  p.num_splits = 10000;
+  CHECK(fa3_plan_forward(&p, 132, &plan) == FA3_OK && plan.num_splits <= 1000 / plan.tile_n + 1, "a part for a block");
+  p.pack_gqa = 0;
+  CHECK(fa3_plan_forward(&p, 132, &plan) == FA3_OK && plan.pack_gqa == 1, "no packing");
+}
+
+/* Each compiled tile can be asked for; what is not compiled is refused. */
+static void check_tiles(void) {
+  fa3_forward_plan plan;
+  fa3_variant variant;
+  fa3_forward_params p = dense_call(2, 10, 20, 4, 2, address);
+  for (int i = 0; fa3_forward_variant(i, &variant) == FA3_OK; ++i) {
+    if (variant.dtype != FA3_BFLOAT16 || variant.head_dim != 128 || variant.head_dim_v != 128) continue;
+    p.tile_m = variant.tile_m;
+    p.tile_n = variant.tile_n;
+    CHECK(fa3_plan_forward(&p, 132, &plan) == FA3_OK && plan.variant == i, "%s, not %d", variant.name, plan.variant);
+  }
+  CHECK(p.tile_m, "no tile was asked for");
+  p.tile_m = 65;
+  CHECK(fa3_plan_forward(&p, 132, &plan) == FA3_ERROR_HEAD_DIM && strstr(fa3_last_error(), "tile"), "a tile of 65");
+}
+
 /* With batch_invariant a sequence meets the same kernel whatever else is in the batch. */
 static void check_batch_invariant_plan(void) {
   static const int32_t placeholder = 0;
@@ -145,6 +177,7 @@ static void check_batch_invariant_plan(void) {
   CHECK(fa3_plan_forward(&p, 132, &other) == FA3_OK, "beside one of 50,000");
   CHECK(plan.variant == other.variant, "batch_invariant: tiles of %d x %d and %d x %d", plan.tile_m, plan.tile_n,
         other.tile_m, other.tile_n);
+  CHECK(plan.pack_gqa == other.pack_gqa && plan.num_splits == 1 && other.num_splits == 1, "the same sums");
 }
 
 /* Empty problems succeed and launch nothing, so they need no device. */
@@ -207,6 +240,8 @@ static const struct {
     {"null_results", check_null_results},
     {"variants", check_variants},
     {"plans", check_plans},
+    {"splits_and_packing", check_splits_and_packing},
+    {"tiles", check_tiles},
     {"batch_invariant_plan", check_batch_invariant_plan},
     {"empty", check_empty},
     {"errors_are_per_thread", check_errors_are_per_thread},

@@ -15,8 +15,8 @@ void ranges(const Visibility& visibility, int seqlen_q, int seqlen_k, int count,
 }
 
 template <int kCount>
-void hide(float* scores, int row, int begin, int end, bool bounded_left, float hidden) {
-  hide_columns(*reinterpret_cast<float (*)[kCount]>(scores), row, begin, end, bounded_left, hidden);
+void hide(float* scores, int row, int begin, int end, float hidden) {
+  hide_columns(*reinterpret_cast<float (*)[kCount]>(scores), row, begin, end, hidden);
 }
 
 }  // namespace
@@ -24,6 +24,8 @@ void hide(float* scores, int row, int begin, int end, bool bounded_left, float h
 /// The compiled tiles, one call each.
 #define FOR_TILE_N(tile_n, call) \
   switch (tile_n) {              \
+    case 48:                     \
+      return call(48);           \
     case 64:                     \
       return call(64);           \
     case 80:                     \
@@ -54,8 +56,12 @@ void block_ranges(int tile_n, const Visibility* visibility, int seqlen_q, int se
 
 int needs_mask(const BlockRange* range, int block) { return range->needs_mask(block); }
 
-void hide_scores(int tile_n, float* scores, int row, int begin, int end, int bounded_left, float hidden) {
-#define CALL(n) hide<n / 2>(scores, row, begin, end, bounded_left, hidden)
+void no_blocks_at(int block, BlockRange* out) { *out = no_blocks(block); }
+
+void clip(BlockRange* range, int first, int last) { range->clip(first, last); }
+
+void hide_scores(int tile_n, float* scores, int row, int begin, int end, float hidden) {
+#define CALL(n) hide<n / 2>(scores, row, begin, end, hidden)
   FOR_TILE_N(tile_n, CALL)
 #undef CALL
 }

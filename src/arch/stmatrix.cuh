@@ -1,0 +1,17 @@
+// Matrix fragments to shared memory.
+#pragma once
+#include <cstdint>
+
+#include "arch/wgmma.cuh"
+
+namespace fa3::arch {
+
+/// Store four 8 x 8 matrices of 16-bit elements. Lane 4 i + j holds elements 2 j and 2 j + 1 of each matrix's row i;
+/// lane 8 m + i gives the (16-byte aligned) address of matrix m's row i.
+__device__ __forceinline__ void store_matrices(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(a),
+               "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+}  // namespace fa3::arch

@@ -1,0 +1,34 @@
+// What a row of a tile is: a query of a sequence, a head, and their place in memory.
+#pragma once
+#include "kernels/forward_args.h"
+#include "kernels/forward_traits.cuh"
+
+namespace fa3 {
+
+/// The query, counted from its sequence's first, that a warpgroup's row belongs to.
+__device__ __forceinline__ int query_of(const ForwardArgs& args, const TileHead& work, int consumers, int warpgroup,
+                                        int row) {
+  return (work.m_block * consumers + warpgroup) * args.packing.positions + args.packing.position_of(row);
+}
+
+/// A warpgroup's rows in the arrays: a row is a position and a head counted from the first of both, and only those
+/// within the sequence and within the heads of a KV head exist.
+struct RowPlaces {
+  int64_t first_row;     // along the row axis of out and lse
+  int first_head;        // along their head axis
+  int positions, heads;  // that exist
+  int64_t batch;         // along their batch axis
+
+  __device__ __forceinline__ RowPlaces(const ForwardArgs& args, const TileHead& work, int consumers, int warpgroup) {
+    const int first_query = (work.m_block * consumers + warpgroup) * args.packing.positions;
+    first_row = int64_t{work.q_begin} + first_query;
+    first_head = work.head_kv * args.packing.ratio + work.first_head;
+    positions = smaller(args.packing.positions, work.seqlen_q - first_query);
+    heads = smaller(args.packing.heads, args.packing.ratio - work.first_head);
+    batch = args.queries.ragged() ? 0 : work.batch;
+  }
+
+  __device__ __forceinline__ bool exist(int position, int head) const { return position < positions && head < heads; }
+};
+
+}  // namespace fa3

@@ -1,0 +1,65 @@
+"""Thread blocks that take pieces from a counter and leave parts for each other (grid_model.py), in any order."""
+
+import random
+from collections import defaultdict
+
+import pytest
+from grid_model import COUNT_BITS, Launch
+from hypothesis import given
+from hypothesis import strategies as st
+
+TICKETS = st.integers(1, 2**40 - 2)  # not those that zeros and ones in memory stand for: chance excludes them
+
+
+def memory_of(content, chance):
+    """Memory that nobody has zeroed."""
+    words = {"zeros": lambda: 0, "ones": lambda: 2**64 - 1, "random": lambda: chance.randrange(2**64)}
+    return defaultdict(words[content])
+
+
+def check(launch, chance):
+    for address in [address for address in launch.memory if address[0] == "part"]:
+        launch.memory[address] = None, 0  # what a launch before has left does not count
+    launch.run(chance.randrange)
+    expected = sorted((tile, part) for tile, part, _ in map(launch.piece, range(launch.pieces)))
+    assert sorted(launch.done) == expected, "each piece once"
+    split = range(launch.whole_tiles, launch.tiles) if launch.parts > 1 else ()
+    assert sorted(launch.joined) == list(split), "each split tile once"
+    counters = [word for address, word in launch.memory.items() if address[0] != "part"]
+    assert not any(counters), "a counter that is not set back counts on when a graph is replayed"
+
+
+@st.composite
+def launches(draw):
+    return dict(grid=draw(st.integers(1, 6)), tiles=draw(st.integers(0, 12)), whole_tiles=draw(st.integers(0, 14)),
+                parts=draw(st.integers(1, 5)), counted=draw(st.booleans()))
+
+
+@given(launches(), launches(), TICKETS, TICKETS, st.sampled_from(["zeros", "ones", "random"]), st.integers(0, 2**32))
+def test_each_piece_is_computed_once(first, other, ticket, other_ticket, content, seed):
+    """A graph's replays, which have one ticket, with another call between them in the same memory. The grid may be
+    larger than there are pieces, as a ragged batch's is."""
+    chance = random.Random(seed)
+    memory = memory_of(content, chance)
+    for call, its_ticket in ((first, ticket), (first, ticket), (other, other_ticket), (first, ticket)):
+        check(Launch(memory, its_ticket, **call), chance)
+
+
+@pytest.mark.parametrize(("left_out", "content"), [("open", "ones"), ("open", "random"), ("close", "zeros")])
+@pytest.mark.parametrize("call", [
+    dict(grid=3, tiles=9, whole_tiles=9, parts=1, counted=True),
+    dict(grid=3, tiles=2, whole_tiles=0, parts=4, counted=False)], ids=["counter", "parts"])
+def test_the_model_sees_what_is_left_out(left_out, content, call):
+    chance = random.Random(0)
+    memory = memory_of(content, chance)
+    with pytest.raises(AssertionError):
+        for _ in range(2):
+            check(Launch(memory, 12345, **call, left_out=left_out), chance)
+
+
+def test_the_largest_count_leaves_the_ticket_alone():
+    """As many are counted as there are pieces, at most what 24 bits hold: kMostCounted in src/plan.cpp."""
+    memory = {"pieces": (12345 << COUNT_BITS) + 2**COUNT_BITS - 2}
+    counter = Launch(memory, 12345, 1, 1, 1, 1, True).counter("pieces")
+    assert list(counter.open()) == [None] and counter.add() == 2**COUNT_BITS - 2
+    assert memory["pieces"] >> COUNT_BITS == 12345
