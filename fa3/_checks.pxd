@@ -25,5 +25,6 @@ cdef int no_overlap(ArrayView view, str name) except -1
 cdef int not_input(ArrayView view, str name, ArrayView other, str other_name) except -1
 cdef int fits(int64_t size, str name, str axis) except -1
 cdef int head_dims(int64_t head_dim, int64_t head_dim_v, str q_dtype, bint has_qv, str v_name) except -1
+cdef int quantized_head_dim(int64_t head_dim) except -1
 
 cdef bint empty(ArrayView view) noexcept

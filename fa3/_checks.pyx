@@ -23,6 +23,7 @@ cdef str FP8 = _dtypes.FP8
 
 cdef enum:
     MAX_GPU_HEAD_DIM = 256
+    MAX_QUANTIZED_HEAD_DIM = 576      # the largest that any attention takes
     MAX_INT = 0x7fffffff              # what the C interface's 32 bits hold
     MAX_ROWS = 1 << 30                # of a sequence, so that positions and a window add up in 32 bits
 
@@ -258,4 +259,11 @@ cdef int head_dims(int64_t head_dim, int64_t head_dim_v, str q_dtype, bint has_q
                                   f"or (q, {v_name}) of (64, 512) with qv or (576, 512)")
     if head_dim == 64 and not has_qv:
         raise NotImplementedError(f"{v_name}: head_dim 512 and q's 64 without qv, needs qv on the GPU")
+    return 0
+
+
+cdef int quantized_head_dim(int64_t head_dim) except -1:
+    """A head dim that the GPU can quantise."""
+    if head_dim % 8 or not 8 <= head_dim <= MAX_QUANTIZED_HEAD_DIM:
+        raise ValueError(f"x: head_dim {head_dim}, needs a multiple of 8 up to {MAX_QUANTIZED_HEAD_DIM} on the GPU")
     return 0

@@ -5,7 +5,7 @@ from libc.stdint cimport int32_t, int64_t, uintptr_t
 from libc.string cimport memset
 
 from fa3 cimport _fa3 as c
-from fa3._array cimport Output
+from fa3._array cimport Border, Output
 from fa3._problem cimport Options, Problem
 from fa3._view cimport ArrayView
 
@@ -184,6 +184,45 @@ cdef int forward_with_workspace(Problem problem, c.fa3_forward_params *params) e
 cdef int combine() except -1:
     """Join partial results: not built for the GPU yet."""
     raise_status(-13, "", "flash_attn_combine: is not built for the GPU yet; it works on CPU arrays")
+
+
+cdef int quantize(Border border, ArrayView x, ArrayView codes, ArrayView descale, ArrayView cu_seqlens,
+                  bint hadamard) except -1:
+    """Enqueue quantisation on the border's stream; the axes of descale say what shares a scale."""
+    cdef c.fa3_quantize_params p
+    cdef void *stream = <void *>border.stream
+    cdef void *data = NULL
+    cdef bint ragged = x.ndim == 3
+    cdef size_t nbytes = 0
+    cdef int64_t length
+    cdef Output workspace
+    cdef int axis, status
+    memset(&p, 0, sizeof(p))
+    p.struct_size = sizeof(p)
+    p.device = border.device_id
+    p.dtype = DTYPES[x.dtype]
+    p.granularity = descale.ndim
+    p.hadamard = hadamard
+    p.batch = 1 if ragged else <int32_t>x.c_shape[0]
+    if cu_seqlens is not None:
+        p.batch = <int32_t>(cu_seqlens.c_shape[0] - 1)
+        p.cu_seqlens = integers(cu_seqlens)
+    p.rows = <int32_t>x.c_shape[x.ndim - 3]
+    p.num_heads = <int32_t>x.c_shape[x.ndim - 2]
+    p.head_dim = <int32_t>x.c_shape[x.ndim - 1]
+    set_rows(&p.x, x, ragged)
+    set_rows(&p.out, codes, ragged)
+    p.descale = <float *>descale.data
+    for axis in range(descale.ndim):
+        p.descale_stride[2 - descale.ndim + axis] = descale.c_strides[axis]
+    check(c.fa3_quantize_workspace(&p, &nbytes))
+    if nbytes > 0:
+        length = nbytes
+        workspace = border.make(1, &length, "uint8")
+        data = <void *>workspace.view.data
+    with nogil:
+        status = c.fa3_quantize_fp8(&p, data, stream)
+    return check(status)
 
 
 def plan(*, str dtype, int batch, int seqlen_q, int seqlen_k, int num_heads, int num_heads_kv, int head_dim,

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""The forward's functions behind their signatures: arguments in, filled results out, in one crossing into C.
+"""The functions behind their signatures: arguments in, filled results out, in one crossing into C.
 
 Each looks at q, k and v, then at everything else, makes the result, and calls a backend: the last checks come before
 the first write.
@@ -18,7 +18,10 @@ from fa3 import _dtypes
 cdef str FP8 = _dtypes.FP8
 cdef tuple FP8_RESULTS = ("bfloat16", "float16")
 cdef tuple FLOAT32 = ("float32",)
+cdef tuple INT32 = ("int32",)
 cdef tuple COMBINED = ("float32", *_dtypes.HALF)
+cdef tuple QUANTIZED = (*_dtypes.HALF, "float32")
+cdef tuple GRANULARITIES = ("tensor", "head", "batch_head")  # by the axes of their descale
 
 
 cdef Problem problem_of(q, k, v, str k_name, str v_name, stream, dtype, bint written):
@@ -183,3 +186,52 @@ cdef Output result_of(Border border, out, out_dtype, int ndim, const int64_t *sh
         check.contiguous_rows(result.view, "out")
     check.no_overlap(result.view, "out")
     return result
+
+
+def quantize(x, granularity, hadamard, cu_seqlens, stream, dtype):
+    """`fa3.quantize_fp8`."""
+    cdef Border border = border_of(x, "x", stream, dtype)
+    cdef ArrayView view = border.view, ends = None
+    cdef bint on_gpu = border.device_type == DL_CUDA, rotated = check.flag(hadamard, "hadamard")
+    cdef int64_t[2] scales
+    cdef int shared
+    cdef Output codes, descale
+    check.dtype(view, "x", QUANTIZED)
+    if view.ndim != 4:
+        check.ndim(view, "x", 3, "(total, num_heads, head_dim), or 4: (batch, seqlen, num_heads, head_dim)")
+    if not isinstance(granularity, str) or granularity not in GRANULARITIES:
+        raise ValueError(f"granularity: {granularity!r}, needs one of {', '.join(map(repr, GRANULARITIES))}")
+    shared = GRANULARITIES.index(granularity)  # axes of descale
+    if cu_seqlens is not None:
+        if view.ndim == 4 or shared != 2:
+            raise ValueError("cu_seqlens: given, needs None except for granularity 'batch_head' of a ragged x")
+        ends = border.take(cu_seqlens, "cu_seqlens")
+        check.dtype(ends, "cu_seqlens", INT32)
+        if ends.ndim != 1 or ends.c_shape[0] == 0:
+            raise ValueError(f"cu_seqlens: shape {ends.shape}, needs (batch + 1,)")
+    elif view.ndim == 3 and shared == 2:
+        raise ValueError("cu_seqlens: got None, needs int32 (batch + 1,) for granularity 'batch_head' of a ragged x")
+    if on_gpu:
+        check.contiguous_rows(view, "x")
+        check.quantized_head_dim(view.c_shape[view.ndim - 1])
+        if ends is not None:
+            check.contiguous_rows(ends, "cu_seqlens")
+            check.fits(ends.c_shape[0], "cu_seqlens", "batch")
+        if view.ndim == 4:
+            check.fits(view.c_shape[0], "x", "batch")
+        check.fits(view.c_shape[view.ndim - 3], "x", "rows")
+        check.fits(view.c_shape[view.ndim - 2], "x", "num_heads")
+    scales[0] = view.c_shape[0] if ends is None else ends.c_shape[0] - 1
+    scales[1] = view.c_shape[view.ndim - 2]
+    codes = border.make(view.ndim, view.c_shape, FP8)
+    descale = border.make(shared, &scales[2 - shared], "float32")
+    if check.empty(descale.view):
+        pass  # and so is x
+    elif on_gpu:
+        _core.quantize(border, view, codes.view, descale.view, ends, rotated)
+    else:
+        from fa3 import _numpy_fp8
+
+        _numpy_fp8.quantize(view.numpy(), codes.view.numpy(), descale.view.numpy(),
+                            None if ends is None else ends.numpy(), rotated)
+    return codes.array(), descale.array()

@@ -85,6 +85,22 @@ cdef extern from "fa3.h" nogil:
         int32_t tile_m
         int32_t tile_n
 
+    ctypedef struct fa3_quantize_params:
+        size_t struct_size
+        int32_t device
+        int32_t dtype
+        int32_t granularity
+        int32_t hadamard
+        int32_t batch
+        int32_t rows
+        int32_t num_heads
+        int32_t head_dim
+        const int32_t *cu_seqlens
+        fa3_array x
+        fa3_array out
+        float *descale
+        int64_t descale_stride[2]
+
     ctypedef struct fa3_forward_plan:
         int32_t variant
         int32_t tile_m
@@ -122,6 +138,8 @@ cdef extern from "fa3.h" nogil:
 
     int fa3_forward_workspace(const fa3_forward_params *params, size_t *bytes)
     int fa3_forward(const fa3_forward_params *params, void *workspace, void *stream)
+    int fa3_quantize_workspace(const fa3_quantize_params *params, size_t *bytes)
+    int fa3_quantize_fp8(const fa3_quantize_params *params, void *workspace, void *stream)
     int fa3_plan_forward(const fa3_forward_params *params, int32_t num_sms, fa3_forward_plan *plan)
     int fa3_forward_variant(int32_t index, fa3_variant *variant)
     const char *fa3_status_string(int status)

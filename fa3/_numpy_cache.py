@@ -175,10 +175,10 @@ def _spans(name, cu_seqlens, array, batch):
     """First row (None: dense) and number of rows of each sequence in `array`."""
     if cu_seqlens is None:
         return [None] * batch, [array.shape[1]] * batch
-    return _cumulated(name, cu_seqlens, len(array))
+    return cumulated(name, cu_seqlens, len(array))
 
 
-def _cumulated(name, cu_seqlens, total):
+def cumulated(name, cu_seqlens, total):
     ends = _integers(cu_seqlens)
     if ends[0] != 0:
         raise ValueError(f"{name}: begins with {ends[0]}, but it must begin with 0")
@@ -217,7 +217,7 @@ def _key_rows(k, batch, cu_seqlens_k, cache_batch_idx, page_table):
         rows = [Rows(pages=table[b], page_size=page_size) for b in range(batch)]
         capacities = [table.shape[1] * page_size] * batch
         if cu_seqlens_k is not None:  # says the lengths alone: there are no rows in a row
-            capacities = _used("cu_seqlens_k", _cumulated("cu_seqlens_k", cu_seqlens_k, None)[1], capacities)
+            capacities = _used("cu_seqlens_k", cumulated("cu_seqlens_k", cu_seqlens_k, None)[1], capacities)
         return rows, capacities
     if cu_seqlens_k is not None:
         starts, lengths = _spans("cu_seqlens_k", cu_seqlens_k, k, batch)

@@ -65,20 +65,3 @@ def get_scheduler_metadata(
         Always.
     """
     raise NotImplementedError("get_scheduler_metadata: schedules made ahead are not built yet")
-
-
-def quantize_fp8(x, *, hadamard=False, stream=None, dtype=None):
-    """``(x_e4m3, descale)`` with ``x ≈ x_e4m3 · descale``. Not built yet.
-
-    Parameters
-    ----------
-    x : array, float16, bfloat16 or float32
-    hadamard : bool, default False
-        Spread outliers over the head dim by a Hadamard rotation, of q and k alike.
-
-    Raises
-    ------
-    NotImplementedError
-        Always.
-    """
-    raise NotImplementedError("quantize_fp8: quantisation to float8_e4m3fn is not built yet")

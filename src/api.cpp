@@ -1,9 +1,7 @@
 // The C entry points: validate -> plan -> encode -> launch.
 #include <cuda_runtime.h>
 
-#include <atomic>
 #include <cmath>
-#include <random>
 
 #include "device.h"
 #include "fa3.h"
@@ -12,6 +10,7 @@
 #include "slow_checks.h"
 #include "status.h"
 #include "tensor_map.h"
+#include "ticket.h"
 #include "validate.h"
 #include "variants.h"
 
@@ -19,14 +18,6 @@ namespace fa3 {
 namespace {
 
 constexpr float kLog2e = 1.4426950408889634f;
-
-/// A number that no other call of this process has, and hardly one of another: see arch/counter.cuh.
-uint64_t draw_ticket() {
-  static std::atomic<uint64_t> drawn = std::random_device{}();
-  constexpr uint64_t kMask = (uint64_t{1} << 40) - 1, kOdd = 0x9E3779B97F4A7C15;  // a product with it is one to one
-  const uint64_t product = drawn++ * kOdd & kMask;
-  return product ^ product >> 20;
-}
 
 fa3_status plan_checked(const fa3_forward_params* params, int num_sms, fa3_forward_plan& plan) {
   if (auto status = validate(params)) return status;

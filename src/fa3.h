@@ -37,7 +37,7 @@ typedef enum fa3_status {
   FA3_ERROR_DTYPE = -4,        /* an unknown or unfitting element type */
   FA3_ERROR_SHAPE = -5,        /* a size, stride or option that does not fit */
   FA3_ERROR_CU_SEQLENS = -6,   /* cumulative lengths that do not fit (told only under FA3_CHECK=1) */
-  FA3_ERROR_WORKSPACE = -7,    /* no workspace given, but fa3_forward_workspace() bytes of it are needed */
+  FA3_ERROR_WORKSPACE = -7,    /* no workspace given, but fa3_..._workspace() bytes of it are needed */
   FA3_ERROR_NO_FP8 = -10,      /* -10 ... -17: meaningful, but this build lacks it */
   FA3_ERROR_NO_PAGED_CACHE = -11,
   FA3_ERROR_NO_CACHE_UPDATE = -12, /* new keys, rotary, left padding, cache_batch_idx */
@@ -129,6 +129,31 @@ typedef struct fa3_forward_params {
   int32_t tile_m, tile_n;  /* 0: chosen; else a tile of fa3_forward_variant, for measurements */
 } fa3_forward_params;
 
+/* How much of x shares one scale of fa3_quantize_fp8, and so which strides of descale count. */
+typedef enum fa3_granularity {
+  FA3_PER_TENSOR = 0,    /* all of x; descale () */
+  FA3_PER_HEAD = 1,      /* each head of all sequences; descale (head) */
+  FA3_PER_BATCH_HEAD = 2 /* each head of each sequence; descale (batch, head) */
+} fa3_granularity;
+
+/* x = out * descale, out rounded to float8_e4m3fn, descale = amax / 448. NaN and infinity do not count for amax; NaN
+ * stays NaN, infinity saturates. descale is 1 where all is 0, and at least 2^-90. */
+typedef struct fa3_quantize_params {
+  size_t struct_size;  /* sizeof(fa3_quantize_params) */
+  int32_t device;      /* CUDA ordinal of every array */
+  int32_t dtype;       /* of x: FA3_FLOAT16, FA3_BFLOAT16 or FA3_FLOAT32 */
+  int32_t granularity; /* fa3_granularity */
+  int32_t hadamard;    /* 1: rotate head_dim first, as quantize_fp8's documentation says; q and k alike */
+  int32_t batch;       /* a ragged x without cu_seqlens is a batch of 1 */
+  int32_t rows;        /* of a batch entry; with cu_seqlens, of all sequences; batch * rows * num_heads < 2^31 */
+  int32_t num_heads;
+  int32_t head_dim;          /* a multiple of 8 up to 576 */
+  const int32_t* cu_seqlens; /* device (batch + 1), or null: dense; only for FA3_PER_BATCH_HEAD */
+  fa3_array x, out;          /* (batch, row, head, dim); out has a byte an element, which no two share */
+  float* descale;            /* device */
+  int64_t descale_stride[2]; /* (batch, head) */
+} fa3_quantize_params;
+
 /* What a call will do: the choices that fa3_forward makes from its arguments and the device. */
 typedef struct fa3_forward_plan {
   int32_t variant;                           /* index for fa3_forward_variant */
@@ -168,6 +193,14 @@ FA3_API int fa3_plan_forward(const fa3_forward_params* params, int32_t num_sms, 
 
 /* The compiled forward kernels: FA3_ERROR_SHAPE once index is past the last. */
 FA3_API int fa3_forward_variant(int32_t index, fa3_variant* variant);
+
+/* Bytes of device memory, 256-byte aligned, that fa3_quantize_fp8 needs; 0 where a thread block has a scale to itself.
+ */
+FA3_API int fa3_quantize_workspace(const fa3_quantize_params* params, size_t* bytes);
+
+/* Enqueue the quantisation on `stream`: one kernel, launched cooperatively where thread blocks share a scale.
+ * `workspace` as in fa3_forward. */
+FA3_API int fa3_quantize_fp8(const fa3_quantize_params* params, void* workspace, void* stream);
 
 /* A status as a few words; this thread's last failure in a sentence; its CUDA code (0 if CUDA did not fail). */
 FA3_API const char* fa3_status_string(int status);

@@ -43,13 +43,22 @@ fa3_status check_lengths(const fa3_lengths& lengths, int batch, const char* whic
   return FA3_OK;
 }
 
+bool wanted() {
+  const char* value = std::getenv("FA3_CHECK");
+  return value && !std::strcmp(value, "1");
+}
+
 }  // namespace
 
 fa3_status slow_checks(const fa3_forward_params& params, cudaStream_t stream) {
-  const char* wanted = std::getenv("FA3_CHECK");
-  if (!wanted || std::strcmp(wanted, "1")) return FA3_OK;
+  if (!wanted()) return FA3_OK;
   if (auto status = check_lengths(params.queries, params.batch, "q", stream)) return status;
   return check_lengths(params.keys, params.batch, "k", stream);
+}
+
+fa3_status slow_checks(const fa3_quantize_params& params, cudaStream_t stream) {
+  if (!wanted()) return FA3_OK;
+  return check_lengths({params.rows, 0, params.cu_seqlens, nullptr}, params.batch, "x", stream);
 }
 
 }  // namespace fa3

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kMaxRows = 1 << 30;  // positions plus a window must fit in 32 bits
 constexpr int kMaxHeadDim = 256;
+constexpr int kMaxQuantizedHeadDim = 576;  // the largest that any attention takes
 
 fa3_status check_struct(const fa3_forward_params& p) {
   if (p.struct_size == sizeof(fa3_forward_params)) return FA3_OK;
@@ -104,7 +105,59 @@ fa3_status check_scalars(const fa3_forward_params& p) {
   return FA3_OK;
 }
 
+fa3_status check_quantize_struct(const fa3_quantize_params& p) {
+  if (p.struct_size == sizeof(fa3_quantize_params)) return FA3_OK;
+  return fail(FA3_ERROR_SHAPE, "struct_size: %zu, but this library's fa3_quantize_params has %zu bytes", p.struct_size,
+              sizeof(fa3_quantize_params));
+}
+
+fa3_status check_quantize_kinds(const fa3_quantize_params& p) {
+  if (p.dtype != FA3_FLOAT16 && p.dtype != FA3_BFLOAT16 && p.dtype != FA3_FLOAT32)
+    return fail(FA3_ERROR_DTYPE, "dtype: %d is no fa3_dtype that x can have", p.dtype);
+  if (p.granularity < FA3_PER_TENSOR || p.granularity > FA3_PER_BATCH_HEAD)
+    return fail(FA3_ERROR_SHAPE, "granularity: %d is no fa3_granularity", p.granularity);
+  if (p.cu_seqlens && p.granularity != FA3_PER_BATCH_HEAD)
+    return fail(FA3_ERROR_SHAPE, "cu_seqlens: given, but only FA3_PER_BATCH_HEAD takes it");
+  return FA3_OK;
+}
+
+fa3_status check_quantize_sizes(const fa3_quantize_params& p) {
+  if (p.batch < 0) return fail(FA3_ERROR_SHAPE, "batch: %d is negative", p.batch);
+  if (p.rows < 0) return fail(FA3_ERROR_SHAPE, "rows: %d is negative", p.rows);
+  if (p.num_heads < 0) return fail(FA3_ERROR_SHAPE, "num_heads: %d is negative", p.num_heads);
+  const int64_t entries = p.cu_seqlens ? 1 : p.batch, rows = int64_t{p.rows} * p.num_heads;
+  // Rows are counted in 32 bits, and so are scales.
+  if (rows >= 1ll << 31 || entries * rows >= 1ll << 31)
+    return fail(FA3_ERROR_SHAPE, "x: %d x %d x %d rows of head_dim, but fewer than 2^31 are possible",
+                static_cast<int>(entries), p.rows, p.num_heads);
+  if (int64_t{p.batch} * p.num_heads >= 1ll << 31)
+    return fail(FA3_ERROR_SHAPE, "descale: %d x %d, but fewer than 2^31 are possible", p.batch, p.num_heads);
+  if (p.head_dim < 8 || p.head_dim % 8 || p.head_dim > kMaxQuantizedHeadDim)
+    return fail(FA3_ERROR_HEAD_DIM, "head_dim: %d, but it must be a multiple of 8 up to %d", p.head_dim,
+                kMaxQuantizedHeadDim);
+  return FA3_OK;
+}
+
+fa3_status check_quantize_arrays(const fa3_quantize_params& p) {
+  const bool empty = (p.batch == 0 && !p.cu_seqlens) || p.rows == 0 || p.num_heads == 0;
+  const bool no_scale =
+      (p.granularity == FA3_PER_BATCH_HEAD && p.batch == 0) || (p.granularity != FA3_PER_TENSOR && p.num_heads == 0);
+  if (auto status = check_array(p.x, empty, "x")) return status;
+  if (auto status = check_array(p.out, empty, "out")) return status;
+  if (!no_scale && !p.descale) return fail(FA3_ERROR_NULL, "descale: null pointer");
+  return FA3_OK;
+}
+
 }  // namespace
+
+fa3_status validate(const fa3_quantize_params* params) {
+  if (!params) return fail(FA3_ERROR_NULL, "params: null pointer");
+  const fa3_quantize_params& p = *params;
+  if (auto status = check_quantize_struct(p)) return status;
+  if (auto status = check_quantize_kinds(p)) return status;
+  if (auto status = check_quantize_sizes(p)) return status;
+  return check_quantize_arrays(p);
+}
 
 fa3_status validate(const fa3_forward_params* params) {
   if (!params) return fail(FA3_ERROR_NULL, "params: null pointer");

@@ -15,6 +15,20 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+/// The larger; NaN where one of them is.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+}
+
+/// Two floats rounded to e4m3, to nearest even and at most 448, `low` in the low byte. NaN stays NaN.
+__device__ __forceinline__ uint32_t pack_e4m3(float low, float high) {
+  uint16_t packed;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %2, %1;" : "=h"(packed) : "f"(low), "f"(high));
+  return packed;
+}
+
 /// Two floats rounded to Element, `low` in the low half.
 template <class Element>
 __device__ __forceinline__ uint32_t pack(float low, float high) {

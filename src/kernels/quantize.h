@@ -1,0 +1,11 @@
+#pragma once
+#include <cuda_runtime.h>
+
+#include "quantize_plan.h"
+
+namespace fa3 {
+
+/// Enqueue a planned quantisation whose arguments have their ticket and their parts of the workspace.
+cudaError_t launch_quantize(const QuantizePlan& plan, cudaStream_t stream);
+
+}  // namespace fa3

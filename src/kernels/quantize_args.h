@@ -1,0 +1,107 @@
+// What the quantisation kernel is told, and the counting of rows and places that host and device share.
+#pragma once
+#include <cstdint>
+
+#include "arch/host_device.h"
+
+namespace fa3 {
+
+/// Quotients by a number that is known before the launch: a product and a shift. For 0 <= n < 2^31, 1 <= divisor <
+/// 2^31.
+class Divisor {
+ public:
+  Divisor() = default;
+  explicit Divisor(uint32_t divisor) : divisor_(divisor) {
+    while (uint64_t{1} << shift_ < divisor) ++shift_;
+    // ceil(2^(32 + shift) / divisor) - 2^32, which is less than 2^32: n's product with it errs by less than 1 /
+    // divisor.
+    factor_ = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift_) - divisor)) / divisor + 1);
+  }
+  FA3_HOST_DEVICE uint32_t quotient(uint32_t n) const {
+    const auto high = static_cast<uint32_t>((uint64_t{n} * factor_) >> 32);
+    return (high + n) >> shift_;
+  }
+  FA3_HOST_DEVICE uint32_t divisor() const { return divisor_; }
+
+ private:
+  uint32_t divisor_ = 1, factor_ = 1, shift_ = 0;
+};
+
+/// Rows that share a scale, as up to three strided axes, outermost first. One axis is what most calls have: it needs no
+/// quotient.
+struct RowAxes {
+  int count;        // 1 to 3
+  Divisor size[3];  // size[0] is not needed
+  int64_t x[3];     // elements
+  int64_t out[3];   // bytes
+
+  struct Offsets {
+    int64_t x, out;
+  };
+  FA3_HOST_DEVICE Offsets of(uint32_t row) const {
+    Offsets offsets{0, 0};
+    uint32_t rest = row;
+    for (int axis = 2; axis > 0; --axis) {
+      if (axis >= count) continue;
+      const uint32_t outer = size[axis].quotient(rest);
+      const uint32_t index = rest - outer * size[axis].divisor();
+      offsets.x += index * x[axis];
+      offsets.out += index * out[axis];
+      rest = outer;
+    }
+    offsets.x += rest * x[0];
+    offsets.out += rest * out[0];
+    return offsets;
+  }
+};
+
+/// With a rotation, inputs are clipped to kHuge, so that no sum of up to 1,024 of them is infinite, and what is larger
+/// than kRotatedLimit after it counts as infinite: a clipped input leaves every element of its block above that.
+inline constexpr float kHuge = 0x1p116f, kRotatedLimit = 0x1p111f;
+/// A smaller descale would leave the remainder of a quotient no room among fp32's exponents.
+inline constexpr float kMinDescale = 0x1p-90f;
+inline constexpr float kMaxE4m3 = 448;
+
+/// What the counter of a group can count to.
+inline constexpr int64_t kMaxArrivals = (1 << 24) - 1;
+
+/// Steps whose loads are on their way at a time.
+inline constexpr int kQuantizeRing = 4;
+
+/// Where a thread keeps what its steps have loaded, from the pass that looks for amax to the pass that rounds. The
+/// first `kept` steps have a place each; the others share a ring of the last places, and those that the ring has lost
+/// by the end of the first pass are loaded again. The second pass goes backwards, so that these are the freshest in L2.
+struct Places {
+  int steps, kept;
+
+  FA3_HOST_DEVICE Places(int places, int steps)
+      : steps(steps), kept(steps <= places ? steps : places - kQuantizeRing) {}
+  FA3_HOST_DEVICE int of(int step) const { return step < kept ? step : kept + (step - kept) % kQuantizeRing; }
+  FA3_HOST_DEVICE bool lost(int step) const { return step >= kept && step < steps - kQuantizeRing; }
+};
+
+struct QuantizeArgs {
+  const void* x;
+  uint8_t* out;
+  float* descale;
+  const int32_t* cu_seqlens;  // (batch + 1), or null
+
+  int units;                                          // scales
+  int unit_heads;                                     // unit u is head u % unit_heads of batch entry u / unit_heads
+  int64_t x_unit[2], out_unit[2], descale_stride[2];  // from one (batch entry, head) to the next
+  uint32_t unit_rows;                                 // with cu_seqlens, of all sequences
+  RowAxes rows;
+  int head_dim;
+  float limit;  // what is larger counts as infinite
+
+  int groups, blocks_per_group;  // thread blocks of a group share each of its units; group g has units g, g + groups …
+  int step_rows;                 // of a thread block
+  int places;
+  bool x_vectors, out_vectors;  // addresses and strides are multiples of 16 and 8 bytes
+
+  uint64_t ticket;     // what the counters count for: see arch/counter.cuh
+  uint64_t* arrivals;  // (groups) counters
+  float* parts;        // (groups, 2, blocks_per_group): amax of each block, for alternating units
+};
+
+}  // namespace fa3

@@ -1,0 +1,60 @@
+// The C entry points of quantisation: validate -> plan -> launch.
+#include "kernels/quantize.h"
+
+#include "device.h"
+#include "fa3.h"
+#include "quantize_plan.h"
+#include "slow_checks.h"
+#include "status.h"
+#include "ticket.h"
+#include "validate.h"
+
+namespace fa3 {
+namespace {
+
+/// An empty x has scales all the same, unless it has no heads, or no batch entries to have them.
+bool no_scales(const fa3_quantize_params& p) {
+  return (p.granularity != FA3_PER_TENSOR && p.num_heads == 0) || (p.granularity == FA3_PER_BATCH_HEAD && p.batch == 0);
+}
+
+fa3_status quantize(const fa3_quantize_params* params, void* workspace, cudaStream_t stream) {
+  if (auto status = validate(params)) return status;
+  if (no_scales(*params)) return FA3_OK;
+  const DeviceScope scope(params->device);
+  if (scope.status()) return scope.status();
+  int num_sms = 0;
+  if (auto status = hopper_sms(params->device, num_sms)) return status;
+  QuantizePlan plan = plan_quantize(*params, num_sms);
+  if (plan.workspace() && !workspace)
+    return fail(FA3_ERROR_WORKSPACE, "workspace: null, but %zu bytes are needed", plan.workspace());
+  if (auto status = slow_checks(*params, stream)) return status;
+  plan.args.ticket = draw_ticket();
+  plan.args.arrivals = static_cast<uint64_t*>(workspace);
+  plan.args.parts = reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.arrivals_bytes);
+  const cudaError_t error = launch_quantize(plan, stream);
+  return check_cuda(error, "quantize", cudaGetErrorString(error));
+}
+
+fa3_status workspace_bytes(const fa3_quantize_params* params, size_t* bytes) {
+  if (!bytes) return fail(FA3_ERROR_NULL, "bytes: null pointer");
+  *bytes = 0;
+  if (auto status = validate(params)) return status;
+  if (no_scales(*params)) return FA3_OK;
+  int num_sms = 0;
+  if (auto status = hopper_sms(params->device, num_sms)) return status;
+  *bytes = plan_quantize(*params, num_sms).workspace();
+  return FA3_OK;
+}
+
+}  // namespace
+}  // namespace fa3
+
+extern "C" int fa3_quantize_fp8(const fa3_quantize_params* params, void* workspace, void* stream) {
+  fa3::clear_error();
+  return fa3::quantize(params, workspace, static_cast<cudaStream_t>(stream));
+}
+
+extern "C" int fa3_quantize_workspace(const fa3_quantize_params* params, size_t* bytes) {
+  fa3::clear_error();
+  return fa3::workspace_bytes(params, bytes);
+}
