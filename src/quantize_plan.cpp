@@ -65,7 +65,8 @@ int64_t ceil_quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
 /// their amax or write: as many as the chip holds, but rather fewer than leave groups idle in the last round.
 void share_units(const QuantizePlan& plan, int64_t steps, int num_sms, QuantizeArgs& args) {
   const int64_t places = plan.kind.max_places(), resident = int64_t{num_sms} * plan.kind.blocks_per_sm();
-  args.places = static_cast<int>(std::clamp<int64_t>(steps, 1, places));
+  // With cu_seqlens a block may get more steps than it is planned for.
+  args.places = static_cast<int>(args.cu_seqlens ? places : std::clamp<int64_t>(steps, 1, places));
   args.groups = args.units;
   args.blocks_per_group = 1;
   if (steps <= places) return;

@@ -32,10 +32,10 @@ def sanitizer_flags():
     return flags if probe.returncode == 0 else ()
 
 
-def host_library(folder, name, sources, *flags):
-    """A shared library of the host-callable parts of src/, for ctypes."""
+def host_library(folder, name, sources, *flags, sanitize=True):
+    """A shared library of the host-callable parts of src/, for ctypes; headers in the folders of `flags` go first."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     library = compile_with("g++", folder / f"lib{name}.so", sources, "-std=c++20", "-O1", "-g", "-shared", "-fPIC",
-                           f"-I{SRC}", *flags, *sanitizer_flags())
+                           *flags, f"-I{SRC}", *(sanitizer_flags() if sanitize else ()))
     return ctypes.CDLL(str(library))

@@ -33,6 +33,7 @@ struct Traits {
                                 : std::is_same_v<Element, __nv_bfloat16> ? FA3_BFLOAT16
                                                                          : FA3_FLOAT32;
   static constexpr QuantizeKind kKind{kDtype, kHadamard, kSlots};
+  static_assert(kKind.max_places() >= kQuantizeRing, "the ring must fit in shared memory");
   static constexpr int kLoadedWords = kGroup * sizeof(Element) / sizeof(uint4);
   static constexpr int kWords = kKind.group_bytes() / sizeof(uint4);
 };

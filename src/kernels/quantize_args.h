@@ -65,8 +65,8 @@ inline constexpr float kMaxE4m3 = 448;
 /// What the counter of a group can count to.
 inline constexpr int64_t kMaxArrivals = (1 << 24) - 1;
 
-/// Steps whose loads are on their way at a time.
-inline constexpr int kQuantizeRing = 4;
+/// Steps whose loads are on their way at a time: 48 KiB a multiprocessor, and what fits in every kind's shared memory.
+inline constexpr int kQuantizeRing = 3;
 
 /// Where a thread keeps what its steps have loaded, from the pass that looks for amax to the pass that rounds. The
 /// first `kept` steps have a place each; the others share a ring of the last places, and those that the ring has lost

@@ -1,0 +1,21 @@
+// The instructions of src/arch/convert.cuh that quantisation needs, by what PTX says of them.
+#pragma once
+#include "emulated.h"
+
+namespace fa3::arch {
+
+inline float max_or_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b); }
+
+/// To nearest even on the grid of e4m3, whose steps are 2^-9 up to 2^-6 and an eighth of each power of two above.
+inline uint32_t e4m3(float value) {
+  const uint32_t sign = std::signbit(value) ? 0x80 : 0;
+  if (std::isnan(value)) return 0x7f;
+  const float size = std::fmin(std::fabs(value), 448.f);
+  const int exponent = std::max(size > 0 ? std::ilogb(size) : -6, -6);
+  const int steps = static_cast<int>(std::nearbyint(std::ldexp(size, 3 - exponent)));  // 8 to 16, below 2^-6 less
+  return sign | static_cast<uint32_t>(steps + (exponent + 6) * 8);
+}
+
+inline uint32_t pack_e4m3(float low, float high) { return e4m3(low) | e4m3(high) << 8; }
+
+}  // namespace fa3::arch
