@@ -12,6 +12,7 @@ from .shapes import GROUPS
 _TIMED = ("group", "case", "us", "tflops", "gbs", "peers", "device", "date", "commit")
 _FIELDS = {
     "tiles": ("group", "case", "plan", "times", "loss", "device", "date", "commit"),
+    "quantize": ("group", "case", "us", "gbs", "copy_us", "share", "device", "date", "commit"),
     "counters": ("group", "case", "kernel", "figures", "stalls", "device", "date", "commit"),
 }
 # How a CSV column is called that holds one value of a field with several.

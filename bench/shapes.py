@@ -230,6 +230,24 @@ def _overhead_rows():
             for case, bar in (("PyTorch arrays in and out", 10), ("PyTorch arrays in, out=", 7))]
 
 
+def _quantize_rows():
+    """quantize_fp8 of one array: by granularity on the largest operand of the forward, with and without the rotation;
+    then other head dims, short sequences, more than L2 and shared memory hold, and fp32. Keys are of no account."""
+    def row(dtype, batch, seqlen, heads, head_dim, how):
+        lengths = (seqlen,) * batch
+        return Row("quantize", f"{dtype} b{batch} s{seqlen} h{heads} d{head_dim} {how}", dtype, lengths, lengths, heads,
+                   heads, head_dim)
+
+    granularities = ("tensor", "head", "batch_head")
+    rows = [row("fp16", 1, TOKENS, 16, 128, granularity + rotated)
+            for rotated in ("", " hadamard") for granularity in granularities]
+    rows += [row("bf16", 4, 4096, MODEL_DIM // head_dim, head_dim, how)
+             for head_dim in (64, 80, 128, 256) for how in ("head", "head hadamard")]
+    rows += [row("fp16", 84, 64, 16, 80, "batch_head" + rotated) for rotated in ("", " hadamard")]
+    rows += [row("fp16", 16, 8192, 16, 128, how) for how in (*granularities, "batch_head hadamard")]
+    return [*rows, row("fp32", 1, TOKENS, 16, 128, "head")]
+
+
 GROUPS: dict[str, list[Row]] = {
     "forward": _FORWARD + _other_dims_rows(),
     "sweep": _sweep_rows(),
@@ -238,6 +256,7 @@ GROUPS: dict[str, list[Row]] = {
     "seed": _seed_rows(),
     "overhead": _overhead_rows(),
     "tiles": _tile_rows(),
+    "quantize": _quantize_rows(),
     "counters": _counter_rows(),
     "fp8": _FP8,
     "backward": _BACKWARD,
@@ -245,7 +264,7 @@ GROUPS: dict[str, list[Row]] = {
 }
 # What is timed beside peers, and what looks into fa3 alone. The other groups wait for the kernels that they time.
 TIMED = ("forward", "sweep", "window", "short", "seed", "overhead")
-BUILT = (*TIMED, "tiles", "counters")
+BUILT = (*TIMED, "tiles", "quantize", "counters")
 
 
 def rows(group: str, pattern: str = "") -> list[Row]:

@@ -29,7 +29,8 @@ FEATURES = (
     ("paged cache, appending, rotary, leftpad", "not yet", "yes"),
     ("flash_attn_combine", "not yet", "yes"),
     ("qv, absorbed MLA", "not yet", "yes"),
-    ("backward, dropout, quantize_fp8", "not yet", "not yet"),
+    ("quantize_fp8, hadamard rotation", "yes", "yes"),
+    ("backward, dropout", "not yet", "not yet"),
 )
 _FRAMEWORKS = (
     ("NumPy", ("numpy",)),
