@@ -50,20 +50,22 @@ def quantize(x, codes, descale, cu_seqlens, hadamard):
         sequences = [(x, codes)]
     else:
         sequences = list(zip(x, codes, strict=True))
-    load = Rotation(x.shape[-1]) if hadamard else _widened
+    rotation = Rotation(x.shape[-1]) if hadamard else None
     limit = ROTATED_LIMIT if hadamard else LIMIT
     with np.errstate(all="ignore"):  # NaN and inf are values like others here
         amax = np.zeros((len(sequences), x.shape[-2]), np.float32)
         for largest, (rows, _) in zip(amax, sequences, strict=True):
             for chunk in _chunks(rows):
-                size = np.abs(load(rows[chunk]))
+                size = np.abs(rotation(rows[chunk])) * rotation.norms if hadamard else np.abs(_widened(rows[chunk]))
                 np.maximum(largest, size.max(axis=(0, 2), initial=0, where=size <= limit), out=largest)
         descale[...] = _descale(amax.max(axis=tuple(range(2 - descale.ndim)), initial=0))
         of_sequence = np.broadcast_to(descale, amax.shape)
         for factor, (rows, rounded) in zip(of_sequence, sequences, strict=True):
             for chunk in _chunks(rows):
-                quotient = load(rows[chunk])
-                quotient /= factor[:, None]
+                if hadamard:
+                    quotient = rotation(rows[chunk]) * (rotation.norms / factor[:, None])
+                else:
+                    quotient = _widened(rows[chunk]) / factor[:, None]
                 np.clip(quotient, -MAX_E4M3, MAX_E4M3, out=quotient)  # e4m3 has no inf: past 448 a cast gives NaN
                 rounded[chunk] = quotient.astype(numpy_dtype(FP8))
 
@@ -86,7 +88,8 @@ def _widened(rows):
 class Rotation:
     """The random-sign Hadamard rotation of a head dim: H·diag(signs), in blocks of the powers of two in head_dim.
 
-    80 is 64 + 16: the first 64 dims are rotated among themselves, and the other 16.
+    80 is 64 + 16: the first 64 dims are rotated among themselves, and the other 16. Sums are left as they are; `norms`
+    has the factor of each dim that makes the rotation orthogonal, and is taken into the scale.
     """
 
     def __init__(self, head_dim):
@@ -97,9 +100,10 @@ class Rotation:
             if head_dim & size:
                 self.blocks.append((first, size))
                 first += size
+        self.norms = np.array([size**-0.5 for _, size in self.blocks for _ in range(size)], np.float32)
 
     def __call__(self, rows):
-        """A rotated copy in fp32 of rows (…, head_dim)."""
+        """A rotated copy in fp32 of rows (…, head_dim), without the norms."""
         rows = np.clip(np.asarray(rows, np.float32), -HUGE, HUGE) * self.signs
         for first, size in self.blocks:
             block = rows[..., first:first + size]
@@ -109,7 +113,7 @@ class Rotation:
                 low, high = pairs[..., 0, :], pairs[..., 1, :]
                 block = np.stack([low + high, low - high], axis=-2).reshape(block.shape)
                 step *= 2
-            rows[..., first:first + size] = block * np.float32(size**-0.5)
+            rows[..., first:first + size] = block
         return rows
 
 

@@ -85,7 +85,9 @@ void share_units(const QuantizePlan& plan, int64_t steps, int num_sms, QuantizeA
 }  // namespace
 
 QuantizeKind quantize_kind(const fa3_quantize_params& p) {
-  return {p.dtype, p.hadamard != 0, (p.head_dim / 8 + 31) / 32};
+  // The rotation of a power of two is half in the lanes' own registers: fewer shuffles, which would be what limits it.
+  const bool halved = p.hadamard && p.head_dim >= 16 && p.head_dim <= 256 && (p.head_dim & (p.head_dim - 1)) == 0;
+  return {p.dtype, p.hadamard != 0, halved ? 2 : (p.head_dim / 8 + 31) / 32};
 }
 
 QuantizePlan plan_quantize(const fa3_quantize_params& p, int num_sms) {
@@ -97,6 +99,7 @@ QuantizePlan plan_quantize(const fa3_quantize_params& p, int num_sms) {
   args.descale = p.descale;
   args.cu_seqlens = p.cu_seqlens;
   args.head_dim = p.head_dim;
+  args.row_lanes = plan.kind.row_lanes(p.head_dim);
   args.step_rows = plan.kind.step_rows(p.head_dim);
   args.limit = p.hadamard ? kRotatedLimit : std::numeric_limits<float>::max();
   args.x_vectors = multiples_of(16, p.x, p.dtype == FA3_FLOAT32 ? 4 : 2);

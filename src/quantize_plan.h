@@ -23,8 +23,12 @@ struct QuantizeKind {
     const int share = 228 * 1024 / blocks_per_sm() - 1024, most = share < 48 * 1024 ? share : 48 * 1024;
     return (most - 128) / place_bytes();
   }
+  /// Lanes that have a row: groups of 8 lie side by side in the lanes, and then in the slots.
+  constexpr int row_lanes(int head_dim) const {
+    return slots == 1 ? head_dim / 8 : head_dim <= 256 ? head_dim / 8 / slots : 32;
+  }
   /// Rows of a step of a thread block.
-  constexpr int step_rows(int head_dim) const { return kQuantizeThreads / 32 * (slots == 1 ? 32 / (head_dim / 8) : 1); }
+  constexpr int step_rows(int head_dim) const { return kQuantizeThreads / 32 * (32 / row_lanes(head_dim)); }
 };
 
 QuantizeKind quantize_kind(const fa3_quantize_params& params);

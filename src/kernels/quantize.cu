@@ -50,14 +50,14 @@ struct Lane {
   int source[T::kSlots][kShuffles];    // the lane with the other element of each pair
   float factor[T::kSlots][kShuffles];  // of this lane's own: sum 1, difference -1, in no pair 0
   int pairs;                           // of the shuffles, those that pair anything
+  bool slots_pair;                     // the first two slots are the halves of a block
 
-  __device__ __forceinline__ explicit Lane(int head_dim) {
+  __device__ __forceinline__ Lane(int head_dim, int per_row) {
     const int lane = threadIdx.x % 32, groups = head_dim / kGroup;
-    const int per_row = T::kSlots == 1 ? groups : 32;
     row = lane / per_row;
 #pragma unroll
     for (int slot = 0; slot < T::kSlots; ++slot) {
-      group[slot] = lane % per_row + 32 * slot;
+      group[slot] = lane % per_row + per_row * slot;
       has[slot] = row < 32 / per_row && group[slot] < groups;
       if constexpr (T::kHadamard) {
         const int block = has[slot] ? hadamard_block(group[slot] * kGroup, head_dim) : 1;
@@ -75,7 +75,8 @@ struct Lane {
     }
     if constexpr (T::kHadamard) {
       const int largest = hadamard_block(0, head_dim) / kGroup;
-      pairs = largest >= 32 ? kShuffles : 31 - __clz(largest);
+      pairs = 31 - __clz(min(largest, per_row));
+      slots_pair = largest >= 2 * per_row;
     }
   }
 };
@@ -83,9 +84,9 @@ struct Lane {
 template <class T>
 using Values = float[T::kSlots][kGroup];
 
-/// Sylvester's butterflies, from neighbours up: the same sums in the same order as the CPU's.
+/// Sylvester's butterflies, from neighbours up: the same sums in the same order as the CPU's. Norms are for the scale.
 template <class T>
-__device__ __forceinline__ void rotate(Values<T>& v, const Lane<T>& lane, int head_dim) {
+__device__ __forceinline__ void rotate(Values<T>& v, const Lane<T>& lane) {
 #pragma unroll
   for (int slot = 0; slot < T::kSlots; ++slot) {
 #pragma unroll
@@ -115,7 +116,7 @@ __device__ __forceinline__ void rotate(Values<T>& v, const Lane<T>& lane, int he
     }
   }
   if constexpr (T::kSlots > 1) {
-    if (head_dim >= 64 * kGroup) {  // a block of 512: its halves are this lane's first two slots
+    if (lane.slots_pair) {  // the same for all lanes
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
         const float a = v[0][i], b = v[1][i];
@@ -124,10 +125,6 @@ __device__ __forceinline__ void rotate(Values<T>& v, const Lane<T>& lane, int he
       }
     }
   }
-#pragma unroll
-  for (int slot = 0; slot < T::kSlots; ++slot)
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) v[slot][i] *= lane.norm[slot];
 }
 
 __device__ __forceinline__ float2 unpacked(uint32_t pair, __half) {
@@ -193,12 +190,15 @@ class Share {
     const bool valid = row_of(step) < end_;
     Values<T> v;
     unpack(v, place, valid);
-    if constexpr (T::kHadamard) rotate<T>(v, lane_, args_.head_dim);
+    if constexpr (T::kHadamard) rotate<T>(v, lane_);
     float largest = 0;
 #pragma unroll
-    for (int slot = 0; slot < T::kSlots; ++slot)
+    for (int slot = 0; slot < T::kSlots; ++slot) {
+      float of_slot = 0;
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) largest = arch::max_or_nan(largest, fabsf(v[slot][i]));
+      for (int i = 0; i < kGroup; ++i) of_slot = arch::max_or_nan(of_slot, fabsf(v[slot][i]));
+      largest = arch::max_or_nan(largest, T::kHadamard ? of_slot * lane_.norm[slot] : of_slot);
+    }
     if (__any_sync(kAllLanes, !(largest <= args_.limit))) largest = scan_wild(v, place, valid);
     if constexpr (T::kHadamard) {
 #pragma unroll
@@ -224,22 +224,26 @@ class Share {
     } else {
       unpack(v, place, valid);
       if constexpr (T::kHadamard) {
-        if (wild) clip(v);
-        rotate<T>(v, lane_, args_.head_dim);
+        if (wild) clip(v, kHuge, kHuge);
+        rotate<T>(v, lane_);
       }
     }
     if (!valid) return;
+    // In the rotation's product infinity saturates by itself; in the quotient's remainder it would be NaN.
+    if (!T::kHadamard && wild) clip(v, args_.limit, kMaxE4m3 * descale);
     uint8_t* to = out_ + args_.rows.of(row).out;
 #pragma unroll
     for (int slot = 0; slot < T::kSlots; ++slot) {
       if (!lane_.has[slot]) continue;
       uint32_t codes[kGroup / 4];
+      const float factor = T::kHadamard ? __fdiv_rn(lane_.norm[slot], descale) : 0.f;
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i)
+        v[slot][i] = T::kHadamard ? v[slot][i] * factor : quotient(v[slot][i], descale, inverse);
 #pragma unroll
       for (int i = 0; i < kGroup; i += 4)
-        codes[i / 4] =
-            arch::pack_e4m3(quotient(v[slot][i], descale, inverse), quotient(v[slot][i + 1], descale, inverse)) |
-            arch::pack_e4m3(quotient(v[slot][i + 2], descale, inverse), quotient(v[slot][i + 3], descale, inverse))
-                << 16;
+        codes[i / 4] = arch::pack_e4m3(v[slot][i], v[slot][i + 1]) | arch::pack_e4m3(v[slot][i + 2], v[slot][i + 3])
+                                                                         << 16;
       uint8_t* group = to + lane_.group[slot] * kGroup;
       if (args_.out_vectors) {  // past L2's keeping, which is for x
         __stcs(reinterpret_cast<uint2*>(group), make_uint2(codes[0], codes[1]));
@@ -291,21 +295,21 @@ class Share {
     }
   }
 
-  /// What counts as infinite becomes finite enough to be rotated; NaN stays.
-  static __device__ __forceinline__ void clip(Values<T>& v) {
+  /// What is above `limit` becomes `bound`, of the same sign; NaN stays.
+  static __device__ __forceinline__ void clip(Values<T>& v, float limit, float bound) {
 #pragma unroll
     for (int slot = 0; slot < T::kSlots; ++slot)
 #pragma unroll
       for (int i = 0; i < kGroup; ++i)
-        if (fabsf(v[slot][i]) > kHuge) v[slot][i] = copysignf(kHuge, v[slot][i]);
+        if (fabsf(v[slot][i]) > limit) v[slot][i] = copysignf(bound, v[slot][i]);
   }
 
   /// The rare part of scan(), for warps with a NaN or what counts as infinite.
   __device__ __forceinline__ float scan_wild(Values<T>& v, int place, bool valid) {
     if constexpr (T::kHadamard) {
       unpack(v, place, valid);
-      clip(v);
-      rotate<T>(v, lane_, args_.head_dim);
+      clip(v, kHuge, kHuge);
+      rotate<T>(v, lane_);
     }
     float largest = 0;
     bool infinite = false;
@@ -313,7 +317,7 @@ class Share {
     for (int slot = 0; slot < T::kSlots; ++slot)
 #pragma unroll
       for (int i = 0; i < kGroup; ++i) {
-        const float size = fabsf(v[slot][i]);
+        const float size = fabsf(v[slot][i]) * (T::kHadamard ? lane_.norm[slot] : 1.f);
         if (size <= args_.limit) largest = fmaxf(largest, size);
         infinite |= size > args_.limit;
       }
@@ -322,8 +326,7 @@ class Share {
   }
 
   /// value / descale, correctly rounded: a product with the inverse, and a step of Newton's. Zeros keep their sign.
-  __device__ __forceinline__ float quotient(float value, float descale, float inverse) const {
-    if (wild && fabsf(value) > args_.limit) return copysignf(kMaxE4m3, value);
+  static __device__ __forceinline__ float quotient(float value, float descale, float inverse) {
     const float estimate = value * inverse;
     return fmaf(-fmaf(estimate, descale, -value), inverse, estimate);
   }
@@ -375,7 +378,7 @@ __global__ void __launch_bounds__(kQuantizeThreads, T::kKind.blocks_per_sm())
     quantize_kernel(const __grid_constant__ QuantizeArgs args) {
   extern __shared__ uint4 memory[];
   __shared__ float warp_parts[3][kWarps];  // two that alternate, and one for the group's
-  const Lane<T> lane(args.head_dim);
+  const Lane<T> lane(args.head_dim, args.row_lanes);
   const int group = blockIdx.x % args.groups, rank = blockIdx.x / args.groups;
   const int rounds = (args.units - group + args.groups - 1) / args.groups;
 

@@ -39,6 +39,7 @@ struct RowAxes {
     int64_t x, out;
   };
   FA3_HOST_DEVICE Offsets of(uint32_t row) const {
+    if (count == 1) return {row * x[0], row * out[0]};
     Offsets offsets{0, 0};
     uint32_t rest = row;
     for (int axis = 2; axis > 0; --axis) {
@@ -95,6 +96,7 @@ struct QuantizeArgs {
   float limit;  // what is larger counts as infinite
 
   int groups, blocks_per_group;  // thread blocks of a group share each of its units; group g has units g, g + groups …
+  int row_lanes;                 // lanes that have a row; with more than one slot, a power of two
   int step_rows;                 // of a thread block
   int places;
   bool x_vectors, out_vectors;  // addresses and strides are multiples of 16 and 8 bytes
