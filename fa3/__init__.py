@@ -7,8 +7,9 @@ except ModuleNotFoundError as error:
                       "another folder (or with -P), or install fa3 as editable") from error
 from fa3._errors import CudaError
 from fa3.attention import flash_attn_combine, flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from fa3.backward import flash_attn_backward, flash_attn_varlen_backward
 from fa3.fp8 import quantize_fp8
-from fa3.planned import flash_attn_backward, flash_attn_varlen_backward, get_scheduler_metadata
+from fa3.planned import get_scheduler_metadata
 
 __all__ = [
     "CudaError",

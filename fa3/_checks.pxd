@@ -11,7 +11,8 @@ cdef double number(value, str name) except? -1
 cdef bint flag(value, str name) except -1
 cdef int window(value, int *left, int *right) except -1
 cdef int chunk(value) except -1
-cdef int dropout(probability, seed) except -1
+cdef double probability(value, str name) except? -1
+cdef object seed(value, str name)
 cdef int needs(array, str name, needed, str needed_name) except -1
 cdef int together(first, str first_name, second, str second_name) except -1
 cdef int without(array, str name, other, str other_name) except -1

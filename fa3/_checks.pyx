@@ -102,16 +102,23 @@ cdef int chunk(value) except -1:
     return <int>min(integer(value, "attention_chunk", 0), <int64_t>MAX_ROWS)
 
 
-cdef int dropout(probability, seed) except -1:
-    """Refuse a dropout probability: out of range always, and above 0 while dropout is not built."""
-    cdef double p = number(probability, "dropout_p")
-    if not 0 <= p < 1:
-        raise ValueError(f"dropout_p: {p}, needs 0 ≤ dropout_p < 1")
-    if seed is not None:
-        between(as_int(seed, "dropout_seed"), "dropout_seed", 0, MAX_SEED)
-    if p != 0:
-        raise NotImplementedError(f"dropout_p: {p}, but dropout is not built yet; needs 0.0")
-    return 0
+cdef double probability(value, str name) except? -1:
+    """`value` from 0 to below 1, in the C interface's fp32 too."""
+    cdef double found = number(value, name)
+    if found < 0 or <float>found >= 1:
+        raise ValueError(f"{name}: {found}, needs 0 ≤ {name} < 1")
+    return found
+
+
+cdef object seed(value, str name):
+    """`value` as an int of 64 bits, or None where it is an array, which may lie on a GPU and is not read here."""
+    if type(value) is not int and not isinstance(value, numbers.Integral):
+        if hasattr(value, "__dlpack__") or hasattr(value, "__cuda_array_interface__"):
+            return None
+        raise TypeError(f"{name}: got {type(value).__name__}, needs an int, or an array that holds one")
+    value = as_int(value, name)
+    between(value, name, 0, MAX_SEED)
+    return value
 
 
 # ---- options that need each other -----------------------------------------------------------------------

@@ -3,6 +3,7 @@ from fa3._problem cimport Problem
 from fa3._view cimport ArrayView
 
 cdef int forward(Problem problem, ArrayView out, ArrayView lse) except -1
+cdef int backward(str function) except -1
 cdef int combine() except -1
 cdef int quantize(Border border, ArrayView x, ArrayView codes, ArrayView descale, ArrayView cu_seqlens,
                   bint hadamard) except -1

@@ -181,6 +181,11 @@ cdef int forward_with_workspace(Problem problem, c.fa3_forward_params *params) e
     return check(status)
 
 
+cdef int backward(str function) except -1:
+    """Gradients: not built for the GPU yet."""
+    raise_status(-15, "", f"{function}: the backward pass is not built for the GPU yet; it works on CPU arrays")
+
+
 cdef int combine() except -1:
     """Join partial results: not built for the GPU yet."""
     raise_status(-13, "", "flash_attn_combine: is not built for the GPU yet; it works on CPU arrays")

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""The functions behind their signatures: arguments in, filled results out, in one crossing into C.
+"""The public functions behind their signatures: arguments in, filled results out, in one crossing into C.
 
 Each looks at q, k and v, then at everything else, makes the result, and calls a backend: the last checks come before
 the first write.
@@ -22,6 +22,7 @@ cdef tuple INT32 = ("int32",)
 cdef tuple COMBINED = ("float32", *_dtypes.HALF)
 cdef tuple QUANTIZED = (*_dtypes.HALF, "float32")
 cdef tuple GRANULARITIES = ("tensor", "head", "batch_head")  # by the axes of their descale
+cdef tuple WITH_GRADIENTS = (*_dtypes.HALF, "float32", "float64")  # a GPU has the first two
 
 
 cdef Problem problem_of(q, k, v, str k_name, str v_name, stream, dtype, bint written):
@@ -44,7 +45,7 @@ def dense(
     problem.extend(qv, q_descale, k_descale, v_descale, sinks, seqused_q, seqused_k)
     problem.settle(softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, batch_invariant, pack_gqa,
                    sm_margin)
-    check.dropout(dropout_p, dropout_seed)
+    problem.drop(dropout_p, dropout_seed)
     return forward(problem, out, out_dtype, return_lse)
 
 
@@ -69,7 +70,7 @@ def varlen(
     problem.extend(qv, q_descale, k_descale, v_descale, sinks, seqused_q, seqused_k)
     problem.settle(softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, batch_invariant, pack_gqa,
                    sm_margin)
-    check.dropout(dropout_p, dropout_seed)
+    problem.drop(dropout_p, dropout_seed)
     return forward(problem, out, out_dtype, return_lse)
 
 
@@ -120,7 +121,7 @@ cdef forward(Problem problem, out, out_dtype, return_lse):
     cdef Output result, lse = None
     cdef ArrayView lse_view = None
     problem.finish()
-    result = result_of(border, out, out_dtype, problem.out_shape(shape), shape,
+    result = result_of(border, out, "out", out_dtype, problem.out_shape(shape), shape, "the result's shape",
                        FP8_RESULTS if problem.q.dtype == FP8 else (problem.q.dtype,))
     if out is not None:
         check.not_input(result.view, "out", problem.q, "q")
@@ -154,7 +155,7 @@ def combine(out_partial, lse_partial, out, out_dtype):
     check.shape(lse_parts, "lse_partial", 4, parts.c_shape, "(splits, batch, seqlen_q, num_heads)")
     if parts.c_shape[0] < 1:
         raise ValueError("out_partial: splits 0, needs at least 1")
-    result = result_of(border, out, out_dtype, 4, parts.c_shape + 1, COMBINED)
+    result = result_of(border, out, "out", out_dtype, 4, parts.c_shape + 1, "the result's shape", COMBINED)
     if out is not None:
         check.not_input(result.view, "out", parts, "out_partial")
         check.not_input(result.view, "out", lse_parts, "lse_partial")
@@ -168,10 +169,122 @@ def combine(out_partial, lse_partial, out, out_dtype):
     return result.array(), lse.array()
 
 
-cdef Output result_of(Border border, out, out_dtype, int ndim, const int64_t *shape, tuple allowed):
-    """The Output to write: a new array of the caller's framework, or the checked `out`.
+def dense_backward(
+    dout, q, k, v, out, lse,
+    softmax_scale, causal, window_size, attention_chunk, softcap, sinks,
+    dlse, seqused_q, seqused_k, sm_margin, deterministic, dropout_p, dropout_seed,
+    dq, dk, dv, stream, dtype,
+):
+    """`fa3.flash_attn_backward`."""
+    cdef Problem problem = problem_of(q, k, v, "k", "v", stream, dtype, False)
+    problem.dense_q()
+    problem.dense_k()
+    problem.extend(None, None, None, None, sinks, seqused_q, seqused_k)
+    problem.settle(softmax_scale, causal, window_size, attention_chunk, softcap, 0, False, None, sm_margin)
+    problem.drop(dropout_p, dropout_seed)
+    return backward(problem, "flash_attn_backward", dout, out, lse, dlse, deterministic, dq, dk, dv, dtype)
 
-    Of the dtypes of `allowed`, the first by default.
+
+def varlen_backward(
+    dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+    softmax_scale, causal, window_size, attention_chunk, softcap, sinks,
+    dlse, seqused_q, seqused_k, sm_margin, deterministic, dropout_p, dropout_seed,
+    dq, dk, dv, stream, dtype,
+):
+    """`fa3.flash_attn_varlen_backward`."""
+    cdef Problem problem = problem_of(q, k, v, "k", "v", stream, dtype, False)
+    problem.ragged_q(cu_seqlens_q, max_seqlen_q)
+    problem.ragged_k(max_seqlen_k)
+    if cu_seqlens_k is None:
+        raise ValueError("cu_seqlens_k: got None, needs int32 (batch + 1,)")
+    problem.cumulative_k(cu_seqlens_k)
+    problem.extend(None, None, None, None, sinks, seqused_q, seqused_k)
+    problem.settle(softmax_scale, causal, window_size, attention_chunk, softcap, 0, False, None, sm_margin)
+    problem.drop(dropout_p, dropout_seed)
+    return backward(problem, "flash_attn_varlen_backward", dout, out, lse, dlse, deterministic, dq, dk, dv, dtype)
+
+
+cdef backward(Problem problem, str function, dout, out, lse, dlse, deterministic, dq, dk, dv, dtype):
+    """Look at what the forward gave, make the gradients, and let a backend fill them."""
+    cdef Border border = problem.border
+    cdef ArrayView dout_view, out_view, lse_view, dlse_view = None
+    cdef list gradients
+    cdef Output dsinks = None
+    check.dtype(problem.q, "q", WITH_GRADIENTS)
+    dout_view = like_out(problem, dout, "dout", dtype)
+    out_view = like_out(problem, out, "out", dtype)
+    lse_view = like_lse(problem, lse, "lse")
+    if dlse is not None:
+        dlse_view = like_lse(problem, dlse, "dlse")
+    check.flag(deterministic, "deterministic")  # a GPU's matter: NumPy adds in one order
+    problem.finish()
+    inputs = ((problem.q, "q"), (problem.k, "k"), (problem.v, "v"), (dout_view, "dout"), (out_view, "out"))
+    gradients = [gradient_of(border, dq, "dq", problem.q, "q", inputs),
+                 gradient_of(border, dk, "dk", problem.k, "k", inputs),
+                 gradient_of(border, dv, "dv", problem.v, "v", inputs)]
+    apart(gradients)
+    if problem.on_gpu:
+        _core.backward(function)
+    if problem.sinks is not None:
+        dsinks = border.make(1, &problem.num_heads, "float32")
+    from fa3 import _numpy_backward
+
+    _numpy_backward.backward(
+        dout_view.numpy(), problem.q.numpy(), problem.k.numpy(), problem.v.numpy(), out_view.numpy(), lse_view.numpy(),
+        *[(<Output>gradient).view.numpy() for gradient in gradients], None if dsinks is None else dsinks.view.numpy(),
+        dlse=None if dlse_view is None else dlse_view.numpy(), batch=problem.batch, max_seqlen_q=problem.max_seqlen_q,
+        max_seqlen_k=problem.max_seqlen_k, softmax_scale=problem.options.softmax_scale, causal=problem.options.causal,
+        window_left=problem.options.window_left, window_right=problem.options.window_right,
+        attention_chunk=problem.options.attention_chunk, softcap=problem.options.softcap,
+        dropout_p=problem.options.dropout_p, dropout_seed=problem.options.dropout_seed, **problem.arrays())
+    if dsinks is not None:
+        gradients.append(dsinks)
+    return tuple([(<Output>gradient).array() for gradient in gradients])
+
+
+cdef ArrayView like_out(Problem problem, array, str name, dtype):
+    """A view of the forward's result, or of its gradient."""
+    cdef int64_t[check.MAX_NDIM] shape
+    cdef ArrayView view = problem.border.take(array, name, dtype)
+    check.same_dtype(view, name, problem.q, "q")
+    check.shape(view, name, problem.out_shape(shape), shape, "q's shape with head_dim_v")
+    if problem.on_gpu:
+        check.contiguous_rows(view, name)
+    return view
+
+
+cdef ArrayView like_lse(Problem problem, array, str name):
+    """A view of the forward's lse, or of its gradient."""
+    cdef int64_t[check.MAX_NDIM] shape
+    cdef ArrayView view = problem.border.take(array, name)
+    cdef int dims = problem.lse_shape(shape)
+    check.dtype(view, name, FLOAT32)
+    check.shape(view, name, dims, shape,
+                "(batch, num_heads, seqlen_q)" if dims == 3 else "(num_heads, total_q)")
+    return view
+
+
+cdef Output gradient_of(Border border, array, str name, ArrayView of, str of_name, tuple inputs):
+    """The Output for the gradient of an input: an array like it, in memory that no input has."""
+    cdef Output gradient = result_of(border, array, name, None, of.ndim, of.c_shape, f"{of_name}'s shape", (of.dtype,))
+    if array is not None:
+        for view, input_name in inputs:
+            check.not_input(gradient.view, name, <ArrayView>view, <str>input_name)
+    return gradient
+
+
+cdef int apart(list gradients) except -1:
+    """No gradient in the memory of another."""
+    cdef Output dq = gradients[0], dk = gradients[1], dv = gradients[2]
+    check.not_input(dk.view, "dk", dq.view, "dq")
+    check.not_input(dv.view, "dv", dq.view, "dq")
+    return check.not_input(dv.view, "dv", dk.view, "dk")
+
+
+cdef Output result_of(Border border, out, str name, out_dtype, int ndim, const int64_t *shape, str axes, tuple allowed):
+    """The Output to write: a new array of the caller's framework, or the checked `out`, which the caller calls `name`.
+
+    Of the dtypes of `allowed`, the first by default; `axes` says in words what the shape is.
     """
     cdef str dtype = <str>allowed[0] if out_dtype is None else _dtypes.name_of(out_dtype)
     cdef Output result
@@ -179,12 +292,12 @@ cdef Output result_of(Border border, out, out_dtype, int ndim, const int64_t *sh
         raise TypeError(f"out_dtype: {dtype}, needs {' or '.join(allowed)}")
     if out is None:
         return border.make(ndim, shape, dtype)
-    result = border.wrap(out, "out")
-    check.dtype(result.view, "out", allowed if out_dtype is None else (dtype,))
-    check.shape(result.view, "out", ndim, shape, "the result's shape")
+    result = border.wrap(out, name)
+    check.dtype(result.view, name, allowed if out_dtype is None else (dtype,))
+    check.shape(result.view, name, ndim, shape, axes)
     if border.device_type == DL_CUDA:
-        check.contiguous_rows(result.view, "out")
-    check.no_overlap(result.view, "out")
+        check.contiguous_rows(result.view, name)
+    check.no_overlap(result.view, name)
     return result
 
 

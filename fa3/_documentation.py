@@ -50,9 +50,22 @@ sm_margin : int, default 0
     Multiprocessors to leave to others. Ignored on the CPU.""",
     "dropout_p": """\
 dropout_p : float, default 0.0
-    Probability to drop a weight. Above 0 is not built yet.
-dropout_seed : int, optional
-    Seed of the dropout.""",
+    Drop each weight of the softmax with this probability, in steps of 2**-16, and multiply the others by
+    ``1 / (1 - dropout_p)``; lse is that of all. Above 0 it needs a seed. Not on the GPU yet.
+dropout_seed : int or array () or (1,), optional
+    Which weights are dropped: the same with the same seed, in forward and backward, on every device, by
+    Philox4x32-10 of the seed at (batch, head, query, key). From 0 to 2**64 - 1, or an array of int64, uint64,
+    int32 or uint32 on q's device (modulo 2**64), whose value may change between replays of a CUDA graph.""",
+    "dlse": """\
+dlse : array, lse's shape, float32, optional
+    Gradient of lse, if what is optimised depends on it.""",
+    "deterministic": """\
+deterministic : bool, default False
+    Make gradients bitwise repeatable. On the CPU they always are.""",
+    "dq": """\
+dq, dk, dv : array, optional
+    Where to write the gradients: writable arrays of the shape, dtype and device of q, k, v, whose elements do
+    not overlap each other or an input's. They are also returned.""",
     "return_lse": """\
 return_lse : bool, default False
     Return ``(out, lse)`` in place of ``out``.""",
@@ -83,6 +96,11 @@ out : array
 lse : array, float32
     With `return_lse`: the natural logarithm of the sum of exponentials of the scaled, capped, masked scores,
     sinks included; {lse}.""",
+    "gradients": """\
+dq, dk, dv : array
+    Of the shape and dtype of q, k, v, in q's framework and on its device (or `dq`, `dk`, `dv`).
+dsinks : array (num_heads,), float32
+    With `sinks` alone.""",
     "raises": """\
 TypeError
     Something is not an array, or of the wrong dtype or type.
@@ -98,7 +116,7 @@ CudaError
 
 
 def documented(lse="(batch, num_heads, seqlen_q)"):
-    """Decorator: fill a docstring's ``{options}`` (of its keywords), ``{returns}`` and ``{raises}``."""
+    """Decorator: fill a docstring's ``{options}`` (of its keywords), ``{returns}`` or ``{gradients}``, ``{raises}``."""
     def fill(function):
         text = function.__doc__
         if text is None:  # python -OO

@@ -14,6 +14,7 @@ import numpy as np
 
 from fa3._numpy_cache import Rotary, Sequence, append, find_sequences
 from fa3._numpy_softmax import Keys, OnlineSoftmax, Visible, merge
+from fa3._philox import Dropout
 
 # A tile has about TILE_ROWS rows (queries times heads of a KV head) and TILE_SCORES scores, 2 MiB in fp32.
 # Measured at seqlen 2,048 and head_dim 64 and 128: fewer scores make more calls into BLAS, each of which
@@ -30,7 +31,7 @@ def forward(
     rotary_cos=None, rotary_sin=None, rotary_seqlens=None, rotary_interleaved=True,
     q_descale=None, k_descale=None, v_descale=None, sinks=None,
     batch, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_left, window_right,
-    attention_chunk, softcap, num_splits, batch_invariant, pack_gqa, sm_margin,
+    attention_chunk, softcap, num_splits, batch_invariant, pack_gqa, sm_margin, dropout_p=0.0, dropout_seed=0,
 ):
     """Compute attention into `out` and `lse` (which may be None), appending new keys to k and v in place.
 
@@ -75,17 +76,19 @@ def forward(
         k_descale = _per_head(k_descale, batch, num_heads, dtype)
         v_descale = _per_head(v_descale, batch, num_heads, dtype)
         sinks = None if sinks is None else sinks.astype(dtype)
+        dropout = Dropout(dropout_p, dropout_seed) if dropout_p > 0 else None
         for sequence in sequences:
             if sequence.seqlen_q == 0:
                 continue
             b = sequence.batch_index
+            scale_out = v_descale[b] if dropout is None else v_descale[b] * dtype(dropout.scale)
             task = _Task(
                 q=sequence.queries(q), qv=None if qv is None else sequence.queries(qv), k=k, v=v,
                 out=sequence.queries(out), lse=None if lse is None else sequence.lse(lse), sequence=sequence,
                 visible=Visible(sequence.seqlen_q, sequence.seqlen_k, window_left, right, attention_chunk),
                 scale_qk=softmax_scale * q_descale[b] * k_descale[b],
-                scale_qv=softmax_scale * q_descale[b] * v_descale[b], scale_out=v_descale[b], sinks=sinks,
-                softcap=softcap, num_splits=1 if batch_invariant else max(1, num_splits), rotate=rotate,
+                scale_qv=softmax_scale * q_descale[b] * v_descale[b], scale_out=scale_out, sinks=sinks, softcap=softcap,
+                dropout=dropout, num_splits=1 if batch_invariant else max(1, num_splits), rotate=rotate,
                 rotate_each_query=rotate_each_query, group=num_heads // num_heads_kv, dtype=dtype,
             )
             task.run(num_heads_kv)
@@ -128,9 +131,10 @@ class _Task:
     visible: Visible
     scale_qk: np.ndarray  # (num_heads,), as scale_qv and scale_out: softmax scale and descales
     scale_qv: np.ndarray
-    scale_out: np.ndarray
+    scale_out: np.ndarray  # of what dropout keeps, too
     sinks: np.ndarray | None
     softcap: float
+    dropout: Dropout | None
     num_splits: int
     rotate: Rotary | None
     rotate_each_query: bool
@@ -139,11 +143,8 @@ class _Task:
 
     def run(self, num_heads_kv):
         seqlen_q, seqlen_k = self.visible.seqlen_q, self.visible.seqlen_k
-        tile_q = min(seqlen_q, max(1, TILE_ROWS // self.group))
-        rows = tile_q * self.group
-        tile_k = max(1, min(seqlen_k, max(MIN_TILE_KEYS, TILE_SCORES // rows)))
-        heads = min(num_heads_kv, max(1, TILE_SCORES // (rows * tile_k)))
-        scratch = np.empty(heads * rows * tile_k, self.dtype)
+        tile_q, tile_k, heads = tile_sizes(seqlen_q, seqlen_k, self.group, num_heads_kv)
+        scratch = np.empty(heads * tile_q * self.group * tile_k, self.dtype)
         for first_head in range(0, num_heads_kv, heads):
             kv_heads = slice(first_head, min(first_head + heads, num_heads_kv))
             keys = self.load_keys(kv_heads)
@@ -156,23 +157,23 @@ class _Task:
         k = self.sequence.keys.read(self.k, first, count, kv_heads)
         v = self.sequence.keys.read(self.v, first, count, kv_heads)
         if self.qv is None:
-            k, v = _heads_first(k, self.dtype), _heads_first(v, self.dtype)
+            k, v = heads_first(k, self.dtype), heads_first(v, self.dtype)
         else:
-            k = np.concatenate([_heads_first(k, self.dtype), _heads_first(v, self.dtype)], axis=-1)
+            k = np.concatenate([heads_first(k, self.dtype), heads_first(v, self.dtype)], axis=-1)
             v = k[..., -v.shape[-1]:]
-        return Keys(k, v, _nonfinite_rows(v))
+        return Keys(k, v, nonfinite_rows(v))
 
     def load_queries(self, heads, m_first, m_last):
         """q (heads, rows, dim), scaled, joined by qv where there is one."""
         divisor = self.softcap if self.softcap > 0 else 1.0
-        q = _heads_first(self.q[m_first:m_last, heads], self.dtype)
+        q = heads_first(self.q[m_first:m_last, heads], self.dtype)
         if self.rotate is not None:
             position = self.sequence.rotary_offset + (m_first if self.rotate_each_query else 0)
             self.rotate(q, position, each_row=self.rotate_each_query)
         q *= (self.scale_qk[heads] / divisor)[:, None, None]
         if self.qv is None:
             return q
-        qv = _heads_first(self.qv[m_first:m_last, heads], self.dtype)
+        qv = heads_first(self.qv[m_first:m_last, heads], self.dtype)
         qv *= (self.scale_qv[heads] / divisor)[:, None, None]
         return np.concatenate([q, qv], axis=-1)
 
@@ -198,7 +199,11 @@ class _Task:
                 if self.softcap > 0:
                     np.tanh(s, out=s)
                     s *= self.softcap
-                softmax.add(s, keys, n_first, n_last, begin, end)
+                keep = None
+                if self.dropout is not None:
+                    keep = self.dropout.keep(self.sequence.batch_index, heads, slice(m_first, m_last),
+                                             slice(n_first, n_last)).reshape(s.shape)
+                softmax.add(s, keys, n_first, n_last, begin, end, keep)
             partials.append(softmax.finish())
         out, lse = partials[0]
         if len(partials) > 1:
@@ -210,7 +215,15 @@ class _Task:
             self.lse[heads, m_first:m_last] = lse.reshape(-1, rows)
 
 
-def _heads_first(rows, dtype):
+def tile_sizes(seqlen_q, seqlen_k, group, num_heads_kv):
+    """Queries and keys of a tile, and the KV heads that are computed together."""
+    tile_q = min(seqlen_q, max(1, TILE_ROWS // group))
+    rows = tile_q * group
+    tile_k = max(1, min(seqlen_k, max(MIN_TILE_KEYS, TILE_SCORES // rows)))
+    return tile_q, tile_k, min(num_heads_kv, max(1, TILE_SCORES // (rows * tile_k)))
+
+
+def heads_first(rows, dtype):
     """(rows, heads, dim) of any dtype and strides as a new contiguous (heads, rows, dim) in `dtype`."""
     if rows.dtype.itemsize == 1:  # fp8: a table of its 256 values is several times faster than a cast
         table = np.arange(256, dtype=np.uint8).view(rows.dtype).astype(dtype)
@@ -218,11 +231,11 @@ def _heads_first(rows, dtype):
     return np.array(rows.swapaxes(0, 1), dtype=dtype, order="C")
 
 
-def _nonfinite_rows(v):
-    """Which rows of v (heads, rows, dim) hold NaN or inf; None where none does."""
-    if np.isfinite(v.sum()):  # any NaN or inf shows in the sum
+def nonfinite_rows(array):
+    """Which rows of an array (heads, rows, dim) hold NaN or inf; None where none does."""
+    if np.isfinite(array.sum()):  # any NaN or inf shows in the sum
         return None
-    rows = ~np.isfinite(v).all(axis=-1)
+    rows = ~np.isfinite(array).all(axis=-1)
     return rows if rows.any() else None
 
 

@@ -66,9 +66,12 @@ class OnlineSoftmax:
         self.row_max[...] = np.repeat(sinks, self.rows).reshape(self.row_max.shape)
         self.row_sum[...] = self.row_max != -np.inf
 
-    def add(self, s, keys, n_first, n_last, begin, end):
-        """Take in the scores s (heads, group * rows, keys) of keys [n_first, n_last); s is used up."""
-        hidden = self._mask(s, n_first, n_last, begin, end)
+    def add(self, s, keys, n_first, n_last, begin, end, keep=None):
+        """Take in the scores s (heads, group * rows, keys) of keys [n_first, n_last); s is used up.
+
+        Of the values, those alone count whose weights dropout keeps: `keep` is of s's shape, or None.
+        """
+        hidden = hide(s, -np.inf, self.rows, n_first, n_last, begin, end)
         new_max = s.max(axis=-1, keepdims=True)
         np.maximum(new_max, self.row_max, out=new_max)
         # A row that has seen nothing yet has maximum -inf: subtract 0, for its exponentials to be 0, not NaN.
@@ -80,11 +83,11 @@ class OnlineSoftmax:
         self.row_sum += np.matmul(p, np.ones(n_last - n_first, p.dtype))[..., None]
         self.acc *= correction
         self.row_max = new_max
-        v = keys.v[:, n_first:n_last]
-        if hidden and keys.nonfinite is not None and keys.nonfinite[:, n_first:n_last].any():
-            self._add_nonfinite(p, v, keys.nonfinite[:, n_first:n_last], begin - n_first, end - n_first)
-            v = np.where(keys.nonfinite[:, n_first:n_last, None], 0, v)
-        self.acc += np.matmul(p, v, out=self.product)
+        if keep is not None:
+            p *= keep
+        nonfinite = keys.nonfinite[:, n_first:n_last] if hidden and keys.nonfinite is not None else None
+        add_product(self.acc, p, keys.v[:, n_first:n_last], nonfinite,
+                    lambda: sees(self.group, n_first, n_last, begin, end), self.product)
 
     def finish(self):
         """out (heads, group * rows, head_dim_v), lse (heads, group * rows); 0 and -inf where nothing is seen."""
@@ -92,26 +95,46 @@ class OnlineSoftmax:
         self.acc /= np.where(self.row_sum == 0, 1, self.row_sum)
         return self.acc, lse
 
-    def _mask(self, s, n_first, n_last, begin, end):
-        """Set the scores of keys that a query does not see to -inf; say whether there are any."""
-        s = s.reshape(s.shape[0], self.group, self.rows, -1)
-        columns = np.arange(n_first, n_last)
-        left = min(int(begin[-1]), n_last) - n_first  # columns before it are hidden from some query
-        right = max(int(end[0]), n_first) - n_first  # columns from it on are hidden from some query
-        if left > 0:
-            np.copyto(s[..., :left], -np.inf, where=columns[:left] < begin[:, None])
-        if right < len(columns):
-            np.copyto(s[..., right:], -np.inf, where=columns[right:] >= end[:, None])
-        return left > 0 or right < len(columns)
 
-    def _add_nonfinite(self, p, v, nonfinite, begin, end):
-        """Add values that hold NaN or inf for the queries that see them: 0 * NaN would spoil the others."""
-        heads, _, num_keys = p.shape
-        p = p.reshape(heads, self.group, self.rows, num_keys)
-        acc = self.acc.reshape(heads, self.group, self.rows, -1)
+def hide(tile, value, rows, n_first, n_last, begin, end):
+    """Set a tile (heads, group * rows, keys) to `value` where a query does not see a key; say if that is anywhere."""
+    tile = tile.reshape(tile.shape[0], -1, rows, tile.shape[-1])
+    columns = np.arange(n_first, n_last)
+    left = min(int(begin[-1]), n_last) - n_first  # columns before it are hidden from some query
+    right = max(int(end[0]), n_first) - n_first  # columns from it on are hidden from some query
+    if left > 0:
+        np.copyto(tile[..., :left], value, where=columns[:left] < begin[:, None])
+    if right < len(columns):
+        np.copyto(tile[..., right:], value, where=columns[right:] >= end[:, None])
+    return left > 0 or right < len(columns)
+
+
+def sees(group, n_first, n_last, begin, end):
+    """Which keys [n_first, n_last) the rows of a tile see: bool (group * rows, keys)."""
+    columns = np.arange(n_first, n_last)
+    return np.tile((columns >= begin[:, None]) & (columns < end[:, None]), (group, 1))
+
+
+def add_product(acc, weights, rows, nonfinite, seen, product=None):
+    """acc += weights @ rows, where rows that hold NaN or inf count for those alone who see them: 0 * NaN is NaN.
+
+    Parameters
+    ----------
+    acc, weights, rows : numpy.ndarray
+        (heads, m, dim), (heads, m, n) and (heads, n, dim).
+    nonfinite : numpy.ndarray of bool or None
+        (heads, n): rows that hold NaN or inf; None: there are none, or all see them.
+    seen : callable
+        Makes bool (m, n): which of the m see which of the n rows.
+    product : numpy.ndarray, optional
+        Room for a product, of acc's shape.
+    """
+    if nonfinite is not None and nonfinite.any():
+        by_row = seen().T
         for head, j in np.argwhere(nonfinite):
-            sees = (begin <= j) & (j < end)
-            acc[head][:, sees] += p[head][:, sees, j, None] * v[head, j]
+            acc[head][by_row[j]] += weights[head][by_row[j], j, None] * rows[head, j]
+        rows = np.where(nonfinite[..., None], 0, rows)
+    acc += np.matmul(weights, rows, out=product)
 
 
 def merge(outs, lses):

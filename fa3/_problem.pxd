@@ -1,5 +1,5 @@
 cimport cython
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint64_t
 
 from fa3._array cimport Border
 from fa3._view cimport ArrayView
@@ -16,6 +16,8 @@ cdef struct Options:                  # the numbers of a call, their defaults se
     int pack_gqa                      # -1: chosen
     int sm_margin
     bint rotary_interleaved
+    double dropout_p
+    uint64_t dropout_seed             # 0 where an array on a GPU holds it
 
 
 @cython.final
@@ -47,6 +49,7 @@ cdef class Problem:
     cdef ArrayView k_descale
     cdef ArrayView v_descale
     cdef ArrayView sinks
+    cdef ArrayView dropout_seed       # one integer; on the CPU `options` have it too
     # Sizes.
     cdef readonly int64_t batch
     cdef readonly int64_t num_heads
@@ -70,6 +73,7 @@ cdef class Problem:
     cdef int rotate(self, cos, sin, seqlens) except -1
     cdef int settle(self, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, batch_invariant,
                     pack_gqa, sm_margin) except -1
+    cdef int drop(self, probability, seed) except -1
     cpdef int finish(self) except -1
     cdef dict arrays(self)
     cdef int out_shape(self, int64_t *shape) noexcept
@@ -78,6 +82,7 @@ cdef class Problem:
     cdef int size_kv(self, str first_axis, str second_axis) except -1
     cdef str batch_name(self)
     cdef ArrayView vector(self, array, str name, tuple allowed, int64_t size, str axes)
+    cdef ArrayView one_integer(self, array, str name)
     cdef ArrayView per_sequence(self, array, str name)
     cdef ArrayView cumulative(self, array, str name)
     cdef ArrayView descale(self, array, str name)

@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 """One call's arrays, sizes and options: read off q, k, v, then what every further argument is checked against."""
 from libc.math cimport pow
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy
 
 from fa3 cimport _checks as check
@@ -21,6 +21,7 @@ cdef str FP8 = _dtypes.FP8
 cdef tuple HALF = _dtypes.HALF
 cdef tuple INT32 = ("int32",)
 cdef tuple FLOAT32 = ("float32",)
+cdef tuple SEEDS = ("int64", "uint64", "int32", "uint32")
 
 
 cdef class Problem:
@@ -314,6 +315,36 @@ cdef class Problem:
         options.sm_margin = <int>check.integer(sm_margin, "sm_margin", 0)
         options.rotary_interleaved = True
         return 0
+
+    cdef int drop(self, probability, seed) except -1:
+        """Dropout. A seed in an array is read now on the CPU; on a GPU a kernel will, so that graphs may change it."""
+        cdef Options *options = &self.options
+        options.dropout_p = check.probability(probability, "dropout_p")
+        if seed is not None:
+            number = check.seed(seed, "dropout_seed")
+            if number is None:
+                self.dropout_seed = self.one_integer(seed, "dropout_seed")
+                if not self.on_gpu:
+                    number = int(self.dropout_seed.numpy().reshape(-1)[0]) % 2**64
+            if number is not None:
+                options.dropout_seed = <uint64_t>number
+        if options.dropout_p == 0:
+            return 0
+        if self.on_gpu:
+            raise NotImplementedError(f"dropout_p: {options.dropout_p}, but dropout is not built for the GPU yet; "
+                                      "needs 0.0, or CPU arrays")
+        if seed is None:
+            raise ValueError(f"dropout_seed: got None, but dropout_p is {options.dropout_p} and needs one: an int, "
+                             "or an array that holds one")
+        return 0
+
+    cdef ArrayView one_integer(self, array, str name):
+        """A view of an array with one integer of 32 or 64 bits, in no dimension or one."""
+        cdef ArrayView view = self.border.take(array, name)
+        check.dtype(view, name, SEEDS)
+        if view.ndim > 1 or view.ndim == 1 and view.c_shape[0] != 1:
+            raise ValueError(f"{name}: shape {view.shape}, needs () or (1,)")
+        return view
 
     # ---- the whole --------------------------------------------------------------------------------------
 

@@ -14,6 +14,10 @@ from ._reference_check import Formula, Masking, Packed
 DTYPES = {"fp8": np.dtype(ml_dtypes.float8_e4m3fn), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 
 
+# Options of the forward that change no gradient.
+_FORWARD_ALONE = ("num_splits", "batch_invariant", "pack_gqa", "out_dtype", "return_lse")
+
+
 @dataclass(frozen=True)
 class Lengths:
     """Rows allocated for each sequence, and how many of them are in use."""
@@ -63,6 +67,19 @@ class Problem:
                     for sq, sk in zip(self.q_lengths.used, self.k_lengths.used, strict=True))
         return 2 * pairs * self.q.shape[1] * head_dim
 
+    @property
+    def backward_flops(self) -> int:
+        """Five products: three over head_dim, two over that of v."""
+        head_dim, head_dim_v = self.q.shape[-1], self.v.shape[-1]
+        return self.flops // (head_dim + head_dim_v) * (3 * head_dim + 2 * head_dim_v)
+
+    def backward_bytes_moved(self) -> int:
+        """Each row in use of q, k, v, out and dout read once, and of dq, dk and dv written once."""
+        rows_q, rows_k = int(self.q_lengths.used.sum()), int(self.k_lengths.used.sum())
+        columns_q = self.q.shape[1] * (2 * self.q.shape[-1] + 2 * self.v.shape[-1])
+        columns_k = self.k.shape[1] * 2 * (self.k.shape[-1] + self.v.shape[-1])
+        return (rows_q * columns_q + rows_k * columns_k) * self.q.dtype.itemsize
+
     def bytes_moved(self, out_itemsize: int) -> int:
         """Each row in use of q, k, v read once and of out written once."""
         heads, rows_q, rows_k = self.q.shape[1], int(self.q_lengths.used.sum()), int(self.k_lengths.used.sum())
@@ -91,11 +108,11 @@ class Problem:
             parts.append(f"page_size {self.page_size}")
         return ", ".join(parts)
 
-    def call(self, device):
+    def call(self, device, **more):
         """Bind the arrays to `device`; the result is a function without arguments that calls fa3 once."""
         import fa3
 
-        options = {**self.options, **{name: device.put(array) for name, array in self.arrays.items()}}
+        options = {**self.options, **{name: device.put(array) for name, array in self.arrays.items()}, **more}
         named = device.named_dtype(self.q.dtype)
         if named is not None:
             options["dtype"] = named
@@ -108,6 +125,24 @@ class Problem:
         arrays = [device.put(a) for a in (self.q, k, v, self.q_lengths.cumulative, self.k_lengths.cumulative)]
         longest = self.q_lengths.longest, self.k_lengths.longest
         return lambda: fa3.flash_attn_varlen_func(*arrays, *longest, **options)
+
+    def backward_call(self, device, dout, out, lse):
+        """The same for the gradients; `out` and `lse` are the device's own."""
+        import fa3
+
+        given = ["qv"] * (self.qv is not None) + ["page_size"] * bool(self.page_size)
+        given += [name for name in self.arrays if name.endswith("descale")]
+        if given:
+            raise ValueError(f"--backward: given with --{given[0]}, which is of the forward alone")
+        options = {name: value for name, value in self.options.items() if name not in _FORWARD_ALONE}
+        options |= {name: device.put(array) for name, array in self.arrays.items()}
+        named = device.named_dtype(self.q.dtype)
+        if named is not None:
+            options["dtype"] = named
+        arrays = [device.put(dout), *(device.put(a) for a in (self.q, self.k, self.v)), out, lse]
+        arrays += [device.put(lengths.cumulative) for lengths in (self.q_lengths, self.k_lengths)]
+        longest = self.q_lengths.longest, self.k_lengths.longest
+        return lambda: fa3.flash_attn_varlen_backward(*arrays, *longest, **options)
 
     def _paged(self):
         """The same keys and values, cut into pages that lie in shuffled order; what no sequence owns is NaN."""
@@ -164,7 +199,7 @@ def make_problem(args) -> Problem:
         scale = (args.head_size + (head_dim_v if args.qv else 0)) ** -0.5
     masking = Masking(args.causal, *args.window_size, args.attention_chunk)
     formula = Formula(scale, masking, args.softcap, arrays.get("sinks"), arrays.get("q_descale"),
-                      arrays.get("k_descale"), arrays.get("v_descale"))
+                      arrays.get("k_descale"), arrays.get("v_descale"), args.dropout_p, _dropout_seed(args) or 0)
     options = {name: value for name, (value, default) in _options(args).items() if value != default}
     return Problem(args.dtype, q_lengths, k_lengths, q, k, v, qv, formula, args.page_size, options, arrays)
 
@@ -182,10 +217,15 @@ def _options(args):
         "pack_gqa": (args.pack_gqa, None),
         "sm_margin": (args.sm_margin, 0),
         "dropout_p": (args.dropout_p, 0.0),
-        "dropout_seed": (args.dropout_seed, None),
+        "dropout_seed": (_dropout_seed(args), None),
         "out_dtype": (None if args.out_dtype is None else DTYPES[args.out_dtype].name, None),
         "return_lse": (args.return_lse, False),
     }
+
+
+def _dropout_seed(args):
+    """That of all else, unless it is given."""
+    return args.seed if args.dropout_seed is None and args.dropout_p else args.dropout_seed
 
 
 def _lengths(args, rng):

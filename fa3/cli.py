@@ -30,7 +30,7 @@ FEATURES = (
     ("flash_attn_combine", "not yet", "yes"),
     ("qv, absorbed MLA", "not yet", "yes"),
     ("quantize_fp8, hadamard rotation", "yes", "yes"),
-    ("backward, dropout", "not yet", "not yet"),
+    ("backward, dropout", "not yet", "yes"),
 )
 _FRAMEWORKS = (
     ("NumPy", ("numpy",)),
@@ -60,7 +60,7 @@ def main(argv=None) -> int:
 
 
 def run(args) -> int:
-    """``fa3 run``: make a problem, compute it, check it, time it."""
+    """``fa3 run``: make a problem, compute it, check it, time it; with ``--backward`` its gradients."""
     from ._progress import Progress
     from ._reference_check import check_forward
     from ._run_device import choose_device
@@ -68,35 +68,46 @@ def run(args) -> int:
 
     device = choose_device(args.device)
     problem = make_problem(args)
-    if args.backward:
-        _backward(problem, device, args)
-    call = problem.call(device)
+    call = problem.call(device, **({"return_lse": True} if args.backward else {}))
     result = call()
-    out, lse = (device.get(array) for array in result) if args.return_lse else (device.get(result), None)
+    out, lse = (device.get(x) for x in result) if args.return_lse or args.backward else (device.get(result), None)
     with Progress("checking") as progress:
         report = check_forward(out, lse, problem.q, problem.k, problem.v, problem.packed, problem.formula,
                                qv=problem.qv, seed=args.seed, progress=progress)
-    print(f"problem   {problem.describe()}")
+    gradients = None
+    if args.backward and report.ok:
+        call, gradients = _backward(problem, device, result, out, lse, args.seed)
+    print(f"problem   {problem.describe()}" + (", backward" if args.backward else ""))
     print(f"device    {device.name}")
     if args.time:
         seconds, runs = device.median_seconds(call)
-        amount = problem.bytes_moved(out.dtype.itemsize)
+        flops, amount = problem.flops, problem.bytes_moved(out.dtype.itemsize)
+        if gradients is not None:
+            flops, amount = problem.backward_flops, problem.backward_bytes_moved()
         time = f"{seconds * 1e6:,.1f} µs" if seconds < 0.01 else f"{seconds * 1e3:,.1f} ms"
         print(f"time      {time} (median of {runs})")
-        print(f"speed     {problem.flops / seconds / 1e12:,.3g} TFLOP/s, {amount / seconds / 1e9:,.4g} GB/s")
+        print(f"speed     {flops / seconds / 1e12:,.3g} TFLOP/s, {amount / seconds / 1e9:,.4g} GB/s")
     print(f"check     {report}")
-    return 0 if report.ok else WRONG
+    if gradients is not None:
+        print(f"gradients {gradients}")
+    return 0 if report.ok and (gradients is None or gradients.ok) else WRONG
 
 
-def _backward(problem, device, args):
-    """Ask the library for gradients; while it has none, what it raises is the answer."""
-    import fa3
+def _backward(problem, device, result, out, lse, seed):
+    """The call that computes gradients, and what the check found of them."""
+    import numpy as np
 
-    q, k, v = (device.put(array) for array in (problem.q, problem.k, problem.v))
-    cu_seqlens = [device.put(lengths.cumulative) for lengths in (problem.q_lengths, problem.k_lengths)]
-    out, lse = fa3.flash_attn_varlen_func(q, k, v, *cu_seqlens, causal=args.causal, return_lse=True)
-    fa3.flash_attn_varlen_backward(out, q, k, v, out, lse, *cu_seqlens, causal=args.causal)
-    raise NotImplementedError("--backward: checking gradients is not built yet")
+    from ._gradient_check import check_backward
+    from ._progress import Progress
+
+    rng = np.random.default_rng([seed, 1])
+    dout = rng.standard_normal(out.shape, dtype=np.float32).astype(out.dtype)
+    call = problem.backward_call(device, dout, *result)
+    gradients = [device.get(array) for array in call()]
+    with Progress("checking gradients") as progress:
+        report = check_backward(gradients, dout, out, lse, problem.q, problem.k, problem.v, problem.packed,
+                                problem.formula, seed=seed, progress=progress)
+    return call, report
 
 
 def info(args) -> int:
@@ -228,5 +239,5 @@ def _add_option_flags(parser):
     add("--out_dtype", choices=("fp16", "bf16"), help="of the result (that of q; fp8: bf16)")
     add("--return_lse", action="store_true", help="ask for the log-sum-exp and check it too")
     add("--dropout_p", type=float, default=0.0, metavar="P", help="drop each probability with P")
-    add("--dropout_seed", type=_count, metavar="N", help="of the dropped ones")
-    add("--backward", action="store_true", help="gradients as well")
+    add("--dropout_seed", type=_count, metavar="N", help="of the dropped ones (that of --seed)")
+    add("--backward", action="store_true", help="compute, check and time the gradients as well")

@@ -191,6 +191,33 @@ def check_nothing_to_do(gpu):
     assert gpu.state.calls == calls
 
 
+def check_what_is_not_built_is_refused(gpu):
+    """Dropout and gradients, once the arguments are right: no launch, and the error says what is missing."""
+    import torch
+
+    import fa3
+
+    calls, call = gpu.state.calls, dense(gpu)
+    more = arrays(gpu, dout=(2, 5, 4, 64), out=(2, 5, 4, 64), lse=(torch.float32, 2, 4, 5), seed=(torch.int64, 1))
+    seed = more.pop("seed")
+    for function, options, words in (
+            (fa3.flash_attn_func, {"dropout_p": 0.5, "dropout_seed": seed}, "dropout_p: 0.5, but dropout is not built"),
+            (fa3.flash_attn_backward, {**more, "dropout_p": 0.1}, "dropout_p: 0.1, but dropout is not built"),
+            (fa3.flash_attn_backward, more, "flash_attn_backward: the backward pass is not built for the GPU yet")):
+        try:
+            function(**call, **options)
+        except NotImplementedError as error:
+            assert words in str(error), error
+        else:
+            raise AssertionError(f"{words}: not raised")
+    try:
+        fa3.flash_attn_backward(**call, **{**more, "lse": more["out"]})
+    except TypeError as error:
+        assert str(error) == "lse: dtype float16, needs float32", error
+    fa3.flash_attn_func(**call, dropout_seed=seed)  # without dropout a seed changes nothing, and is not read
+    assert gpu.state.calls == calls + 1
+
+
 def check_failure(gpu):
     import fa3
 

@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from fa3 import _numpy, _run_device, cli
 from fa3 import _reference_check as check
-from fa3 import _run_device, cli
 from fa3._progress import Progress
 from fa3._run_problem import parse_seqlens
 
@@ -28,6 +28,8 @@ SMALL_CASES = {
                  "--fixed",
     "6 decode": "--fp16 --batch_size 4 --max_seqlen_q 1 --max_seqlen_k 200 --num_heads 16 --num_heads_k 2 "
                 "--head_size 128 --fixed",
+    "7": "--fp16 --batch_size 1 --max_seqlen_q 128 --max_seqlen_k 128 --num_heads 8 --head_size 64 --causal --fixed "
+         "--dropout_p 0.1 --backward",
     "bf16": "--bf16 --batch_size 2 --max_seqlen_q 70 --max_seqlen_k 90 --num_heads 6 --num_heads_k 2 --head_size 64",
 }
 OPTIONS = {
@@ -43,6 +45,10 @@ OPTIONS = {
     "paged": "--page_size 16 --seqused_k",
     "splits": "--num_splits 3 --page_size 8",
     "batch_invariant": "--batch_invariant --no_pack_gqa --sm_margin 2",
+    "dropout": "--dropout_p 0.3 --dropout_seed 12345678901 --return_lse",
+    "backward": "--backward --bf16 --head_size_v 48 --num_splits 2 --batch_invariant --no_pack_gqa",
+    "backward, left window": "--backward --causal --window_size 9 -1 --softcap 5.5 --softmax_scale 0.5",
+    "backward, everything": "--backward --attention_chunk 32 --sinks --seqused_q --seqused_k --dropout_p 0.2",
     "fp8 descales": "--fp8 --q_descale 0.5 --k_descale 2.5 --v_descale 3 --out_dtype fp16",
 }
 FEW = "--batch_size 3 --max_seqlen_q 40 --max_seqlen_k 70 --num_heads 4 --num_heads_k 2 --head_size 32 --no_time"
@@ -92,6 +98,15 @@ def test_what_is_printed(capsys):
     assert "CPU, NumPy" in lines[1]
     assert "TFLOP/s" in lines[3] and "GB/s" in lines[3]
     assert lines[4].startswith("check     ok: all 512 rows")
+
+
+def test_what_is_printed_of_gradients(capsys):
+    assert run("--batch_size 2 --max_seqlen_q 64 --num_heads 4 --head_size 64 --fixed --backward --dropout_p 0.1") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["problem", "device", "time", "speed", "check", "gradients"]
+    assert lines[0].endswith("full, dropout_p 0.1, dropout_seed 0, backward")
+    assert lines[4].startswith("check     ok: all 512 rows") and ", lse " in lines[4]
+    assert lines[5].startswith("gradients ok: all 1,536 rows")
 
 
 def test_both_spellings_as_a_program(tmp_path):
@@ -147,9 +162,78 @@ def test_a_wrong_lse_exits_1(monkeypatch, capsys):
     assert "lse of sequence 0 is off" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("index", "name"), [(6, "dq of query"), (7, "dk of key"), (8, "dv of key"), (9, "dsinks of")])
+def test_a_wrong_gradient_exits_1(monkeypatch, capsys, index, name):
+    from fa3 import _numpy_backward
+
+    backward = _numpy_backward.backward
+
+    def corrupted(*arrays, **options):
+        backward(*arrays, **options)
+        arrays[index][(-1,) * arrays[index].ndim] += arrays[index].dtype.type(0.1)
+
+    monkeypatch.setattr(_numpy_backward, "backward", corrupted)
+    assert run(f"{FEW} --backward --sinks") == cli.WRONG
+    out = capsys.readouterr().out
+    assert "check     ok" in out and f"gradients WRONG: {name}" in out
+
+
+@pytest.mark.parametrize(("value", "words"), [(np.nan, "is not finite"), (1, "is in no use, and not 0")])
+def test_gradients_of_rows_in_no_use_exit_1(monkeypatch, capsys, value, words):
+    from fa3 import _numpy_backward
+
+    backward = _numpy_backward.backward
+
+    def corrupted(*arrays, **options):
+        backward(*arrays, **options)
+        first_end, allocated = int(options["seqused_k"][0]), int(options["cu_seqlens_k"][1])
+        assert first_end < allocated
+        arrays[7][first_end, 0, 0] = value
+
+    monkeypatch.setattr(_numpy_backward, "backward", corrupted)
+    assert run(f"{FEW} --backward --seqused_k") == 1
+    assert words in capsys.readouterr().out
+
+
+def test_a_wrong_mask_exits_1(monkeypatch, capsys):
+    """The check has its own Philox: a seed that the library takes for another shows."""
+    from fa3 import _philox
+
+    philox = _philox.philox4x32
+    monkeypatch.setattr(_philox, "philox4x32", lambda counter, seed: philox(counter, seed ^ 1))
+    assert run(f"{FEW} --dropout_p 0.2") == 1
+    assert "check     WRONG" in capsys.readouterr().out
+
+
+def test_a_small_budget_checks_gradients_on_a_sample():
+    from fa3 import _numpy_backward
+    from fa3._gradient_check import check_backward
+
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (rng.standard_normal((64, 2, 32)).astype(np.float16) for _ in range(4))
+    out, lse = np.zeros_like(q), np.zeros((2, 64), np.float32)
+    cu_seqlens = np.array([0, 64])
+    keywords = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, batch=1, max_seqlen_q=64, max_seqlen_k=64,
+                    softmax_scale=0.2, causal=False, window_left=-1, window_right=-1, attention_chunk=0, softcap=0.0)
+    _numpy.forward(q, k, v, out, lse, num_splits=0, batch_invariant=False, pack_gqa=None, sm_margin=0, **keywords)
+    gradients = [np.empty_like(x) for x in (q, k, v)]
+    _numpy_backward.backward(dout, q, k, v, out, lse, *gradients, None, **keywords)
+    packed = check.Packed(np.array([0]), np.array([64]), np.array([0]), np.array([64]))
+    inputs = dout, out, lse, q, k, v, packed, check.Formula(0.2)
+    report = check_backward(gradients, *inputs, budget=200_000)
+    assert report.ok and 8 <= report.rows_checked < report.rows_total == 384
+    for i in range(3):
+        for row in (0, -1):
+            wrong = [x.copy() for x in gradients]
+            wrong[i][row] += np.float16(0.1)
+            assert not check_backward(wrong, *inputs, budget=200_000).ok
+
+
 @pytest.mark.parametrize(("flags", "words"), [
-    ("--dropout_p 0.1", "NotImplementedError: dropout_p"),
-    ("--backward", "NotImplementedError: flash_attn_varlen_backward"),
+    ("--dropout_p 1", "ValueError: dropout_p"),
+    ("--backward --fp8", "TypeError: q: dtype float8_e4m3fn, needs float16"),
+    ("--backward --qv", "ValueError: --backward: given with --qv"),
+    ("--backward --page_size 8", "ValueError: --backward: given with --page_size"),
     ("--num_heads_k 3", "ValueError: "),
     ("--softcap -1", "ValueError: softcap"),
     ("--seqlens 3,x", "ValueError: --seqlens"),
@@ -183,8 +267,9 @@ def test_parse_seqlens():
 
 @pytest.mark.parametrize("flags", ["--batch_size 0", "--max_seqlen_q 0 --max_seqlen_k 5", "--max_seqlen_q 5 "
                                    "--max_seqlen_k 0"])
-def test_nothing_to_compute(flags):
-    assert run(f"--num_heads 2 --head_size 32 {flags} --return_lse") == 0
+@pytest.mark.parametrize("more", ["--return_lse", "--backward --sinks"])
+def test_nothing_to_compute(flags, more):
+    assert run(f"--num_heads 2 --head_size 32 {flags} {more}") == 0
 
 
 def test_info(capsys):

@@ -71,7 +71,19 @@ def combine(**changes):
     return fa3.flash_attn_combine(**{**call, **changes})
 
 
-CALLS = [dense, varlen, kvcache, append, rotary, paged, fp8, combine]
+def backward(**changes):
+    call = {"dout": zeros(2, 5, 4, 8), "q": Q, "k": K, "v": V, "out": zeros(2, 5, 4, 8), "lse": zeros(2, 4, 5)}
+    return fa3.flash_attn_backward(**{**call, **changes})
+
+
+def varlen_backward(**changes):
+    call = {"dout": zeros(10, 4, 8), "q": zeros(10, 4, 16), "k": zeros(14, 2, 16), "v": zeros(14, 2, 8),
+            "out": zeros(10, 4, 8), "lse": zeros(4, 10), "cu_seqlens_q": ints(0, 5, 10),
+            "cu_seqlens_k": ints(0, 7, 14)}
+    return fa3.flash_attn_varlen_backward(**{**call, **changes})
+
+
+CALLS = [dense, varlen, kvcache, append, rotary, paged, fp8, combine, backward, varlen_backward]
 
 # (call, what to change, exception, message)
 RULES = [
@@ -160,7 +172,14 @@ RULES = [
     (dense, {"sm_margin": -1}, ValueError, "sm_margin: -1, needs at least 0"),
     (dense, {"dropout_p": 1.0}, ValueError, "dropout_p: 1.0, needs 0 ≤ dropout_p < 1"),
     (dense, {"dropout_p": -0.1}, ValueError, "dropout_p: -0.1, needs 0 ≤ dropout_p < 1"),
-    (dense, {"dropout_p": 0.1}, NotImplementedError, "dropout_p: 0.1, but dropout is not built yet; needs 0.0"),
+    (dense, {"dropout_p": 0.1}, ValueError,
+     "dropout_seed: got None, but dropout_p is 0.1 and needs one: an int, or an array that holds one"),
+    (dense, {"dropout_p": 1 - 1e-9}, ValueError, "dropout_p: 0.999999999, needs 0 ≤ dropout_p < 1"),  # 1 in fp32
+    (dense, {"dropout_seed": 1.5}, TypeError, "dropout_seed: got float, needs an int, or an array that holds one"),
+    (dense, {"dropout_seed": np.ones(())}, TypeError,
+     "dropout_seed: dtype float64, needs int64 or uint64 or int32 or uint32"),
+    (dense, {"dropout_seed": ints(1, 2)}, ValueError, "dropout_seed: shape (2,), needs () or (1,)"),
+    (dense, {"dropout_seed": ints([1])}, ValueError, "dropout_seed: shape (1, 1), needs () or (1,)"),
     (dense, {"dropout_seed": -1}, ValueError, "dropout_seed: -1, needs at least 0"),
     (dense, {"dropout_seed": 2**64}, ValueError, "dropout_seed: 18446744073709551616, needs at most "),
     (dense, {"return_lse": None}, TypeError, "return_lse: got NoneType, needs True or False"),
@@ -246,6 +265,51 @@ RULES = [
      "lse_partial: shape (3, 2, 4, 5), needs (3, 2, 5, 4): (splits, batch, seqlen_q, num_heads)"),
     (combine, {"out_partial": zeros(0, 2, 5, 4, 8), "lse_partial": zeros(0, 2, 5, 4)}, ValueError,
      "out_partial: splits 0, needs at least 1"),
+    # gradients
+    (backward, {"dout": 1.0}, TypeError, "dout: "),
+    (backward, {"dout": zeros(2, 5, 4, 16)}, ValueError,
+     "dout: shape (2, 5, 4, 16), needs (2, 5, 4, 8): q's shape with head_dim_v"),
+    (backward, {"dout": zeros(2, 5, 4, 8, dtype=np.float16)}, TypeError, "dout: dtype float16, but q has float32"),
+    (backward, {"out": zeros(2, 5, 4, 8, dtype=BF16)}, TypeError, "out: dtype bfloat16, but q has float32"),
+    (backward, {"out": zeros(2, 5, 8, 4)}, ValueError, "out: shape (2, 5, 8, 4), needs (2, 5, 4, 8)"),
+    (backward, {"out": None}, TypeError, "out: "),
+    (backward, {"lse": zeros(2, 5, 4)}, ValueError,
+     "lse: shape (2, 5, 4), needs (2, 4, 5): (batch, num_heads, seqlen_q)"),
+    (backward, {"lse": np.zeros((2, 4, 5))}, TypeError, "lse: dtype float64, needs float32"),
+    (backward, {"lse": None}, TypeError, "lse: "),
+    (backward, {"dlse": zeros(4, 10)}, ValueError, "dlse: shape (4, 10), needs (2, 4, 5)"),
+    (backward, {"dlse": np.zeros((2, 4, 5))}, TypeError, "dlse: dtype float64, needs float32"),
+    (backward, {"q": Q.astype(FP8), "k": K.astype(FP8), "v": V.astype(FP8)}, TypeError,
+     "q: dtype float8_e4m3fn, needs float16 or bfloat16 or float32 or float64"),
+    (backward, {"k": zeros(2, 7, 2, 24)}, ValueError, "k: head_dim 24, but q has 16"),
+    (backward, {"deterministic": None}, TypeError, "deterministic: got NoneType, needs True or False"),
+    (backward, {"softcap": -1.0}, ValueError, "softcap: -1.0, needs at least 0"),
+    (backward, {"sm_margin": -1}, ValueError, "sm_margin: -1, needs at least 0"),
+    (backward, {"sinks": zeros(2)}, ValueError, "sinks: shape (2,), needs (4,): (num_heads,)"),
+    (backward, {"dropout_p": 0.5}, ValueError, "dropout_seed: got None, but dropout_p is 0.5 and needs one"),
+    (backward, {"dq": [0.0]}, TypeError, "dq: "),
+    (backward, {"dq": zeros(2, 5, 4, 8)}, ValueError, "dq: shape (2, 5, 4, 8), needs (2, 5, 4, 16): q's shape"),
+    (backward, {"dk": zeros(2, 7, 4, 16)}, ValueError, "dk: shape (2, 7, 4, 16), needs (2, 7, 2, 16): k's shape"),
+    (backward, {"dv": zeros(2, 7, 2, 16)}, ValueError, "dv: shape (2, 7, 2, 16), needs (2, 7, 2, 8): v's shape"),
+    (backward, {"dk": zeros(2, 7, 2, 16, dtype=np.float16)}, TypeError, "dk: dtype float16, needs float32"),
+    (backward, {"dv": read_only(2, 7, 2, 8)}, BufferError, "dv: "),
+    (backward, {"dk": np.broadcast_to(zeros(2, 7, 1, 16), (2, 7, 2, 16))}, BufferError, "dk: "),
+    (backward, {"dk": np.lib.stride_tricks.as_strided(zeros(400), (2, 7, 2, 16), (896, 128, 60, 4))}, ValueError,
+     "dk: shape (2, 7, 2, 16) with strides (224, 32, 15, 1) lets elements overlap, needs a place in memory for each"),
+    (backward, {"dq": Q}, ValueError, "dq: is the memory of q, needs memory of its own"),
+    (backward, {"dk": K}, ValueError, "dk: is the memory of k, needs memory of its own"),
+    (backward, {"v": K, "dv": K, "dout": Q, "out": Q.copy()}, ValueError, "dv: is the memory of k, needs memory"),
+    (backward, {"v": K, "dq": (SAME := zeros(2, 5, 4, 16)), "dout": SAME, "out": Q}, ValueError,
+     "dq: is the memory of dout, needs memory of its own"),
+    (backward, {"v": K, "dq": SAME, "out": SAME, "dout": Q}, ValueError, "dq: is the memory of out, needs memory"),
+    (backward, {"v": K.copy(), "dout": Q, "out": Q, "dk": (BOTH := zeros(2, 7, 2, 16)), "dv": BOTH}, ValueError,
+     "dv: is the memory of dk, needs memory of its own"),
+    (varlen_backward, {"lse": zeros(10, 4)}, ValueError, "lse: shape (10, 4), needs (4, 10): (num_heads, total_q)"),
+    (varlen_backward, {"dout": zeros(2, 5, 4, 8)}, ValueError, "dout: shape (2, 5, 4, 8), needs (10, 4, 8)"),
+    (varlen_backward, {"cu_seqlens_k": None}, ValueError, "cu_seqlens_k: got None, needs int32 (batch + 1,)"),
+    (varlen_backward, {"cu_seqlens_k": ints(0, 14)}, ValueError, "cu_seqlens_k: shape (2,), needs (3,): (batch + 1,)"),
+    (varlen_backward, {"cu_seqlens_q": None}, TypeError, "cu_seqlens_q: "),
+    (varlen_backward, {"max_seqlen_q": -1}, ValueError, "max_seqlen_q: -1, needs at least 0"),
     (combine, {"out_dtype": "float64"}, TypeError, "out_dtype: float64, needs float32 or float16 or bfloat16"),
     (combine, {"out": zeros(2, 5, 4, 16)}, ValueError, "out: shape (2, 5, 4, 16), needs (2, 5, 4, 8)"),
 ]
@@ -264,6 +328,11 @@ VALUES = [
     (append, {"cache_seqlens": ints(5, 0)}, "cache_seqlens"),
     (rotary, {"rotary_seqlens": ints(0, 14)}, "rotary_cos"),
     (paged, {"page_table": ints([0, 6], [1, 2])}, "page_table"),
+    (backward, {"seqused_q": ints(6, 0)}, "seqused_q"),
+    (backward, {"seqused_k": ints(0, -1)}, "seqused_k"),
+    (varlen_backward, {"cu_seqlens_q": ints(0, 6, 5)}, "cu_seqlens_q"),
+    (varlen_backward, {"cu_seqlens_k": ints(0, 7, 15)}, "cu_seqlens_k"),
+    (varlen_backward, {"max_seqlen_k": 6}, "max_seqlen_k"),
 ]
 
 
@@ -292,6 +361,14 @@ def test_value_rule_on_the_cpu(call, changes, name):
 
 @pytest.mark.parametrize(("call", "changes", "name"), VALUES, ids=rule_id)
 def test_nothing_is_written_before_the_last_check(call, changes, name):
+    if call in (backward, varlen_backward):
+        rows_q, rows_k = ((2, 5), (2, 7)) if call is backward else ((10,), (14,))
+        shapes = {"dq": (*rows_q, 4, 16), "dk": (*rows_k, 2, 16), "dv": (*rows_k, 2, 8)}
+        gradients = {name: np.full(shape, 3, np.float32) for name, shape in shapes.items()}
+        with pytest.raises(ValueError):
+            call(**gradients, **changes)
+        assert all((x == 3).all() for x in gradients.values())
+        return
     k_cache, v_cache = np.full_like(K, 3), np.full_like(V, 3)
     out = np.full((10, 4, 8) if call is varlen else (2, 5, 4, 8), 3, np.float32)
     if call in (kvcache, append, rotary):
@@ -311,10 +388,9 @@ def test_numbers_of_other_types_are_taken(changes):
     dense(**changes)
 
 
-@pytest.mark.parametrize("name", [
-    "flash_attn_backward", "flash_attn_varlen_backward", "get_scheduler_metadata"])
+@pytest.mark.parametrize("name", ["get_scheduler_metadata"])
 def test_planned_functions_say_what_is_missing(name):
-    arguments = {"flash_attn_backward": 6, "flash_attn_varlen_backward": 8, "get_scheduler_metadata": 7}
+    arguments = {"get_scheduler_metadata": 7}
     with pytest.raises(NotImplementedError, match=f"{name}: .*not built yet"):
         getattr(fa3, name)(*[None] * arguments[name])
 

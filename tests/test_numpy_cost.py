@@ -5,9 +5,11 @@ import subprocess
 import sys
 import tracemalloc
 
+import numpy as np
+import pytest
 from strategies import Problem, make
 
-from fa3 import _numpy
+from fa3 import _numpy, _numpy_backward
 
 SPEED = """
 import time
@@ -49,16 +51,23 @@ def test_half_of_the_speed_of_the_naive_formula_and_more():
     assert ratio >= 0.5
 
 
-def test_memory_does_not_grow_with_the_square_of_the_length():
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_memory_does_not_grow_with_the_square_of_the_length(backward, dropout_p):
     def peak(seqlen):
         problem = Problem(seqlens_q=(seqlen,), seqlens_k=(seqlen,), num_heads_kv=2, dtype="float32", causal=True)
         arrays = make(problem)
+        inputs, gradients = (arrays.q, arrays.k, arrays.v), [np.empty_like(x) for x in (arrays.q, arrays.k, arrays.v)]
+        keywords = dict(
+            batch=1, max_seqlen_q=seqlen, max_seqlen_k=seqlen, softmax_scale=0.125, causal=True, window_left=-1,
+            window_right=-1, attention_chunk=0, softcap=0.0, dropout_p=dropout_p, dropout_seed=1)
+        arrays.out[...], arrays.lse[...] = 0, 0  # what they hold costs the same
         tracemalloc.start()
-        _numpy.forward(
-            arrays.q, arrays.k, arrays.v, arrays.out, arrays.lse, batch=1, max_seqlen_q=seqlen, max_seqlen_k=seqlen,
-            softmax_scale=0.125, causal=True, window_left=-1, window_right=-1, attention_chunk=0, softcap=0.0,
-            num_splits=0, batch_invariant=False, pack_gqa=None, sm_margin=0,
-        )
+        if backward:
+            _numpy_backward.backward(arrays.out, *inputs, arrays.out, arrays.lse, *gradients, None, **keywords)
+        else:
+            _numpy.forward(*inputs, arrays.out, arrays.lse, num_splits=0, batch_invariant=False, pack_gqa=None,
+                           sm_margin=0, **keywords)
         size = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return size, arrays.q.nbytes
