@@ -60,8 +60,10 @@ TileCost tile_cost(const ForwardVariant& v) {
   return {0.03 * dim, 0.95 * block};
 }
 
-/// What splitting adds, in microseconds: to each part, which it leaves in memory, and to the last, which joins them.
-constexpr double kPartTime = 0.6, kJoinTime = 2.0;
+/// What splitting adds, in microseconds: to each part, which it leaves in memory, and to the last, which reads the
+/// parts back one after the other, their row sums and then 32 columns at a time.
+constexpr double kPartTime = 0.6;
+double join_time(double parts, int head_dim_v) { return 1.0 + parts * (0.08 + 0.09 * ceil_div(head_dim_v, 32)); }
 
 /// Everything about a call's work that choosing looks at, worked out once.
 struct Work {
@@ -126,7 +128,7 @@ Choice estimate(const Work& work, int index, bool packed) {
     // Equal pieces come in whole rounds; unequal ones fill each other's gaps, up to a rest.
     const double rounds =
         work.equal_tiles ? std::ceil(pieces / work.num_sms) : std::max(pieces / work.num_sms + 0.3, 1.0);
-    return std::max(rounds * piece(mean), alone * piece(longest)) + (parts > 1 ? kJoinTime : 0.0);
+    return std::max(rounds * piece(mean), alone * piece(longest)) + (parts > 1 ? join_time(parts, p.head_dim_v) : 0.0);
   };
 
   Choice choice{index, packed, kNoSplits, time_of(tiles, 1)};
@@ -147,7 +149,7 @@ Choice estimate(const Work& work, int index, bool packed) {
   const int most = static_cast<int>(std::min({longest, double(key_blocks), 64.0}));
   if (tiles < slots) {
     const int parts = std::min(static_cast<int>(slots / std::max(tiles, 1.0)), most);
-    if (parts > 1) consider(0, parts, time_of(tiles * parts, parts));
+    for (int fewer = parts; fewer > 1; fewer = fewer / 2) consider(0, fewer, time_of(tiles * fewer, fewer));
   } else if (work.equal_tiles) {  // the last round, if it is not full, is split for all to share
     const double whole = std::floor(tiles / slots) * slots, rest = tiles - whole;
     if (rest > 0) {

@@ -66,8 +66,12 @@ def test_cases(name, capsys):
     assert out.startswith(f"problem   {SMALL_CASES[name].split()[0][2:]}, ")
 
 
+NOT_ON_THE_GPU = ("--fp8", "--backward", "--dropout_p")  # yet
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [name for name, flags in SMALL_CASES.items() if "--fp8" not in flags])
+@pytest.mark.parametrize("name", [
+    name for name, flags in SMALL_CASES.items() if not any(flag in flags for flag in NOT_ON_THE_GPU)])
 def test_cases_on_the_gpu(name, capsys):
     pytest.importorskip("torch")
     assert cli.main(["run", "--device", "gpu", *SMALL_CASES[name].split()]) == 0

@@ -268,8 +268,9 @@ def test_large_arrays(shape, granularity):
         codes, descale = fa3.quantize_fp8(x, granularity=granularity)
         axes = {"tensor": (0, 1, 2, 3), "head": (0, 1, 3), "batch_head": (1, 3)}[granularity]
         amax = x.abs().amax(dim=axes, keepdim=True).float()
-        assert torch.equal(descale, (amax / 448).reshape(descale.shape))
-        expected = (x.float() / (amax / 448)).to(torch.float8_e4m3fn)
+        scale = amax / torch.full((), 448.0, device="cuda")  # by a number, PyTorch multiplies with its reciprocal
+        assert torch.equal(descale, scale.reshape(descale.shape))
+        expected = (x.float() / scale).to(torch.float8_e4m3fn)
         assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
         again, again_descale = fa3.quantize_fp8(x, granularity=granularity, hadamard=True)
         factor = again_descale.reshape(amax.shape)
@@ -288,8 +289,9 @@ def test_more_than_two_billion_elements():
     x = torch.zeros((1, rows, 16, 128), dtype=torch.float16, device="cuda")
     x[0, -1] = torch.arange(128, device="cuda")
     codes, descale = fa3.quantize_fp8(x)
-    expected = (x[0, -1].float() / (127 / 448)).to(torch.float8_e4m3fn)
-    assert (descale == torch.tensor(127.0, device="cuda") / 448).all()
+    scale = torch.full((), 127.0, device="cuda") / torch.full((), 448.0, device="cuda")
+    expected = (x[0, -1].float() / scale).to(torch.float8_e4m3fn)
+    assert (descale == scale).all()
     assert torch.equal(codes[0, -1].view(torch.uint8), expected.view(torch.uint8))
     assert not codes[0, :-1].view(torch.uint8).any()
 

@@ -38,6 +38,11 @@ __device__ __forceinline__ void publish_barriers() {
   cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
 }
 
+/// Fetch a map into the copy engine's cache before the first load needs it.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 /// One box of an operand with kAxes axes into shared memory; its bytes count on `barrier`.
 template <int kAxes>
 __device__ __forceinline__ void load_box(void* shared, const CUtensorMap* map, const int32_t (&at)[kAxes],

@@ -23,6 +23,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
   if (threadIdx.x == 0) {
     shared.init_barriers();
     arch::publish_barriers();
+  } else if (threadIdx.x == Traits::kThreads - 1) {
+    arch::prefetch_map(&args.q.map);
+    arch::prefetch_map(&args.k.map);
+    arch::prefetch_map(&args.v.map);
   }
   __syncthreads();
 

@@ -71,20 +71,26 @@ class PartRows {
     const RowScales scales = finish_rows(args_, work_, Traits::kConsumers, thread_, softmax);
     const RowWriter<Traits> writer(args_, work_, thread_, scales, staging);
 #pragma unroll 1
-    for (int i = 0; i < writer.kPairs; ++i) {
-      float4 a{}, b{};
+    for (int first = 0; first < kVectors - 1; first += kTogether) {  // many loads at once: each takes its time
+      float4 sum[kTogether] = {};
 #pragma unroll 2
       for (int n = 0; n < parts_; ++n) {
-        const float4 head = __ldcg(part(n));
+        const float4* here = part(n);
+        const float4 head = __ldcg(here);
         const float weight[2] = {softmax.weight_of(0, head.x), softmax.weight_of(1, head.y)};
-        add(a, __ldcg(part(n) + 32 * (2 * i + 1)), weight);
-        add(b, __ldcg(part(n) + 32 * (2 * i + 2)), weight);
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i)
+          if (first + i < kVectors - 1) add(sum[i], __ldcg(here + 32 * (1 + first + i)), weight);
       }
-      writer.put(i, a, b);
+#pragma unroll
+      for (int i = 0; i < kTogether; i += 2)
+        if (first + i < kVectors - 1) writer.put((first + i) / 2, sum[i], sum[i + 1]);
     }
   }
 
  private:
+  static constexpr int kTogether = 4;  // vectors of a row
+
   __device__ __forceinline__ float4* part(int n) const {
     const int64_t index = (int64_t{work_.place} * parts_ + n) * kWarps + 4 * warpgroup_ + warp_;
     return args_.parts + index * (kVectors * 32) + lane_;
