@@ -90,6 +90,7 @@ class Consumer {
       Scores s;
       Probabilities p;
 
+      // A plain block has neither mask nor softcap. Its code stands apart: jumping over them cost 4% at head dim 256.
       auto step = [&](int n_block, bool plain) {
         shared_.k_full[k_ring_.stage()].wait(k_ring_.parity());
         shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());

@@ -67,8 +67,6 @@ struct TileHead {
   int first_block, end_block;  // blocks of keys that are loaded for this piece
   int place, part, parts;      // of a split tile; whole ones have parts = 1
   static constexpr int kNone = -1;
-
-  __device__ __forceinline__ bool loads() const { return first_block < end_block; }
 };
 
 /// The same as the scheduler hands it to the consumers.
