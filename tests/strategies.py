@@ -84,6 +84,13 @@ class Problem:
         return dict(scale=self.scale, causal=self.causal, window=self.window, chunk=self.chunk, softcap=self.softcap)
 
 
+EMPTY_PROBLEMS = [  # no sequences, no queries, no keys
+    Problem(seqlens_q=(seqlen_q,) * batch, seqlens_k=(seqlen_k,) * batch, num_heads_kv=2, ratio=2, varlen=varlen,
+            sinks=sinks)
+    for batch, seqlen_q, seqlen_k in [(0, 5, 5), (2, 0, 5), (2, 5, 0), (0, 0, 0), (2, 0, 0)]
+    for varlen in (False, True) for sinks in (False, True)]
+
+
 @dataclass
 class Arrays:
     """A problem's arrays. `out` and `lse` lie in poisoned buffers too."""

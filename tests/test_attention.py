@@ -232,17 +232,13 @@ def test_qv(framework):
 # Nothing to see.
 
 @every_framework
-@pytest.mark.parametrize(("batch", "seqlen_q", "seqlen_k"), [(0, 5, 5), (2, 0, 5), (2, 5, 0), (0, 0, 0), (2, 0, 0)])
-@pytest.mark.parametrize("varlen", [False, True])
-@pytest.mark.parametrize("sinks", [False, True])
-def test_empty(framework, batch, seqlen_q, seqlen_k, varlen, sinks):
-    problem = Problem(seqlens_q=(seqlen_q,) * batch, seqlens_k=(seqlen_k,) * batch, num_heads_kv=2, ratio=2,
-                      varlen=varlen, sinks=sinks)
+@pytest.mark.parametrize("problem", strategies.EMPTY_PROBLEMS, ids=str)
+def test_empty(framework, problem):
     arrays = strategies.make(problem)
     out, lse = (framework.numpy(x) for x in pose(framework, problem, arrays, return_lse=True))
     assert out.shape == arrays.out.shape and lse.shape == arrays.lse.shape
     assert (out == 0).all()
-    assert (lse == (arrays.sinks[:, None] if sinks else -np.inf)).all()
+    assert (lse == (arrays.sinks[:, None] if problem.sinks else -np.inf)).all()
 
 
 @every_backend

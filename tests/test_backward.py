@@ -195,16 +195,12 @@ def test_autograd_of_torch(softcap):
 # Nothing to see.
 
 @every_framework
-@pytest.mark.parametrize(("batch", "seqlen_q", "seqlen_k"), [(0, 5, 5), (2, 0, 5), (2, 5, 0), (0, 0, 0), (2, 0, 0)])
-@pytest.mark.parametrize("varlen", [False, True])
-@pytest.mark.parametrize("sinks", [False, True])
-def test_empty(framework, batch, seqlen_q, seqlen_k, varlen, sinks):
-    problem = Problem(seqlens_q=(seqlen_q,) * batch, seqlens_k=(seqlen_k,) * batch, num_heads_kv=2, ratio=2,
-                      varlen=varlen, sinks=sinks)
+@pytest.mark.parametrize("problem", strategies.EMPTY_PROBLEMS, ids=str)
+def test_empty(framework, problem):
     case = Case(framework, problem)
     gradients = [framework.numpy(x) for x in case.gradients()]
     assert [x.shape for x in gradients] == [case.arrays.q.shape, case.arrays.k.shape, case.arrays.v.shape,
-                                            (4,)][:3 + sinks]
+                                            (4,)][:3 + problem.sinks]
     assert all((x == 0).all() for x in gradients)
 
 
