@@ -1,4 +1,4 @@
-// Matrix fragments to shared memory.
+// Matrix fragments to and from shared memory.
 #pragma once
 #include <cstdint>
 
@@ -11,6 +11,14 @@ namespace fa3::arch {
 __device__ __forceinline__ void store_matrices(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(a),
                "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+/// Load them in the same way.
+__device__ __forceinline__ void load_matrices(uint32_t* to, const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
                : "memory");
 }
 

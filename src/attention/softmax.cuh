@@ -17,6 +17,9 @@ struct Softmax {
   // A thread's sum bounds its largest probability. bfloat16 and the fp32 sums hold 2^30 easily; float16 ends at 65,504.
   static constexpr float kLargestSum = std::is_same_v<Element, __half> ? 32768.f : 1073741824.f;
 
+  // A whole row's first sum must reach this: float16 loses bits below 2^-14, and 2^-10 of a sum still matters.
+  static constexpr float kSmallestSum = std::is_same_v<Element, __half> ? 0.0625f : 9.3132257e-10f;
+
   float scale_log2;
   float row_max[2];  // what exponents are relative to; -inf until the row has met a key (that is not NaN)
   float row_sum[2];  // this thread's part of the denominator
@@ -28,11 +31,24 @@ struct Softmax {
 
   __device__ __forceinline__ bool met_no_key() const { return row_max[0] == -INFINITY || row_max[1] == -INFINITY; }
 
-  /// The first block of a tile: no sum and no output yet, nothing to rescale.
-  __device__ __forceinline__ void first(const Scores& s, Probabilities& p) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) row_max[r] = largest(s, r);
+  /// The first block of a tile: no sum and no output yet, nothing to rescale. Optimistic too: most scores are near 0,
+  /// so exponents relative to 0 do. Where a row's sum is then too large, too small or NaN, its maximum is taken.
+  __device__ __forceinline__ void first(const Scores& s, Probabilities& p, bool exact) {
+    row_max[0] = row_max[1] = 0.f;
     exponentiate(s, p, row_sum);
+    bool safe = !exact && row_sum[0] <= kLargestSum && row_sum[1] <= kLargestSum;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float sum = row_sum[r];
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      safe = safe && sum >= kSmallestSum;
+    }
+    if (__any_sync(~0u, !safe)) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) row_max[r] = largest(s, r);
+      exponentiate(s, p, row_sum);
+    }
   }
 
   /// Another block. Optimistic: exponentiate with the maximum so far, and only then see whether that was safe. It

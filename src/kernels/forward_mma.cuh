@@ -1,6 +1,7 @@
 // The consumer warpgroups: S = Q K^T, P = softmax(S), O = P V.
 #pragma once
 #include "arch/barrier.cuh"
+#include "arch/stmatrix.cuh"
 #include "arch/warpgroup.cuh"
 #include "attention/mask.h"
 #include "attention/softmax.cuh"
@@ -89,6 +90,7 @@ class Consumer {
     if (blocks.count() > 0) {
       Scores s;
       Probabilities p;
+      load_queries();
 
       // A plain block has neither mask nor softcap. Its code stands apart: jumping over them cost 4% at head dim 256.
       auto step = [&](int n_block, bool plain) {
@@ -116,7 +118,7 @@ class Consumer {
       arch::wgmma_wrote(s);
       release_k();
       shape_scores(s, work, n_block, blocks.needs_mask(n_block));
-      softmax_.first(s, p);
+      softmax_.first(s, p, args_.exact_max);
       clear_values_past(work.seqlen_k - n_block * kTileN);
 #pragma unroll 1
       while (--n_block >= blocks.begin) {
@@ -187,14 +189,26 @@ class Consumer {
     }
   }
 
+  /// Those columns of Q that stay in registers.
+  __device__ __forceinline__ void load_queries() {
+    const uint8_t* rows = shared_.q[warpgroup_][q_ring().stage()];
+#pragma unroll
+    for (int step = 0; step < Traits::kQuerySteps; ++step)
+      arch::load_matrices(queries_[step], rows + TileQ::offset(16 * warp_ + lane_ % 16, 16 * step + lane_ / 16 * 8));
+  }
+
   __device__ __forceinline__ void multiply_keys(Scores& s) const {
     const uint32_t q = q_address_ + q_ring().stage() * (TileQ::kBytes >> 4);
     const uint32_t k = k_address_ + k_ring_.stage() * (TileK::kBytes >> 4);
 #pragma unroll
-    for (int step = 0; step < Traits::kHeadDim / 16; ++step)
-      arch::WgmmaSS<Element, kTileN>::mma(s, arch::descriptor(TileQ::kMajorColumns, q + TileQ::column_step(step)),
-                                          arch::descriptor(TileK::kMajorColumns, k + TileK::column_step(step)),
-                                          step > 0);
+    for (int step = 0; step < Traits::kHeadDim / 16; ++step) {
+      const uint64_t keys = arch::descriptor(TileK::kMajorColumns, k + TileK::column_step(step));
+      if (step < Traits::kQuerySteps)
+        arch::WgmmaRK<Element, kTileN>::mma(s, queries_[step], keys, step > 0);
+      else
+        arch::WgmmaSS<Element, kTileN>::mma(s, arch::descriptor(TileQ::kMajorColumns, q + TileQ::column_step(step)),
+                                            keys, step > 0);
+    }
     arch::wgmma_commit();
   }
 
@@ -255,6 +269,7 @@ class Consumer {
   const int warpgroup_, lane_, warp_;
   const Turns<Traits::kConsumers> turns_;
   const uint32_t q_address_, k_address_, v_address_;  // in units of 16 bytes
+  uint32_t queries_[larger(Traits::kQuerySteps, 1)][4];
   Softmax<Element, kTileN> softmax_;
   Ring<Traits::kStages> k_ring_, v_ring_;
   Ring<Shared::kTileSlots> tiles_;  // every piece has its queries, so it counts them too

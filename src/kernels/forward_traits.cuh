@@ -44,6 +44,12 @@ struct ForwardTraits {
   static_assert(kTileN / 2 + kTileN / 4 + kHeadDimV / 2 <= (kConsumers == 3 ? 128 : kConsumerRegisters - 24),
                 "S, P and O must fit in a consumer's registers, or ptxas serialises wgmma");
 
+  // A product of 64 columns with Q in shared memory takes all that shared memory gives. Where registers are left, they
+  // hold the first of Q's columns, 16 a step.
+  static constexpr int kRegistersLeft =
+      kConsumers == 2 ? kConsumerRegisters - 40 - (kTileN / 2 + kTileN / 4 + kHeadDimV / 2) : 0;
+  static constexpr int kQuerySteps = smaller(larger(kRegistersLeft / 4, 0), kHeadDim / 16);
+
   static constexpr int kSwizzleQK = swizzle_for(kHeadDim), kSwizzleV = swizzle_for(kHeadDimV);
   using TileQ = SharedTile<64, kHeadDim, kSwizzleQK>;  // one warpgroup's rows
   using TileK = SharedTile<kTileN, kHeadDim, kSwizzleQK>;

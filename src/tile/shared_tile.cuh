@@ -22,6 +22,12 @@ struct SharedTile {
   /// As an operand whose contraction runs along the rows (V): the next chunk of columns is a chunk further.
   static constexpr uint64_t kMajorRows = arch::descriptor_layout(kSwizzle, kChunkBytes, 8 * kSwizzle);
 
+  /// Where an element lies, in bytes: the swizzle exchanges vectors of 16 bytes by bits 7 to 9 of where they would be.
+  FA3_HOST_DEVICE static constexpr int offset(int row, int column) {
+    const int byte = column * kElementBytes, place = row * kSwizzle + byte % kSwizzle;
+    return byte / kSwizzle * kChunkBytes + (place ^ (place >> 3 & (kSwizzle - 1 & 0x70)));
+  }
+
   /// Where the products' step-th 16 columns (or rows) begin, in a descriptor's units of 16 bytes.
   FA3_HOST_DEVICE static constexpr int column_step(int step) {
     return (step * 32 / kSwizzle * kChunkBytes + step * 32 % kSwizzle) >> 4;
