@@ -11,18 +11,31 @@ namespace fa3 {
 /// of a quad share. Exponents are base 2: a score s weighs 2^(s * scale_log2 - row_max).
 template <class Element, int kTileN>
 struct Softmax {
-  using Scores = float[kTileN / 2];            // element 4 i + 2 r + e: row r, column 8 i + e
-  using Probabilities = uint32_t[kTileN / 4];  // the same order, packed: already wgmma's A operand
+  static constexpr bool kEightBits = sizeof(Element) == 1;
+  using Scores = float[kTileN / 2];  // element 4 i + 2 r + e: row r, column 8 i + e
+  // Packed: already wgmma's A operand. Of 16 bits in the same order; of 8, see tile/transpose.h.
+  using Probabilities = uint32_t[kTileN * sizeof(Element) / 8];
 
-  // A thread's sum bounds its largest probability. bfloat16 and the fp32 sums hold 2^30 easily; float16 ends at 65,504.
-  static constexpr float kLargestSum = std::is_same_v<Element, __half> ? 32768.f : 1073741824.f;
+  // A thread's sum bounds its largest probability. bfloat16 and the fp32 sums hold 2^30 easily; float16 ends at 65,504,
+  // e4m3 at 448, where it saturates.
+  static constexpr float kLargestSum = kEightBits ? 448.f : std::is_same_v<Element, __half> ? 32768.f : 1073741824.f;
+  // Eight bits are few, so small probabilities survive only if large ones reach up to their end: a row's largest is
+  // taken to be 2^kHeadroom. Sums must be far enough from 448 for that, or rows of equal scores would go the long way
+  // in every block. There the sums of even and of odd columns, kTileN / 8 each, bound the largest one by themselves.
+  static constexpr float kHeadroom = !kEightBits ? 0.f : kTileN <= 96 ? 5.f : 4.f;
+  static_assert(!kEightBits || kTileN / 8 * (kTileN <= 96 ? 32 : 16) < 400, "equal scores must not look unsafe");
 
   // A whole row's first sum must reach this: float16 loses bits below 2^-14, and 2^-10 of a sum still matters.
   static constexpr float kSmallestSum = std::is_same_v<Element, __half> ? 0.0625f : 9.3132257e-10f;
 
-  float scale_log2;
+  // A row of 8 bits has its head's descale in its scale: tiles of several heads have rows of several.
+  static constexpr int kScales = kEightBits ? 2 : 1;
+
+  float scale_log2[kScales];
   float row_max[2];  // what exponents are relative to; -inf until the row has met a key (that is not NaN)
   float row_sum[2];  // this thread's part of the denominator
+
+  __device__ __forceinline__ float scale(int r) const { return scale_log2[r % kScales]; }
 
   __device__ __forceinline__ void reset() {
     row_max[0] = row_max[1] = -INFINITY;
@@ -31,20 +44,9 @@ struct Softmax {
 
   __device__ __forceinline__ bool met_no_key() const { return row_max[0] == -INFINITY || row_max[1] == -INFINITY; }
 
-  /// The first block of a tile: no sum and no output yet, nothing to rescale. Optimistic too: most scores are near 0,
-  /// so exponents relative to 0 do. Where a row's sum is then too large, too small or NaN, its maximum is taken.
+  /// The first block of a tile: no sum and no output yet, nothing to rescale.
   __device__ __forceinline__ void first(const Scores& s, Probabilities& p, bool exact) {
-    row_max[0] = row_max[1] = 0.f;
-    exponentiate(s, p, row_sum);
-    bool safe = !exact && row_sum[0] <= kLargestSum && row_sum[1] <= kLargestSum;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float sum = row_sum[r];
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
-      safe = safe && sum >= kSmallestSum;
-    }
-    if (__any_sync(~0u, !safe)) {
+    if (kEightBits || exact || !first_from_zero(s, p)) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) row_max[r] = largest(s, r);
       exponentiate(s, p, row_sum);
@@ -54,11 +56,10 @@ struct Softmax {
   /// Another block. Optimistic: exponentiate with the maximum so far, and only then see whether that was safe. It
   /// nearly always is: no maximum, no shuffle and no rescaling in the common case, and still exact, since s is intact
   /// and a block whose sum grew too large (or is NaN) is done again with its true maximum. A warp does so together.
-  template <int kCount>
-  __device__ __forceinline__ void update(const Scores& s, Probabilities& p, float (&o)[kCount], bool exact) {
+  template <int... kCounts>
+  __device__ __forceinline__ void update(const Scores& s, Probabilities& p, bool exact, float (&... o)[kCounts]) {
     float sum[2];
-    exponentiate(s, p, sum);
-    const bool safe = sum[0] <= kLargestSum && sum[1] <= kLargestSum;
+    const bool safe = exponentiate(s, p, sum);
     if (__any_sync(~0u, exact || !safe)) {
       float rescale[2];
 #pragma unroll
@@ -68,8 +69,7 @@ struct Softmax {
         row_max[r] = new_max;
         row_sum[r] *= rescale[r];
       }
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) o[i] *= rescale[i / 2 % 2];
+      (multiply(o, rescale), ...);
       exponentiate(s, p, sum);
     }
     row_sum[0] += sum[0];
@@ -104,44 +104,82 @@ struct Softmax {
  private:
   __device__ __forceinline__ static float finite(float x) { return x == -INFINITY ? 0.f : x; }
 
-  /// The quad's largest scaled score of row r.
+  /// Optimistic too: most scores are near 0, so exponents relative to 0 do. False: for a row of this warp they do not,
+  /// since its sum is too large, too small or NaN.
+  __device__ __forceinline__ bool first_from_zero(const Scores& s, Probabilities& p) {
+    row_max[0] = row_max[1] = 0.f;
+    bool safe = exponentiate(s, p, row_sum);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float sum = row_sum[r];
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      safe = safe && sum >= kSmallestSum;
+    }
+    return __all_sync(~0u, safe);
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ static void multiply(float (&o)[kCount], const float (&factor)[2]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) o[i] *= factor[i / 2 % 2];
+  }
+
+  /// What exponents of row r are to be relative to if the quad's largest scaled score in s is the row's.
   __device__ __forceinline__ float largest(const Scores& s, int r) const {
-    float a = s[2 * r] * scale_log2, b = s[2 * r + 1] * scale_log2;
+    float a = s[2 * r] * scale(r), b = s[2 * r + 1] * scale(r);
 #pragma unroll
     for (int i = 1; i < kTileN / 8; ++i) {
-      a = fmaxf(a, s[4 * i + 2 * r] * scale_log2);
-      b = fmaxf(b, s[4 * i + 2 * r + 1] * scale_log2);
+      a = fmaxf(a, s[4 * i + 2 * r] * scale(r));
+      b = fmaxf(b, s[4 * i + 2 * r + 1] * scale(r));
     }
     a = fmaxf(a, b);
     a = fmaxf(a, __shfl_xor_sync(~0u, a, 1));
-    return fmaxf(a, __shfl_xor_sync(~0u, a, 2));
+    return fmaxf(a, __shfl_xor_sync(~0u, a, 2)) - kHeadroom;
   }
 
-  __device__ __forceinline__ void exponentiate(const Scores& s, Probabilities& p, float (&sum)[2]) const {
+  /// The probabilities and each row's sum of them, unrounded; false: one of them may be too large for an Element.
+  __device__ __forceinline__ bool exponentiate(const Scores& s, Probabilities& p, float (&sum)[2]) const {
     const float shift[2] = {finite(row_max[0]), finite(row_max[1])};
+    constexpr int kPairs = kEightBits ? 2 : 1;  // of a row's columns in a word
     float part[2][2] = {};
 #pragma unroll
-    for (int i = 0; i < kTileN / 8; ++i) {
+    for (int word = 0; word < kTileN / 8 / kPairs; ++word) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float low = arch::exp2_fast(fmaf(s[4 * i + 2 * r], scale_log2, -shift[r]));
-        const float high = arch::exp2_fast(fmaf(s[4 * i + 2 * r + 1], scale_log2, -shift[r]));
-        part[r][0] += low;
-        part[r][1] += high;
-        p[2 * i + r] = arch::pack<Element>(low, high);
+        float x[2 * kPairs];
+#pragma unroll
+        for (int pair = 0; pair < kPairs; ++pair) {
+          const int at = 4 * (kPairs * word + pair) + 2 * r;
+          x[2 * pair] = arch::exp2_fast(fmaf(s[at], scale(r), -shift[r]));
+          x[2 * pair + 1] = arch::exp2_fast(fmaf(s[at + 1], scale(r), -shift[r]));
+          part[r][0] += x[2 * pair];
+          part[r][1] += x[2 * pair + 1];
+        }
+        if constexpr (kEightBits)
+          p[2 * word + r] = arch::pack_e4m3(x[0], x[1], x[2], x[3]);
+        else
+          p[2 * word + r] = arch::pack<Element>(x[0], x[1]);
       }
     }
     sum[0] = part[0][0] + part[0][1];
     sum[1] = part[1][0] + part[1][1];
+    if constexpr (kEightBits)
+      return part[0][0] <= kLargestSum && part[0][1] <= kLargestSum && part[1][0] <= kLargestSum &&
+             part[1][1] <= kLargestSum;
+    return sum[0] <= kLargestSum && sum[1] <= kLargestSum;
   }
 };
 
-/// Scores become tanh(scale * score), to within 2e-7: what softcap multiplies.
-template <int kCount>
-__device__ __forceinline__ void squash(float (&s)[kCount], float scale) {
-  const float twice_log2 = 2 * 1.4426950408889634f * scale;
+/// Scores become tanh(scale * score), to within 2e-7: what softcap multiplies. One scale, or one for each row of two.
+template <int kCount, int kScales>
+__device__ __forceinline__ void squash(float (&s)[kCount], const float (&scale)[kScales]) {
+  float twice_log2[kScales];
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) s[i] = 1.f - __fdividef(2.f, 1.f + arch::exp2_fast(s[i] * twice_log2));
+  for (int r = 0; r < kScales; ++r) twice_log2[r] = 2 * 1.4426950408889634f * scale[r];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    s[i] = 1.f - __fdividef(2.f, 1.f + arch::exp2_fast(s[i] * twice_log2[i / 2 % kScales]));
 }
 
 }  // namespace fa3

@@ -20,12 +20,26 @@ struct TmaOperand {
   int head_step, batch_step;  // 1, or 0 where the axis does not move
 };
 
+/// Factors of an fp8 operand. A null pointer: 1.
+struct Descale {
+  const float* data;
+  int64_t batch_stride, head_stride;
+  int group;  // heads in a row that share a factor
+
+#ifdef __CUDACC__
+  __device__ __forceinline__ float at(int batch, int head) const {
+    return data ? __ldg(data + batch * batch_stride + head / group * head_stride) : 1.f;
+  }
+#endif
+};
+
 struct ForwardArgs {
   TmaOperand q, k, v;
 
   void* out;
   int64_t out_stride[3];  // elements: batch, row, head
   bool out_vectors;       // 16-byte stores fit every address and stride
+  bool out_float16;       // of fp8 operands: out is float16, not bfloat16
   float* lse;             // or null
   int64_t lse_stride[3];  // elements: batch, head, row
 
@@ -33,6 +47,8 @@ struct ForwardArgs {
   Visibility visibility;
   int batch, num_heads_kv, head_dim_v;
   Packing packing;  // of the query heads of each KV head
+
+  Descale q_descale, k_descale, v_descale;  // of fp8 operands
 
   float score_scale_log2;  // exponent = score * score_scale_log2 - max
   float hidden;            // what a masked score becomes: minus infinity once scaled

@@ -1,6 +1,6 @@
 // A warp's 16 rows of output and lse, from registers to memory.
 #pragma once
-#include "arch/stmatrix.cuh"
+#include "arch/fragments.cuh"
 #include "arch/warpgroup.cuh"
 #include "attention/softmax.cuh"
 #include "kernels/forward_rows.cuh"
@@ -10,6 +10,7 @@ namespace fa3 {
 /// What a thread's two rows of output are still to be multiplied with.
 struct RowScales {
   float scale[2];
+  float descale = 1.f;  // of fp8 values
 
   __device__ __forceinline__ bool empty(int r) const { return scale[r] < 0; }  // it is 0, whatever the values hold
 };
@@ -20,6 +21,7 @@ __device__ __forceinline__ RowScales finish_rows(const ForwardArgs& args, const 
                                                  uint32_t thread, const Softmax& softmax) {
   const RowPlaces places(args, work, consumers, thread / 128);
   RowScales scales;
+  if constexpr (Softmax::kEightBits) scales.descale = args.v_descale.at(work.batch, work.head_kv);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = thread % 128 / 32 * 16 + thread % 32 / 4 + 8 * r;
@@ -39,7 +41,7 @@ __device__ __forceinline__ RowScales finish_rows(const ForwardArgs& args, const 
 /// row in one stretch. A warp stands alone here: nothing waits for the other warps.
 template <class Traits>
 class RowWriter {
-  using Element = typename Traits::Element;
+  using Element = std::conditional_t<Traits::kEightBits, uint16_t, typename Traits::Element>;  // of the output
   using Staging = StagedRows;
   static constexpr int kRowsAtOnce = 32 / Staging::kVectors, kTurns = Staging::kRows / kRowsAtOnce;
 
@@ -53,7 +55,8 @@ class RowWriter {
         lane_(thread % 32),
         first_row_(16 * (thread / 32 % 4)),
         staging_(staging[thread / 32]),
-        scale_{scales.empty(0) ? 0.f : scales.scale[0], scales.empty(1) ? 0.f : scales.scale[1]} {
+        scale_{scales.empty(0) ? 0.f : scales.scale[0] * scales.descale,
+               scales.empty(1) ? 0.f : scales.scale[1] * scales.descale} {
     auto* first = static_cast<Element*>(args_.out) + places_.batch * args_.out_stride[0] +
                   places_.first_row * args_.out_stride[1] + places_.first_head * args_.out_stride[2] +
                   8 * (lane_ % Staging::kVectors);
@@ -68,7 +71,7 @@ class RowWriter {
 
   /// Columns 16 i to 16 i + 15: `a` and `b` have the two rows' pairs of each 8. To be called with i = 0, 1, ...
   __device__ __forceinline__ void put(int i, const float4& a, const float4& b) const {
-    auto pack = [this](int r, float low, float high) { return arch::pack<Element>(low * scale_[r], high * scale_[r]); };
+    auto pack = [this](int r, float low, float high) { return packed(low * scale_[r], high * scale_[r]); };
     const int row = lane_ % 16, vector = 2 * (i % Staging::kPairs) + lane_ / 16;
     arch::store_matrices(staging_.at(row, vector), pack(0, a.x, a.y), pack(1, a.z, a.w), pack(0, b.x, b.y),
                          pack(1, b.z, b.w));
@@ -76,6 +79,13 @@ class RowWriter {
   }
 
  private:
+  __device__ __forceinline__ uint32_t packed(float low, float high) const {
+    if constexpr (Traits::kEightBits)
+      return args_.out_float16 ? arch::pack<__half>(low, high) : arch::pack<__nv_bfloat16>(low, high);
+    else
+      return arch::pack<Element>(low, high);
+  }
+
   /// The 64 columns that are staged.
   __device__ __forceinline__ void write(int group) const {
     __syncwarp();

@@ -1,4 +1,4 @@
-// The forward kernel: one producer warp, one to three consumer warpgroups, pieces of work until there are none left.
+// The forward kernel: a few producer warps, one to three consumer warpgroups, pieces of work until there are none left.
 #pragma once
 #include <atomic>
 
@@ -8,6 +8,7 @@
 #include "kernels/forward_mma.cuh"
 #include "kernels/forward_split.cuh"
 #include "kernels/forward_tiles.cuh"
+#include "kernels/forward_transpose.cuh"
 #include "variants.h"
 
 namespace fa3 {
@@ -32,9 +33,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
 
   if (warpgroup == Traits::kConsumers) {
     arch::shrink_registers<Traits::kProducerRegisters>();
-    const int warp = arch::uniform(threadIdx.x / 32 % 4);  // two of four have a role, but fewer would save no registers
+    // Of 16 bits only two of four have a role, but fewer warps would save no registers.
+    const int warp = arch::uniform(threadIdx.x / 32 % 4);
     if (warp == 0) Scheduler<Traits>(args, shared).run();
     if (warp == 1 && threadIdx.x % 32 == 0) Loader<Traits>(args, shared).run();
+    if constexpr (Traits::kEightBits)
+      if (warp >= 2) Transposer<Traits>(shared, warp - 2).run();
   } else {
     arch::grow_registers<Traits::kConsumerRegisters>();
     Consumer<Traits> consumer(args, shared, warpgroup);

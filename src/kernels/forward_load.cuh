@@ -77,7 +77,11 @@ class Loader {
     load_block<typename Traits::TileK>(k, n_block, shared_.k, shared_.k_full, shared_.k_empty, k_ring_);
   }
   __device__ __forceinline__ void load_v(const Source& v, int n_block) {
-    load_block<typename Traits::TileV>(v, n_block, shared_.v, shared_.v_full, shared_.v_empty, v_ring_);
+    if constexpr (Traits::kEightBits)
+      load_block<typename Traits::TileLoadedV>(v, n_block, shared_.loaded_v, shared_.loaded_v_full,
+                                               shared_.loaded_v_empty, v_ring_);
+    else
+      load_block<typename Traits::TileV>(v, n_block, shared_.v, shared_.v_full, shared_.v_empty, v_ring_);
   }
 
   template <class Tile>

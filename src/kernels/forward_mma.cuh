@@ -44,7 +44,8 @@ class Consumer {
   using TileV = typename Traits::TileV;
   static constexpr int kTileN = Traits::kTileN;
   using Scores = float[kTileN / 2];
-  using Probabilities = uint32_t[kTileN / 4];
+  using RowSoftmax = Softmax<Element, kTileN>;
+  using Probabilities = typename RowSoftmax::Probabilities;
 
  public:
   using Output = float[Traits::kHeadDimV / 2];
@@ -59,7 +60,7 @@ class Consumer {
         q_address_(arch::shared_address(shared.q[warpgroup]) >> 4),
         k_address_(arch::shared_address(shared.k) >> 4),
         v_address_(arch::shared_address(shared.v) >> 4) {
-    softmax_.scale_log2 = args.score_scale_log2;
+    if constexpr (!Traits::kEightBits) softmax_.scale_log2[0] = args.score_scale_log2;
     if (args.packing.rows < 64) clear_idle_queries();
   }
 
@@ -83,8 +84,15 @@ class Consumer {
     softmax_.reset();
 #pragma unroll
     for (float& x : o) x = 0.f;
+    Output recent;  // what is not in o yet, where sums are promoted
+    if constexpr (kPromotes) {
+#pragma unroll
+      for (float& x : recent) x = 0.f;
+    }
+    Output& sums = sums_of(o, recent);
     const BlockRange blocks = uniform(work.blocks[warpgroup_]);
     k_ring_.count = v_ring_.count = arch::uniform(v_ring_.count);
+    if constexpr (Traits::kEightBits) take_descales(work);
     skip_blocks(work.end_block - blocks.end, blocks.count() == 0);
     shared_.q_full[warpgroup_][q_ring().stage()].wait(q_ring().parity());
     if (blocks.count() > 0) {
@@ -98,16 +106,21 @@ class Consumer {
         shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());
         turns_.take();
         arch::wgmma_fence();
-        add_values(o, p);
+        add_values(sums, p, goes_on(n_block + 1));
         multiply_keys(s);
         turns_.pass();
         arch::wgmma_wait<0>();
-        arch::wgmma_wrote(o);
+        arch::wgmma_wrote(sums);
         arch::wgmma_wrote(s);
         release_k();
         release_v();
+        if (!goes_on(n_block)) promote(o, sums);  // before the next block's product starts anew
         if (!plain) shape_scores(s, work, n_block, n_block >= blocks.settled || n_block < blocks.plain_begin);
-        softmax_.update(s, p, o, args_.exact_max || (!plain && softmax_.met_no_key()));
+        const bool exact = args_.exact_max || (!plain && softmax_.met_no_key());
+        if constexpr (kPromotes)
+          softmax_.update(s, p, exact, o, sums);
+        else
+          softmax_.update(s, p, exact, o);
       };
 
       int n_block = blocks.end - 1;
@@ -119,7 +132,7 @@ class Consumer {
       release_k();
       shape_scores(s, work, n_block, blocks.needs_mask(n_block));
       softmax_.first(s, p, args_.exact_max);
-      clear_values_past(work.seqlen_k - n_block * kTileN);
+      if constexpr (!Traits::kEightBits) clear_values_past(work.seqlen_k - n_block * kTileN);  // else when turned
 #pragma unroll 1
       while (--n_block >= blocks.begin) {
         if (n_block < blocks.settled && n_block >= blocks.plain_begin && args_.softcap_scale == 0)
@@ -131,10 +144,11 @@ class Consumer {
 
       shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());
       arch::wgmma_fence();
-      add_values(o, p);
+      add_values(sums, p, goes_on(blocks.begin));
       meanwhile();
       arch::wgmma_wait<0>();
-      arch::wgmma_wrote(o);
+      arch::wgmma_wrote(sums);
+      if constexpr (kPromotes) promote(o, sums);
       release_v();
     } else {
       meanwhile();
@@ -145,9 +159,48 @@ class Consumer {
 
   __device__ __forceinline__ void finish() const { turns_.finish(); }
 
-  __device__ __forceinline__ Softmax<Element, kTileN>& softmax() { return softmax_; }
+  __device__ __forceinline__ RowSoftmax& softmax() { return softmax_; }
 
  private:
+  static constexpr bool kPromotes = Traits::kPromoteEvery > 0;
+
+  /// What products add to.
+  __device__ __forceinline__ static Output& sums_of(Output& o, Output& recent) {
+    if constexpr (kPromotes)
+      return recent;
+    else
+      return o;
+  }
+
+  /// Whether a block's product goes on with the sums of the blocks after it. Which do not depends on the block alone,
+  /// so that a sequence's bits do not depend on how its tile is scheduled.
+  __device__ __forceinline__ static bool goes_on(int n_block) {
+    if constexpr (kPromotes)
+      return (n_block + 1) % Traits::kPromoteEvery != 0;
+    else
+      return true;
+  }
+
+  __device__ __forceinline__ static void promote(Output& o, const Output& sums) {
+#pragma unroll
+    for (int i = 0; i < Traits::kHeadDimV / 2; ++i) o[i] += sums[i];
+  }
+
+  /// The factor of row r's scores. Rows that stand idle have that of a head that exists.
+  __device__ __forceinline__ float descale(const Work& work, int r) const {
+    const int head = smaller(work.first_head + args_.packing.head_of(row(r)), args_.packing.ratio - 1);
+    const float factor = args_.q_descale.at(work.batch, work.head_kv * args_.packing.ratio + head) *
+                         args_.k_descale.at(work.batch, work.head_kv);
+    return factor == 0 ? 1e-20f : factor;  // as a zero scale: see fill() in api.cpp
+  }
+
+  /// A tile's rows: their descales become part of what the scores are multiplied with, before softcap or after it.
+  __device__ __forceinline__ void take_descales(const Work& work) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      softmax_.scale_log2[r] = args_.score_scale_log2 * (args_.softcap_scale == 0 ? descale(work, r) : 1.f);
+  }
+
   __device__ __forceinline__ Ring<Traits::kQueryStages> q_ring() const { return {tiles_.count}; }
 
   /// The row of the warpgroup's 64 that this thread's row r of two is.
@@ -201,7 +254,7 @@ class Consumer {
     const uint32_t q = q_address_ + q_ring().stage() * (TileQ::kBytes >> 4);
     const uint32_t k = k_address_ + k_ring_.stage() * (TileK::kBytes >> 4);
 #pragma unroll
-    for (int step = 0; step < Traits::kHeadDim / 16; ++step) {
+    for (int step = 0; step < TileK::kColumnSteps; ++step) {
       const uint64_t keys = arch::descriptor(TileK::kMajorColumns, k + TileK::column_step(step));
       if (step < Traits::kQuerySteps)
         arch::WgmmaRK<Element, kTileN>::mma(s, queries_[step], keys, step > 0);
@@ -212,12 +265,13 @@ class Consumer {
     arch::wgmma_commit();
   }
 
-  __device__ __forceinline__ void add_values(Output& o, const Probabilities& p) const {
+  /// onto: to what o holds; else o starts anew.
+  __device__ __forceinline__ void add_values(Output& o, const Probabilities& p, bool onto = true) const {
     const uint32_t v = v_address_ + v_ring_.stage() * (TileV::kBytes >> 4);
 #pragma unroll
-    for (int step = 0; step < kTileN / 16; ++step)
+    for (int step = 0; step < kTileN / Traits::kStepKeys; ++step)
       arch::WgmmaRS<Element, Traits::kHeadDimV>::mma(
-          o, p + 4 * step, arch::descriptor(TileV::kMajorRows, v + TileV::row_step(step)), true);
+          o, p + 4 * step, arch::descriptor(Traits::kLayoutV, v + TileV::row_step(step)), step > 0 || onto);
     arch::wgmma_commit();
   }
 
@@ -239,14 +293,23 @@ class Consumer {
 
   /// Softcap and mask.
   __device__ __forceinline__ void shape_scores(Scores& s, const Work& work, int n_block, bool masked) const {
-    if (args_.softcap_scale != 0) squash(s, args_.softcap_scale);
+    if (args_.softcap_scale != 0) {
+      float scale[RowSoftmax::kScales] = {args_.softcap_scale};
+      if constexpr (Traits::kEightBits) {
+        scale[1] = scale[0] * descale(work, 1);
+        scale[0] *= descale(work, 0);
+      }
+      squash(s, scale);
+    }
     if (!masked) return;
     const int first_column = n_block * kTileN + 2 * (lane_ % 4);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int query = query_of(args_, work, Traits::kConsumers, warpgroup_, row(r));
       const KeyInterval seen = args_.visibility.keys(query, work.seqlen_q, work.seqlen_k);
-      hide_columns(s, r, seen.begin - first_column, seen.end - first_column, args_.hidden);
+      float hidden = args_.hidden;
+      if constexpr (Traits::kEightBits) hidden = copysignf(INFINITY, -softmax_.scale(r));  // descales have signs
+      hide_columns(s, r, seen.begin - first_column, seen.end - first_column, hidden);
     }
   }
 
@@ -270,7 +333,7 @@ class Consumer {
   const Turns<Traits::kConsumers> turns_;
   const uint32_t q_address_, k_address_, v_address_;  // in units of 16 bytes
   uint32_t queries_[larger(Traits::kQuerySteps, 1)][4];
-  Softmax<Element, kTileN> softmax_;
+  RowSoftmax softmax_;
   Ring<Traits::kStages> k_ring_, v_ring_;
   Ring<Shared::kTileSlots> tiles_;  // every piece has its queries, so it counts them too
 };

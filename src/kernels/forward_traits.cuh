@@ -1,15 +1,17 @@
 // Everything about a forward kernel that follows from its line in the variant table, and its shared memory.
 #pragma once
+#include <type_traits>
+
 #include "arch/barrier.cuh"
 #include "arch/convert.cuh"
 #include "attention/block_range.h"
 #include "tile/shared_tile.cuh"
+#include "tile/transpose.h"
 
 namespace fa3 {
 
 /// The chunk width that pads a row least, the widest of equals.
-FA3_HOST_DEVICE constexpr int swizzle_for(int columns) {
-  const int bytes = 2 * columns;
+FA3_HOST_DEVICE constexpr int swizzle_for(int bytes) {
   return ceil_div(bytes, 128) * 128 > ceil_div(bytes, 64) * 64 ? 64 : 128;
 }
 
@@ -22,9 +24,15 @@ struct alignas(128) StagedRows {
   __device__ __forceinline__ uint4* at(uint32_t row, uint32_t column) { return &vector[row][column ^ row % kVectors]; }
 };
 
-template <class Element_, int kHeadDim_, int kHeadDimV_, int kConsumers_, int kTileN_>
+/// kPromoteEvery_: tensor cores keep some 14 bits of a sum of e4m3 products, so every so many blocks O moves on to
+/// sums in fp32; 0: never. It takes the registers of a second O.
+template <class Element_, int kHeadDim_, int kHeadDimV_, int kConsumers_, int kTileN_, int kPromoteEvery_ = 0>
 struct ForwardTraits {
   using Element = Element_;
+  static constexpr int kElementBytes = sizeof(Element);
+  static constexpr bool kEightBits = kElementBytes == 1;
+  static constexpr int kStepKeys = 32 / kElementBytes;  // that a product of P and V consumes
+  static constexpr int kPromoteEvery = kPromoteEvery_;
   static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;
   static constexpr int kConsumers = kConsumers_;  // warpgroups, 64 query rows each
   static constexpr int kTileM = 64 * kConsumers, kTileN = kTileN_;
@@ -38,24 +46,42 @@ struct ForwardTraits {
   // pool out anew, and waits forever for more than there is. 168 and 128 are 65,536 / (kThreads * kBlocksPerSm),
   // rounded down to 8.
   static constexpr int kPoolRegisters = kConsumers == 2 ? 168 : 128;
-  static constexpr int kConsumerRegisters = kConsumers == 1 ? 216 : kConsumers == 2 ? 232 : 160;
+  // Turning V takes more than loading it, and P of 8 bits less than of 16.
+  static constexpr int kConsumerRegisters = (kConsumers == 1   ? 216
+                                             : kConsumers == 2 ? 232
+                                                               : 160) -
+                                            (kEightBits ? 8 : 0);
   static constexpr int kProducerRegisters = (kConsumers + 1) * kPoolRegisters - kConsumers * kConsumerRegisters;
   static_assert(kConsumers >= 1 && kConsumers <= 3, "registers are split for one to three consumer warpgroups");
-  static_assert(kTileN / 2 + kTileN / 4 + kHeadDimV / 2 <= (kConsumers == 3 ? 128 : kConsumerRegisters - 24),
+  static constexpr int kOutputs = kPromoteEvery ? 2 : 1;  // O, twice where it is promoted
+  static_assert(kTileN / 2 + kTileN * kElementBytes / 8 + kOutputs * kHeadDimV / 2 <=
+                    (kConsumers == 3 ? 128 : kConsumerRegisters - 24),
                 "S, P and O must fit in a consumer's registers, or ptxas serialises wgmma");
+  static_assert(kEightBits || !kPromoteEvery, "sums of 16-bit products are fp32");
 
   // A product of 64 columns with Q in shared memory takes all that shared memory gives. Where registers are left, they
-  // hold the first of Q's columns, 16 a step.
+  // hold the first of Q's columns, 32 bytes a step.
   static constexpr int kRegistersLeft =
-      kConsumers == 2 ? kConsumerRegisters - 40 - (kTileN / 2 + kTileN / 4 + kHeadDimV / 2) : 0;
+      kConsumers == 2 && !kEightBits ? kConsumerRegisters - 40 - (kTileN / 2 + kTileN / 4 + kHeadDimV / 2) : 0;
   static constexpr int kQuerySteps = smaller(larger(kRegistersLeft / 4, 0), kHeadDim / 16);
 
-  static constexpr int kSwizzleQK = swizzle_for(kHeadDim), kSwizzleV = swizzle_for(kHeadDimV);
-  using TileQ = SharedTile<64, kHeadDim, kSwizzleQK>;  // one warpgroup's rows
-  using TileK = SharedTile<kTileN, kHeadDim, kSwizzleQK>;
-  using TileV = SharedTile<kTileN, kHeadDimV, kSwizzleV>;
+  static constexpr int kSwizzleQK = swizzle_for(kElementBytes * kHeadDim);
+  static constexpr int kSwizzleV = swizzle_for(kElementBytes * kHeadDimV);
+  using TileQ = SharedTile<64, kHeadDim, kSwizzleQK, kElementBytes>;  // one warpgroup's rows
+  using TileK = SharedTile<kTileN, kHeadDim, kSwizzleQK, kElementBytes>;
+  // V as TMA brings it, and as products read it: the same, or turned by the Transposer.
+  using TileLoadedV = SharedTile<kTileN, kHeadDimV, kSwizzleV, kElementBytes>;
+  using TileV = std::conditional_t<kEightBits, TurnedTile<kTileN, kHeadDimV>, TileLoadedV>;
+  static constexpr uint64_t kLayoutV = [] {
+    if constexpr (kEightBits)
+      return arch::descriptor_layout(TileV::kSwizzle, 16, TileV::kStrideOffset);
+    else
+      return TileV::kMajorRows;
+  }();
+  static constexpr int kTransposers = kEightBits ? 2 : 0;  // warps: those of the producers without another role
 
-  static constexpr int kKeyBytes = kStages * (TileK::kBytes + TileV::kBytes);
+  static constexpr int kKeyBytes =
+      kStages * (TileK::kBytes + TileV::kBytes + (kEightBits ? TileLoadedV::kBytes + 1024 : 0));
   // With a second place for Q, the next tile's arrives while this one is worked on.
   static constexpr int kSharedLimit = 228 * 1024 / kBlocksPerSm - 1024, kSharedRest = 1024;
   static constexpr int kStagingBytes = 4 * kConsumers * static_cast<int>(sizeof(StagedRows));
@@ -81,8 +107,28 @@ struct alignas(16) TileWork : TileHead {
   BlockRange blocks[kConsumers];  // what each warpgroup needs of the blocks loaded
 };
 
+/// V before it is turned, where it has to be.
+template <class Traits, bool = Traits::kEightBits>
+struct LoadedValues {
+  __device__ void init_barriers() {}
+};
+
 template <class Traits>
-struct ForwardShared {
+struct LoadedValues<Traits, true> {
+  alignas(1024) uint8_t loaded_v[Traits::kStages][Traits::TileLoadedV::kBytes];
+  arch::Barrier loaded_v_full[Traits::kStages];   // as k_full
+  arch::Barrier loaded_v_empty[Traits::kStages];  // each transposing warp arrives once
+
+  __device__ void init_barriers() {
+    for (int stage = 0; stage < Traits::kStages; ++stage) {
+      loaded_v_full[stage].init(1);
+      loaded_v_empty[stage].init(Traits::kTransposers);
+    }
+  }
+};
+
+template <class Traits>
+struct ForwardShared : LoadedValues<Traits> {
   static constexpr int kTileSlots = 4;
 
   using Work = TileWork<Traits::kConsumers>;
@@ -92,18 +138,21 @@ struct ForwardShared {
   alignas(1024) uint8_t v[Traits::kStages][Traits::TileV::kBytes];
   StagedRows staging[4 * Traits::kConsumers];  // each consumer warp's own
 
-  // full: the loader announces bytes, the copy engine delivers them. empty: each consumer warp arrives once.
+  // full: the loader announces bytes, the copy engine delivers them; of a turned V, each transposing warp arrives once.
+  // empty: each consumer warp arrives once.
   arch::Barrier q_full[Traits::kConsumers][Traits::kQueryStages];  // q's are a warpgroup's own: 4 warps arrive
   arch::Barrier q_empty[Traits::kConsumers][Traits::kQueryStages];
   arch::Barrier k_full[Traits::kStages], k_empty[Traits::kStages];
   arch::Barrier v_full[Traits::kStages], v_empty[Traits::kStages];
-  arch::Barrier tile_full[kTileSlots], tile_empty[kTileSlots];  // full: the scheduler arrives. empty: also the loader
-  arch::Barrier tile_nearly_loaded;                             // the loader arrives, once a piece; the scheduler waits
+  arch::Barrier tile_full[kTileSlots];   // the scheduler arrives
+  arch::Barrier tile_empty[kTileSlots];  // also the loader and each transposing warp
+  arch::Barrier tile_nearly_loaded;      // the loader arrives, once a piece; the scheduler waits
 
   Work tile[kTileSlots];
 
   __device__ void init_barriers() {
     constexpr int kWarps = 4 * Traits::kConsumers;
+    LoadedValues<Traits>::init_barriers();
     for (int w = 0; w < Traits::kConsumers; ++w) {
       for (int stage = 0; stage < Traits::kQueryStages; ++stage) {
         q_full[w][stage].init(1);
@@ -112,14 +161,14 @@ struct ForwardShared {
     }
     for (int stage = 0; stage < Traits::kStages; ++stage) {
       k_full[stage].init(1);
-      v_full[stage].init(1);
+      v_full[stage].init(larger(Traits::kTransposers, 1));
       k_empty[stage].init(kWarps);
       v_empty[stage].init(kWarps);
     }
     tile_nearly_loaded.init(1);
     for (int slot = 0; slot < kTileSlots; ++slot) {
       tile_full[slot].init(1);
-      tile_empty[slot].init(kWarps + 1);
+      tile_empty[slot].init(kWarps + 1 + Traits::kTransposers);
     }
   }
 };

@@ -5,17 +5,20 @@
 
 namespace fa3 {
 
-/// kRows rows of kColumns 16-bit elements, cut into chunks of kSwizzle bytes of each row: [chunk][row][kSwizzle bytes],
+/// kRows rows of kColumns elements, cut into chunks of kSwizzle bytes of each row: [chunk][row][kSwizzle bytes],
 /// swizzled within 8 rows. TMA brings a chunk as one box; a row that does not fill its last chunk is padded with zeros.
-template <int kRows, int kColumns, int kSwizzle>
+template <int kRows, int kColumns, int kSwizzle, int kElementBytes = 2>
 struct SharedTile {
-  static constexpr int kElementBytes = 2;
   static constexpr int kChunkColumns = kSwizzle / kElementBytes;
   static constexpr int kChunks = ceil_div(kColumns * kElementBytes, kSwizzle);
   static constexpr int kChunkBytes = kRows * kSwizzle;
   static constexpr int kBytes = kChunks * kChunkBytes;
   static_assert(kRows % 8 == 0, "the swizzle repeats every 8 rows");
   static_assert(kColumns % 16 == 0, "a product consumes 16 columns or rows at a time");
+
+  /// Products along the columns take 32 bytes at a time, zeros of the last chunk among them.
+  static constexpr int kColumnSteps = ceil_div(kColumns * kElementBytes, 32);
+  static_assert(kColumnSteps * 32 <= kChunks * kSwizzle, "the last step must find zeros behind a row");
 
   /// As an operand whose contraction runs along the columns (Q, K): 8 rows further is 8 kSwizzle bytes further.
   static constexpr uint64_t kMajorColumns = arch::descriptor_layout(kSwizzle, 16, 8 * kSwizzle);
@@ -28,7 +31,7 @@ struct SharedTile {
     return byte / kSwizzle * kChunkBytes + (place ^ (place >> 3 & (kSwizzle - 1 & 0x70)));
   }
 
-  /// Where the products' step-th 16 columns (or rows) begin, in a descriptor's units of 16 bytes.
+  /// Where the products' step-th 32 bytes of columns (or 16 rows) begin, in a descriptor's units of 16 bytes.
   FA3_HOST_DEVICE static constexpr int column_step(int step) {
     return (step * 32 / kSwizzle * kChunkBytes + step * 32 % kSwizzle) >> 4;
   }

@@ -22,4 +22,13 @@ __device__ __forceinline__ void load_matrices(uint32_t* to, const void* row) {
                : "memory");
 }
 
+/// Load four 8 x 8 matrices of 16-bit elements, transposed. Lane 8 m + i gives the (16-byte aligned) address of matrix
+/// m's row i; lane 4 i + j gets elements i of each matrix's rows 2 j and 2 j + 1.
+__device__ __forceinline__ void load_matrices_transposed(const void* row, uint32_t (&x)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
 }  // namespace fa3::arch

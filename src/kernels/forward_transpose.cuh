@@ -1,0 +1,85 @@
+// The transposer: turns e4m3 V between the loader and the consumers, as tile/transpose.h says.
+#pragma once
+#include "arch/fragments.cuh"
+#include "kernels/forward_traits.cuh"
+#include "tile/ring.cuh"
+
+namespace fa3 {
+
+/// One of the warps that turn V; they share each block by its columns, and none waits for the other.
+template <class Traits>
+class Transposer {
+  using From = typename Traits::TileLoadedV;
+  using To = typename Traits::TileV;
+
+ public:
+  __device__ __forceinline__ Transposer(ForwardShared<Traits>& shared, int warp)
+      : shared_(shared), warp_(warp), lane_(threadIdx.x % 32, Traits::kSwizzleV) {}
+
+  __device__ __forceinline__ void run() {
+    while (true) {
+      shared_.tile_full[tiles_.stage()].wait(tiles_.parity());
+      const TileHead& work = shared_.tile[tiles_.stage()];
+      if (work.m_block == TileHead::kNone) return;
+      const int seqlen_k = work.seqlen_k, first_block = work.first_block;
+      int n_block = work.end_block - 1;
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) shared_.tile_empty[tiles_.stage()].arrive();
+      tiles_.advance();
+      for (; n_block >= first_block; --n_block) turn(seqlen_k - n_block * Traits::kTileN);
+    }
+  }
+
+ private:
+  /// The next block, of which the first `keys` are the sequence's. What follows, another sequence or unused rows,
+  /// becomes 0: its probabilities are 0, but 0 times NaN is NaN.
+  __device__ __forceinline__ void turn(int keys) {
+    const uint32_t stage = ring_.stage();
+    shared_.loaded_v_full[stage].wait(ring_.parity());
+    shared_.v_empty[stage].wait(ring_.parity() ^ 1);
+    const uint8_t* from = shared_.loaded_v[stage] + lane_.source;
+    uint8_t* to = shared_.v[stage] + lane_.target;
+#pragma unroll kUnroll
+    for (int group = warp_; group < To::kGroups; group += Traits::kTransposers) {
+      const uint32_t column = group * To::kGroupDims, chunk = column / Traits::kSwizzleV;
+      const uint8_t* source = from + chunk * From::kChunkBytes + ((column % Traits::kSwizzleV) ^ lane_.swizzle);
+      uint32_t x[To::kSteps][4];
+#pragma unroll
+      for (int step = 0; step < To::kSteps; ++step) {
+        arch::load_matrices_transposed(source + step * To::kStepKeys * Traits::kSwizzleV, x[step]);
+      }
+      if (keys < Traits::kTileN) clear(x, keys);
+#pragma unroll
+      for (int step = 0; step < To::kSteps; ++step) {
+        const uint32_t (&y)[4] = x[step];
+        arch::store_matrices(to + step * To::kStepBytes + group * To::kGroupBytes, __byte_perm(y[0], y[1], lane_.first),
+                             __byte_perm(y[0], y[1], lane_.second), __byte_perm(y[2], y[3], lane_.first),
+                             __byte_perm(y[2], y[3], lane_.second));
+      }
+    }
+    arch::fence_async_proxy();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+      shared_.v_full[stage].arrive();
+      shared_.loaded_v_empty[stage].arrive();
+    }
+    ring_.advance();
+  }
+
+  __device__ __forceinline__ void clear(uint32_t (&x)[To::kSteps][4], int keys) const {
+#pragma unroll
+    for (int step = 0; step < To::kSteps; ++step)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[step][i] = keys_before(x[step][i], lane_.key, keys - step * To::kStepKeys - 8 * i);
+  }
+
+  static constexpr int kUnroll = 1;
+
+  ForwardShared<Traits>& shared_;
+  const int warp_;
+  const TurningLane lane_;
+  Ring<Traits::kStages> ring_;
+  Ring<ForwardShared<Traits>::kTileSlots> tiles_;
+};
+
+}  // namespace fa3
