@@ -50,12 +50,14 @@ cdef void set_rows(c.fa3_array *array, ArrayView view, bint ragged) noexcept:
         array.stride[3] = 1  # a single column has no stride of its own
 
 
-cdef void set_descale(c.fa3_descale *descale, ArrayView view) noexcept:
-    """(), (head,) or (batch, head)."""
+cdef void set_descale(c.fa3_descale *descale, ArrayView view, int64_t num_heads) noexcept:
+    """(), (head,) or (batch, head), where `num_heads` heads may share fewer factors."""
     cdef int axis
     if view is None:
         return
     descale.data = <const float *>view.data
+    if view.ndim > 0:
+        descale.group = <int32_t>(num_heads // view.c_shape[view.ndim - 1])
     for axis in range(view.ndim):
         descale.stride[2 - view.ndim + axis] = view.c_strides[axis]
 
@@ -136,9 +138,9 @@ cdef int fill(c.fa3_forward_params *p, Problem problem, ArrayView out, ArrayView
     p.softcap = options.softcap
     if problem.sinks is not None:
         p.sinks = <const float *>problem.sinks.data
-    set_descale(&p.q_descale, problem.q_descale)
-    set_descale(&p.k_descale, problem.k_descale)
-    set_descale(&p.v_descale, problem.v_descale)
+    set_descale(&p.q_descale, problem.q_descale, problem.num_heads)
+    set_descale(&p.k_descale, problem.k_descale, problem.num_heads_kv)
+    set_descale(&p.v_descale, problem.v_descale, problem.num_heads_kv)
     fill_cache(&p.cache, problem)
     p.num_splits = options.num_splits
     p.batch_invariant = options.batch_invariant
@@ -246,6 +248,8 @@ def plan(*, str dtype, int batch, int seqlen_q, int seqlen_k, int num_heads, int
     memset(&p, 0, sizeof(p))
     p.struct_size = sizeof(p)
     p.dtype = p.out_dtype = DTYPES[dtype]
+    if p.dtype == c.FA3_FLOAT8_E4M3:
+        p.out_dtype = c.FA3_BFLOAT16
     p.batch, p.num_heads, p.num_heads_kv = batch, num_heads, num_heads_kv
     p.head_dim, p.head_dim_v = head_dim, head_dim_v
     set_strides(&p.q, q_strides, seqlen_q, num_heads, head_dim, address)

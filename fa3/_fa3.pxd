@@ -49,6 +49,7 @@ cdef extern from "fa3.h" nogil:
     ctypedef struct fa3_descale:
         const float *data
         int64_t stride[2]
+        int32_t group
 
     ctypedef struct fa3_forward_params:
         size_t struct_size

@@ -1,6 +1,7 @@
 // The C entry points: validate -> plan -> encode -> launch.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "device.h"
@@ -59,16 +60,24 @@ struct Launch {
     shape.batch = lengths.cu_seqlens ? 1 : params.batch;
     shape.rows = lengths.rows;
     if (copy) {
-      const RowsToCopy rows{array.data,  {array.stride[0], array.stride[1], array.stride[2]},
-                            shape.batch, shape.rows,
-                            shape.heads, shape.head_dim};
-      void* packed = workspace.take(copy_bytes(lengths, params.batch, shape.heads, shape.head_dim));
+      const RowsToCopy rows{array.data,
+                            {array.stride[0], array.stride[1], array.stride[2]},
+                            shape.batch,
+                            shape.rows,
+                            shape.heads,
+                            shape.head_dim,
+                            element_bytes(params.dtype)};
+      void* packed = workspace.take(copy_bytes(params, lengths, shape.heads, shape.head_dim));
       const cudaError_t error = copy_rows(rows, packed, stream);
       if (auto status = check_cuda(error, "copy_rows", cudaGetErrorString(error))) return status;
       const int64_t row = int64_t{shape.heads} * shape.head_dim;
       array = {packed, {row * shape.rows, row, shape.head_dim, 1}};
     }
     return encode_operand(array, shape, operand);
+  }
+
+  static Descale descale(const fa3_descale& given) {
+    return {given.data, given.stride[0], given.stride[1], std::max(given.group, 1)};
   }
 
   fa3_status fill(ForwardArgs& args) {
@@ -88,6 +97,7 @@ struct Launch {
     if (auto status = operand(p.k, p.keys, plan.copy_k, k, args.k)) return status;
     if (auto status = operand(p.v, p.keys, plan.copy_v, v, args.v)) return status;
     args.out = p.out.data;
+    args.out_float16 = p.out_dtype == FA3_FLOAT16;
     args.lse = static_cast<float*>(p.lse.data);
     args.out_vectors = reinterpret_cast<uintptr_t>(p.out.data) % 16 == 0;
     for (int axis = 0; axis < 3; ++axis) {
@@ -101,6 +111,9 @@ struct Launch {
     args.batch = p.batch;
     args.num_heads_kv = p.num_heads_kv;
     args.head_dim_v = p.head_dim_v;
+    args.q_descale = descale(p.q_descale);
+    args.k_descale = descale(p.k_descale);
+    args.v_descale = descale(p.v_descale);
     // A zero scale would make minus infinity, the masked score, NaN; this one makes every visible score 0 all the same.
     const float scale = p.softmax_scale == 0 ? 1e-30f : p.softmax_scale;
     args.score_scale_log2 = (p.softcap > 0 ? p.softcap : scale) * kLog2e;

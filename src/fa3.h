@@ -93,10 +93,13 @@ typedef struct fa3_cache {
   int32_t rotary_rows, rotary_dim, rotary_dtype, rotary_interleaved;
 } fa3_cache;
 
-/* Per-head factors of fp8 operands: fp32, strides (batch, head), 0 to broadcast; null: 1. */
+/* Per-head factors of fp8 operands: fp32, strides (batch, head), 0 to broadcast; null: 1. Heads h of q share the factor
+ * at h / group: with group = num_heads / num_heads_kv there is one for each KV head. 0 means 1, and k and v have no
+ * groups. */
 typedef struct fa3_descale {
   const float* data; /* device */
   int64_t stride[2];
+  int32_t group;
 } fa3_descale;
 
 typedef struct fa3_forward_params {

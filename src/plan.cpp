@@ -19,7 +19,6 @@ namespace {
 
 // Keys and values that stay in L2 (60 MB) beside what streams through it: measured best, causal, 4,096 and 16,384 keys.
 constexpr double kSectionBytes = 32e6;
-constexpr int kElementBytes = 2;
 // Microseconds from which a counter that hands out work balances better than dealing it out costs nothing.
 constexpr double kLongTime = 60;
 // Split tiles leave their parts in the workspace, which should stay small beside q, k and v.
@@ -52,8 +51,9 @@ struct TileCost {
 
 TileCost tile_cost(const ForwardVariant& v) {
   const int dim = (v.head_dim + v.head_dim_v) / 2;
-  // Of a score: exponentials bound small dims, products large ones.
-  const double score = std::max(35 + 0.42 * dim, 0.7 * dim) * 1e-6;
+  // Of a score: exponentials bound small dims, products large ones, which fp8 halves (as is to be measured).
+  const double products = dim * element_bytes(v.dtype) / 2.0;
+  const double score = std::max(35 + 0.42 * products, 0.7 * products) * 1e-6;
   const double block = score * v.tile_m() * v.tile_n;
   if (v.consumers == 1) return {1.2, std::max(1.15 * block, 0.53)};  // two share an SM: half of what each takes
   if (v.consumers == 2) return {1.8, 1.07 * block};
@@ -192,14 +192,14 @@ Choice choose(const Work& work) {
 
 /// Whether TMA can address an operand as it is: a step of 0 bytes is handled by not stepping, the rest must be positive
 /// multiples of 16 below 2^40.
-bool tma_addressable(const fa3_array& array, const fa3_lengths& lengths, int batch, int heads) {
-  auto step_fits = [](int64_t stride, bool may_be_zero) {
-    const int64_t bytes = stride * kElementBytes;
+bool tma_addressable(const fa3_forward_params& p, const fa3_array& array, const fa3_lengths& lengths, int heads) {
+  auto step_fits = [&](int64_t stride, bool may_be_zero) {
+    const int64_t bytes = stride * element_bytes(p.dtype);
     if (bytes == 0) return may_be_zero;
     return bytes > 0 && bytes % kTmaAlignment == 0 && bytes < int64_t{1} << 40;
   };
   if (reinterpret_cast<uintptr_t>(array.data) % kTmaAlignment) return false;
-  if (!lengths.cu_seqlens && batch > 1 && !step_fits(array.stride[0], true)) return false;
+  if (!lengths.cu_seqlens && p.batch > 1 && !step_fits(array.stride[0], true)) return false;
   if (lengths.rows > 1 && !step_fits(array.stride[1], false)) return false;
   return heads == 1 || step_fits(array.stride[2], true);
 }
@@ -209,7 +209,7 @@ void plan_order(const Work& work, const Packing& packing, fa3_forward_plan& plan
   plan.short_m_blocks = 0;
   if (work.visibility.full()) return;
   const fa3_forward_params& p = work.params;
-  const double kv_bytes = double(work.seqlen_k) * (p.head_dim + p.head_dim_v) * kElementBytes;
+  const double kv_bytes = double(work.seqlen_k) * (p.head_dim + p.head_dim_v) * element_bytes(p.dtype);
   const int kv_heads = std::max(static_cast<int>(kSectionBytes / std::max(kv_bytes, 1.0)), p.head_dim > 192 ? 2 : 4);
   const int64_t heads = int64_t{p.num_heads_kv} * packing.tiles * (p.queries.cu_seqlens ? 1 : p.batch);
   plan.heads_per_section = static_cast<int>(std::min<int64_t>(int64_t{kv_heads} * packing.tiles, heads));
@@ -231,9 +231,9 @@ Packing packing_of(const fa3_forward_params& params, bool packed) {
   return Packing::of(params.num_heads / params.num_heads_kv, packed);
 }
 
-size_t copy_bytes(const fa3_lengths& lengths, int batch, int heads, int head_dim) {
-  const size_t rows = size_t(lengths.rows) * (lengths.cu_seqlens ? 1 : batch);
-  return aligned(rows * heads * head_dim * kElementBytes);
+size_t copy_bytes(const fa3_forward_params& params, const fa3_lengths& lengths, int heads, int head_dim) {
+  const size_t rows = size_t(lengths.rows) * (lengths.cu_seqlens ? 1 : params.batch);
+  return aligned(rows * heads * head_dim * element_bytes(params.dtype));
 }
 
 int64_t most_tiles(const fa3_forward_params& params, const fa3_forward_plan& plan) {
@@ -258,8 +258,9 @@ fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_pl
   const Work work(p, free_sms);
   const Choice choice = choose(work);
   if (choice.variant < 0)
-    return fail(FA3_ERROR_HEAD_DIM, "head_dim: (%d, %d) has no kernel of this dtype%s in this build", p.head_dim,
-                p.head_dim_v, p.tile_m ? " and tile" : "");
+    return fail(p.dtype == FA3_FLOAT8_E4M3 ? FA3_ERROR_HEAD_DIM_FP8 : FA3_ERROR_HEAD_DIM,
+                "head_dim: (%d, %d) has no kernel of this dtype%s in this build", p.head_dim, p.head_dim_v,
+                p.tile_m ? " and tile" : "");
   const ForwardVariant& variant = forward_variants()[choice.variant];
   const Packing packing = packing_of(p, choice.packed);
   plan.variant = choice.variant;
@@ -281,13 +282,13 @@ fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_pl
   const WorkspaceSizes sizes = workspace_sizes(p, plan);
   plan.workspace = sizes.counter + sizes.parts_done + sizes.parts;
   auto plan_copy = [&](const fa3_array& array, const fa3_lengths& lengths, int heads, int head_dim, int32_t& copy) {
-    copy = !tma_addressable(array, lengths, p.batch, heads);
-    if (copy) plan.workspace += copy_bytes(lengths, p.batch, heads, head_dim);
+    copy = !tma_addressable(p, array, lengths, heads);
+    if (copy) plan.workspace += copy_bytes(p, lengths, heads, head_dim);
   };
   plan_copy(p.q, p.queries, p.num_heads, p.head_dim, plan.copy_q);
   if (choice.packed && p.q.stride[2] == 0 && !plan.copy_q) {  // heads that share a tile need an axis that moves
     plan.copy_q = 1;
-    plan.workspace += copy_bytes(p.queries, p.batch, p.num_heads, p.head_dim);
+    plan.workspace += copy_bytes(p, p.queries, p.num_heads, p.head_dim);
   }
   plan_copy(p.k, p.keys, p.num_heads_kv, p.head_dim, plan.copy_k);
   plan_copy(p.v, p.keys, p.num_heads_kv, p.head_dim_v, plan.copy_v);

@@ -29,7 +29,10 @@ WorkspaceSizes workspace_sizes(const fa3_forward_params& params, const fa3_forwa
 /// Tiles of all queries: exact for dense batches, an upper bound for ragged ones whose sequences do not overlap.
 int64_t most_tiles(const fa3_forward_params& params, const fa3_forward_plan& plan);
 
+/// Bytes of an element of q, k and v.
+inline int element_bytes(int dtype) { return dtype == FA3_FLOAT8_E4M3 ? 1 : 2; }
+
 /// Bytes of a contiguous copy of an operand, for one that TMA cannot address; see fa3_forward_plan::copy_q.
-size_t copy_bytes(const fa3_lengths& lengths, int batch, int heads, int head_dim);
+size_t copy_bytes(const fa3_forward_params& params, const fa3_lengths& lengths, int heads, int head_dim);
 
 }  // namespace fa3

@@ -35,25 +35,31 @@ CUtensorMapSwizzle swizzle_mode(int bytes) {
                        : CU_TENSOR_MAP_SWIZZLE_32B;
 }
 
+CUtensorMapDataType element_type(int dtype) {
+  return dtype == FA3_FLOAT16    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+         : dtype == FA3_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                 : CU_TENSOR_MAP_DATA_TYPE_UINT8;  // only bytes are moved, and zeros filled in
+}
+
 }  // namespace
 
 fa3_status encode_operand(const fa3_array& array, const OperandShape& shape, TmaOperand& operand) {
   Encode encode = nullptr;
   if (auto status = find_encoder(encode)) return status;
 
-  constexpr int64_t kElementBytes = 2;
-  const int64_t row_bytes = (shape.rows > 1 ? array.stride[1] : shape.head_dim) * kElementBytes;
+  const int64_t element_bytes = shape.dtype == FA3_FLOAT8_E4M3 ? 1 : 2;
+  const int64_t row_bytes = (shape.rows > 1 ? array.stride[1] : shape.head_dim) * element_bytes;
   // An axis that does not move (one entry, or a broadcast) gets one entry in the map and no step in the kernel.
   operand.head_step = shape.heads > 1 && array.stride[2] != 0;
   operand.batch_step = shape.batch > 1 && array.stride[0] != 0;
-  const int64_t head_bytes = operand.head_step ? array.stride[2] * kElementBytes : row_bytes;
-  const int64_t batch_bytes = operand.batch_step ? array.stride[0] * kElementBytes : row_bytes;
+  const int64_t head_bytes = operand.head_step ? array.stride[2] * element_bytes : row_bytes;
+  const int64_t batch_bytes = operand.batch_step ? array.stride[0] * element_bytes : row_bytes;
 
   const bool grouped = shape.group > 0;
   const int group = operand.head_step && grouped ? shape.group : 1;
   const auto heads = cuuint64_t(operand.head_step ? shape.heads / group : 1);
   const auto batch = cuuint64_t(operand.batch_step ? shape.batch : 1);
-  const auto columns = cuuint32_t(shape.swizzle / kElementBytes);
+  const auto columns = cuuint32_t(shape.swizzle / element_bytes);
 
   // (dim, row, head, batch), or with grouped heads (dim, head of the group, row, group, batch).
   cuuint64_t extents[5] = {cuuint64_t(shape.head_dim), cuuint64_t(shape.rows), heads, batch};
@@ -68,10 +74,9 @@ fa3_status encode_operand(const fa3_array& array, const OperandShape& shape, Tma
     std::copy_n(grouped_box, 5, box);
   }
   const cuuint32_t unit[5] = {1, 1, 1, 1, 1};
-  const CUresult result = encode(
-      &operand.map, shape.dtype == FA3_FLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-      grouped ? 5 : 4, array.data, extents, strides, box, unit, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      swizzle_mode(shape.swizzle), CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode(&operand.map, element_type(shape.dtype), grouped ? 5 : 4, array.data, extents, strides,
+                                 box, unit, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_mode(shape.swizzle),
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return check_cuda(result, "cuTensorMapEncodeTiled", "the driver refused an array's shape or strides");
 }
 

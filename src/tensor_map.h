@@ -6,7 +6,7 @@ namespace fa3 {
 
 /// One operand as the tensor core's loads want it.
 struct OperandShape {
-  int dtype = 0;                           // fa3_dtype: 16 bits
+  int dtype = 0;                           // fa3_dtype
   int head_dim = 0, heads = 0, batch = 0;  // batch: 1 for a ragged operand
   int rows = 0;                            // along the sequence axis
   int group = 0;  // heads side by side on an axis of their own, as q's of one KV head; 0: no such axis

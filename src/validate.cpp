@@ -20,8 +20,6 @@ fa3_status check_struct(const fa3_forward_params& p) {
 }
 
 fa3_status check_features(const fa3_forward_params& p) {
-  if (p.dtype == FA3_FLOAT8_E4M3)
-    return fail(FA3_ERROR_NO_FP8, "q: float8_e4m3fn is not built for the GPU yet; needs float16 or bfloat16");
   if (p.qv.data) return fail(FA3_ERROR_NO_QV, "qv: attention with qv is not built for the GPU yet");
   if (p.head_dim_v == 512 && (p.head_dim == 64 || p.head_dim == 576))
     return fail(FA3_ERROR_NO_QV, "q, v: head_dim %d and 512 (MLA) are not built for the GPU yet", p.head_dim);
@@ -39,9 +37,14 @@ fa3_status check_features(const fa3_forward_params& p) {
 }
 
 fa3_status check_dtypes(const fa3_forward_params& p) {
-  if (p.dtype != FA3_FLOAT16 && p.dtype != FA3_BFLOAT16)
+  const bool fp8 = p.dtype == FA3_FLOAT8_E4M3;
+  if (!fp8 && p.dtype != FA3_FLOAT16 && p.dtype != FA3_BFLOAT16)
     return fail(FA3_ERROR_DTYPE, "dtype: %d is no fa3_dtype that q, k, v can have", p.dtype);
-  if (p.out_dtype != p.dtype) return fail(FA3_ERROR_DTYPE, "out_dtype: %d, but q has %d", p.out_dtype, p.dtype);
+  if (fp8 && p.out_dtype != FA3_FLOAT16 && p.out_dtype != FA3_BFLOAT16)
+    return fail(FA3_ERROR_DTYPE, "out_dtype: %d, but of fp8 it must be FA3_BFLOAT16 or FA3_FLOAT16", p.out_dtype);
+  if (!fp8 && (p.q_descale.data || p.k_descale.data || p.v_descale.data))
+    return fail(FA3_ERROR_DTYPE, "descale: given, but q has dtype %d, and only FA3_FLOAT8_E4M3 takes it", p.dtype);
+  if (!fp8 && p.out_dtype != p.dtype) return fail(FA3_ERROR_DTYPE, "out_dtype: %d, but q has %d", p.out_dtype, p.dtype);
   return FA3_OK;
 }
 
@@ -59,10 +62,20 @@ fa3_status check_sizes(const fa3_forward_params& p) {
 }
 
 fa3_status check_head_dims(const fa3_forward_params& p) {
-  for (int dim : {p.head_dim, p.head_dim_v})
+  for (int dim : {p.head_dim, p.head_dim_v}) {
+    if (p.dtype == FA3_FLOAT8_E4M3 && dim % 16)
+      return fail(FA3_ERROR_HEAD_DIM_FP8, "head_dim: %d, but of fp8 it must be a multiple of 16 on the GPU", dim);
     if (dim < 8 || dim % 8 || dim > kMaxHeadDim)
       return fail(FA3_ERROR_HEAD_DIM, "head_dim: %d, but it must be a multiple of 8 up to %d on the GPU", dim,
                   kMaxHeadDim);
+  }
+  return FA3_OK;
+}
+
+fa3_status check_groups(const fa3_forward_params& p) {
+  if (p.q_descale.group < 0 || p.k_descale.group < 0 || p.v_descale.group < 0)
+    return fail(FA3_ERROR_SHAPE, "descale: a group of %d, %d or %d heads is negative", p.q_descale.group,
+                p.k_descale.group, p.v_descale.group);
   return FA3_OK;
 }
 
@@ -167,6 +180,7 @@ fa3_status validate(const fa3_forward_params* params) {
   if (auto status = check_dtypes(p)) return status;
   if (auto status = check_sizes(p)) return status;
   if (auto status = check_head_dims(p)) return status;
+  if (auto status = check_groups(p)) return status;
   if (auto status = check_lengths(p.queries, "q")) return status;
   if (auto status = check_lengths(p.keys, "k")) return status;
   if (auto status = check_arrays(p)) return status;

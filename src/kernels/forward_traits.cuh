@@ -55,7 +55,7 @@ struct ForwardTraits {
   static_assert(kConsumers >= 1 && kConsumers <= 3, "registers are split for one to three consumer warpgroups");
   static constexpr int kOutputs = kPromoteEvery ? 2 : 1;  // O, twice where it is promoted
   static_assert(kTileN / 2 + kTileN * kElementBytes / 8 + kOutputs * kHeadDimV / 2 <=
-                    (kConsumers == 3 ? 128 : kConsumerRegisters - 24),
+                    (kConsumers == 3 ? (kEightBits ? 124 : 128) : kConsumerRegisters - 24),
                 "S, P and O must fit in a consumer's registers, or ptxas serialises wgmma");
   static_assert(kEightBits || !kPromoteEvery, "sums of 16-bit products are fp32");
 

@@ -1,6 +1,7 @@
 // The transposer: turns e4m3 V between the loader and the consumers, as tile/transpose.h says.
 #pragma once
 #include "arch/fragments.cuh"
+#include "arch/warpgroup.cuh"
 #include "kernels/forward_traits.cuh"
 #include "tile/ring.cuh"
 
@@ -37,24 +38,24 @@ class Transposer {
     const uint32_t stage = ring_.stage();
     shared_.loaded_v_full[stage].wait(ring_.parity());
     shared_.v_empty[stage].wait(ring_.parity() ^ 1);
-    const uint8_t* from = shared_.loaded_v[stage] + lane_.source;
-    uint8_t* to = shared_.v[stage] + lane_.target;
-#pragma unroll kUnroll
+    const uint32_t from = arch::shared_address(shared_.loaded_v[stage]) + lane_.source;
+    const uint32_t to = arch::shared_address(shared_.v[stage]) + lane_.target;
+#pragma unroll 1
     for (int group = warp_; group < To::kGroups; group += Traits::kTransposers) {
       const uint32_t column = group * To::kGroupDims, chunk = column / Traits::kSwizzleV;
-      const uint8_t* source = from + chunk * From::kChunkBytes + ((column % Traits::kSwizzleV) ^ lane_.swizzle);
+      // A chunk begins at a multiple of 1,024 bytes, so the offset inside it meets the swizzle's bits by xor.
+      const uint32_t source = (from + chunk * From::kChunkBytes) ^ (column % Traits::kSwizzleV);
       uint32_t x[To::kSteps][4];
 #pragma unroll
-      for (int step = 0; step < To::kSteps; ++step) {
+      for (int step = 0; step < To::kSteps; ++step)
         arch::load_matrices_transposed(source + step * To::kStepKeys * Traits::kSwizzleV, x[step]);
-      }
       if (keys < Traits::kTileN) clear(x, keys);
 #pragma unroll
       for (int step = 0; step < To::kSteps; ++step) {
         const uint32_t (&y)[4] = x[step];
-        arch::store_matrices(to + step * To::kStepBytes + group * To::kGroupBytes, __byte_perm(y[0], y[1], lane_.first),
-                             __byte_perm(y[0], y[1], lane_.second), __byte_perm(y[2], y[3], lane_.first),
-                             __byte_perm(y[2], y[3], lane_.second));
+        arch::store_matrices(to + step * To::kStepBytes + group * To::kGroupBytes, __byte_perm(y[0], y[1], lane_.evens),
+                             __byte_perm(y[0], y[1], lane_.odds()), __byte_perm(y[2], y[3], lane_.evens),
+                             __byte_perm(y[2], y[3], lane_.odds()));
       }
     }
     arch::fence_async_proxy();
@@ -67,13 +68,12 @@ class Transposer {
   }
 
   __device__ __forceinline__ void clear(uint32_t (&x)[To::kSteps][4], int keys) const {
+    const int key = 2 * (arch::thread_anew() % 4);
 #pragma unroll
     for (int step = 0; step < To::kSteps; ++step)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[step][i] = keys_before(x[step][i], lane_.key, keys - step * To::kStepKeys - 8 * i);
+      for (int i = 0; i < 4; ++i) x[step][i] = keys_before(x[step][i], key, keys - step * To::kStepKeys - 8 * i);
   }
-
-  static constexpr int kUnroll = 1;
 
   ForwardShared<Traits>& shared_;
   const int warp_;

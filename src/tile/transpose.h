@@ -39,28 +39,23 @@ struct TurnedTile {
 
 /// What one lane does, 32 keys x 16 dims at a time.
 struct TurningLane {
-  uint32_t source;   // offset of the 16 bytes that it gives ldmatrix the address of: key `lane`
-  uint32_t swizzle;  // to be xor-ed with an offset inside a row's chunk
-  uint32_t target;   // offset of the 16 bytes that it gives stmatrix the address of
-  uint32_t first;    // __byte_perm selectors for matrices 0 and 2 of stmatrix,
-  uint32_t second;   // and for 1 and 3
-  int key;           // of the first of the two keys that it is given of each 8
+  uint32_t source;  // offset of the 16 bytes that it gives ldmatrix the address of: those of key `lane`
+  uint32_t target;  // offset of the 16 bytes that it gives stmatrix the address of
+  uint32_t evens;   // the __byte_perm selector for matrices 0 and 2 of stmatrix
 
   /// `chunk_bytes`: the width of a chunk of V as TMA brought it, the swizzle's too.
   FA3_HOST_DEVICE constexpr TurningLane(int lane, int chunk_bytes)
-      : source(lane * chunk_bytes),
-        swizzle((lane * chunk_bytes >> 3) & (chunk_bytes - 16)),
-        target(0),
-        first(0x6420),
-        second(0x7531),
-        key(2 * (lane % 4)) {
+      : source(lane * chunk_bytes + (lane * chunk_bytes >> 3 & (chunk_bytes - 16))), target(0), evens(0x6420) {
     // Even dims alone would lie 64 bytes apart and meet half of the banks, so 8 rows of stmatrix are the even dims of
     // the first 8 and the odd ones of the other 8, or the reverse.
-    if (lane / 4 >= 4) first = 0x7531, second = 0x6420;
+    if (lane / 4 >= 4) evens = 0x7531;
     const int matrix = lane / 8, row = lane % 8;
     const int odd = matrix % 2 ^ (row >= 4), dim = 2 * row + odd, half = matrix / 2;
     target = 32 * dim + 16 * (half ^ (dim >> 2 & 1));
   }
+
+  /// The selector for matrices 1 and 3.
+  FA3_HOST_DEVICE constexpr uint32_t odds() const { return evens ^ 0x1111; }
 };
 
 /// Keys 2 t and 2 t + 1 of an 8 x 16 byte matrix as ldmatrix.trans gives them: those from `end` on become zeros.

@@ -43,6 +43,7 @@ int main(void) {
   SIZE(fa3_descale)
   FIELD(fa3_descale, data)
   FIELD(fa3_descale, stride)
+  FIELD(fa3_descale, group)
   SIZE(fa3_forward_params)
   FIELD(fa3_forward_params, struct_size)
   FIELD(fa3_forward_params, device)
