@@ -21,7 +21,7 @@ Examples:
 # (feature, on an NVIDIA GPU of compute capability 9.0, on the CPU)
 FEATURES = (
     ("forward, fp16 and bf16", "yes", "yes"),
-    ("forward, fp8 (e4m3) with descales", "not yet", "yes"),
+    ("forward, fp8 (e4m3) with descales", "yes", "yes"),
     ("sequences of different lengths, seqused", "yes", "yes"),
     ("GQA and MQA, any ratio", "yes", "yes"),
     ("causal, window, attention_chunk, softcap, sinks", "yes", "yes"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 CPU_DTYPES = ("float16", "bfloat16", "float8_e4m3fn", "float32", "float64")
-GPU_DTYPES = ("float16", "bfloat16")  # those of which the GPU's kernels are built
+GPU_DTYPES = ("float16", "bfloat16", "float8_e4m3fn")  # those of which the GPU's kernels are built
 
 
 class Numpy:
@@ -120,19 +120,21 @@ class JaxCuda(Jax):
 
 
 class CuPy(Numpy):
-    """CuPy, which has no bfloat16: its bytes travel as uint16, and `dtype` tells."""
+    """CuPy, which has no bfloat16 and no fp8: their bytes travel as uint16 and uint8, and `dtype` tells."""
+
+    storage = {"bfloat16": np.uint16, "float8_e4m3fn": np.uint8}
 
     dtypes = GPU_DTYPES
     on_gpu = True
 
     def options(self, array):
-        return {"dtype": "bfloat16"} if array.dtype == np.uint16 else {}
+        return {"dtype": name for name, storage in self.storage.items() if array.dtype == storage}
 
     def flat(self, buffer):
         import cupy
 
         flat = buffer.reshape(-1)
-        return cupy.asarray(flat.view(np.uint16) if flat.dtype.name == "bfloat16" else flat)
+        return cupy.asarray(flat.view(self.storage.get(flat.dtype.name, flat.dtype)))
 
     def view(self, flat, shape, strides, offset):
         import cupy

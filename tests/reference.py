@@ -15,8 +15,10 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 UNIT_ROUNDOFF = {np.dtype(np.float16): 2.0**-11, BF16: 2.0**-8}
 SMALLEST_SUBNORMAL = {np.dtype(np.float16): 2.0**-24, BF16: 2.0**-133, np.dtype(np.float32): 2.0**-149,
                       np.dtype(np.float64): 2.0**-1074}
-# fp8 probabilities are multiplied by it before they are rounded, so that small ones survive: 256 < 448, the largest.
-FP8_PROBABILITY_SCALE = 256.0
+# fp8 probabilities are multiplied by it before they are rounded, so that small ones survive: 272 < 448, the largest.
+# It lies in the middle between two numbers of e4m3. A power of two would round a row's largest probability for nothing,
+# and so ask for more than a kernel can give that rounds relative to a maximum which later keys may exceed.
+FP8_PROBABILITY_SCALE = 272.0
 
 
 def visible(seqlen_q, seqlen_k, causal=False, window=(-1, -1), chunk=0):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16),
           "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn), "float32": np.dtype(np.float32),
           "float64": np.dtype(np.float64)}
+DESCALES = ("one", "kv_heads", "heads", "batch_kv_heads", "batch_heads")  # k and v have those of KV heads
 TILES = (64, 80, 96, 112, 128, 192)
 EDGE_LENGTHS = (1, 2, 0, 7, 16, *sorted({tile + edge for tile in TILES for edge in (-1, 0, 1)}), 257, 400)
 RATIOS = (1, 2, 3, 5, 6, 7, 8, 12, 66)  # 66: more heads than a packed tile holds
@@ -44,6 +45,7 @@ class Problem:
     softcap: float = 0.0
     softmax_scale: float | None = None
     sinks: bool = False
+    descales: str | None = None  # of fp8: one of DESCALES
     placement_q: str = "contiguous"
     placement_kv: str = "contiguous"
     placement_out: str = "contiguous"
@@ -105,6 +107,9 @@ class Arrays:
     seqused_q: np.ndarray | None = None
     seqused_k: np.ndarray | None = None
     sinks: np.ndarray | None = None
+    q_descale: np.ndarray | None = None
+    k_descale: np.ndarray | None = None
+    v_descale: np.ndarray | None = None
     max_seqlen_q: int = 0  # rows of the longest sequence's place, those that seqused hides included
     max_seqlen_k: int = 0
     buffers: dict = field(default_factory=dict)  # name -> (buffer, its bytes when made), of every array above
@@ -114,6 +119,12 @@ class Arrays:
         """The keywords that say where sequences lie; the same words in the library and in reference.forward."""
         names = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def descales(self):
+        """The same for q_descale, k_descale and v_descale; none without them."""
+        names = ("q_descale", "k_descale", "v_descale")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def assert_only_written(self, out_used):
         """Fail if anything but the rows of out and lse that `out_used`, (b, sq) or (total_q,), marks has changed."""
@@ -152,6 +163,7 @@ def make(problem, seed=0, amplitude=1.0):
     lse_shape = (p.num_heads, sum(slots_q)) if p.varlen else (p.batch, p.num_heads, max(slots_q, default=0))
     lse = np.full(lse_shape, np.nan, np.float32)
     buffers["lse"] = (lse, lse.copy())
+    descales = {f"{name}_descale": _descale(p, name, rng) for name in "qkv"} if p.descales else {}
     return Arrays(
         q=q, k=k, v=v, out=out, lse=lse,
         cu_seqlens_q=_cumulated(slots_q) if p.varlen else None,
@@ -160,7 +172,19 @@ def make(problem, seed=0, amplitude=1.0):
         seqused_k=None if p.padding_k is None else np.array(p.seqlens_k, np.int32),
         sinks=rng.standard_normal(p.num_heads).astype(np.float32) * 2 if p.sinks else None,
         max_seqlen_q=max(slots_q, default=0), max_seqlen_k=max(slots_k, default=0), buffers=buffers,
+        **descales,
     )
+
+
+def _descale(problem, name, rng):
+    """Factors between 1/2 and 2, in a view of odd strides."""
+    kind = problem.descales
+    heads = problem.num_heads if name == "q" and "kv" not in kind else problem.num_heads_kv
+    shape = () if kind == "one" else (problem.batch, heads) if kind.startswith("batch") else (heads,)
+    buffer = np.full(tuple(2 * n + 1 for n in shape), np.nan, np.float32)
+    view = buffer[tuple(slice(1, None, 2) for _ in shape)] if shape else buffer
+    view[...] = np.exp2(rng.uniform(-1, 1, shape))
+    return view
 
 
 def sequence_view(array, slots, b, varlen):
@@ -251,6 +275,9 @@ def problems(draw, dtypes=("float16", "bfloat16"), head_dims=HEAD_DIMS, ratios=R
     """A Problem whose work is at most `total_work`."""
     dtype = draw(st.sampled_from(dtypes))
     head_dim, head_dim_v = draw(st.sampled_from(head_dims))
+    fp8 = dtype == "float8_e4m3fn"
+    if fp8:  # a GPU takes multiples of 16
+        head_dim, head_dim_v = (-(-dim // 16) * 16 for dim in (head_dim, head_dim_v))
     ratio = draw(st.sampled_from(ratios))
     num_heads_kv = draw(st.integers(1, 3))
     batch = draw(st.sampled_from([*range(1, max_batch + 1)] * 3 + [0]))
@@ -267,6 +294,7 @@ def problems(draw, dtypes=("float16", "bfloat16"), head_dims=HEAD_DIMS, ratios=R
         head_dim_v=head_dim_v, dtype=dtype, varlen=varlen, padding_q=padding_q, padding_k=padding_k,
         **draw(masks()), softcap=draw(st.sampled_from([0.0, 0.0, 1.0, 15.0, 50.0])),
         softmax_scale=draw(st.none() | st.sampled_from([1.0, 0.25, 0.0, -0.1])), sinks=draw(st.booleans()),
+        descales=draw(st.none() | st.sampled_from(DESCALES)) if fp8 else None,
         placement_q=draw(st.sampled_from(placements)), placement_kv=draw(st.sampled_from(placements)),
         placement_out=draw(st.sampled_from([p for p in placements if p != "broadcast"])),
         num_splits=draw(st.sampled_from([0, 0, 1, 2, 3, 7, 1000])), pack_gqa=draw(st.sampled_from([None, False, True])),

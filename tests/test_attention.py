@@ -25,6 +25,7 @@ def pose(framework, problem, arrays, **options):
     small = {name: framework.put(array)[0] for name, array in arrays.lengths.items() if array is not None}
     if arrays.sinks is not None:
         small["sinks"] = framework.put(arrays.sinks)[0]
+    small.update((name, framework.put(array)[0]) for name, array in arrays.descales.items())
     call = fa3.flash_attn_varlen_func if problem.varlen else fa3.flash_attn_func
     return call(**put, **small, **framework.options(put["q"]), softmax_scale=problem.softmax_scale,
                 causal=problem.causal, window_size=problem.window, attention_chunk=problem.chunk,
@@ -34,7 +35,7 @@ def pose(framework, problem, arrays, **options):
 def expected(problem, arrays):
     """The reference's Result, and the out of the naive formula in the input dtype."""
     inputs = arrays.q, arrays.k, arrays.v
-    options = dict(**arrays.lengths, sinks=arrays.sinks, **problem.formula)
+    options = dict(**arrays.lengths, **arrays.descales, sinks=arrays.sinks, **problem.formula)
     naive = reference.forward(*inputs, evaluate=reference.naive, **options).out
     return reference.forward(*inputs, **options), naive
 
@@ -108,8 +109,9 @@ def test_batch_invariant_sequence_does_not_depend_on_the_others(framework, data)
     b = data.draw(st.integers(0, problem.batch - 1))
     rows = slice(*arrays.cu_seqlens_q[b:b + 2])
     keys = slice(*arrays.cu_seqlens_k[b:b + 2])
+    of_one = {name: array[b:b + 1] for name, array in arrays.descales.items() if array.ndim == 2}
     alone = dataclasses.replace(
-        arrays, q=arrays.q[rows], k=arrays.k[keys], v=arrays.v[keys],
+        arrays, **of_one, q=arrays.q[rows], k=arrays.k[keys], v=arrays.v[keys],
         cu_seqlens_q=np.array([0, problem.seqlens_q[b]], np.int32),
         cu_seqlens_k=np.array([0, problem.seqlens_k[b]], np.int32))
     out_alone, lse_alone = (
@@ -200,7 +202,7 @@ def test_combine_joins_parts_of_the_keys(framework, dtype):
     np.testing.assert_allclose(lse, lse_whole.swapaxes(1, 2), rtol=1e-5)
 
 
-@pytest.mark.parametrize("framework", [parameter for parameter in frameworks.CPU if parameter.id != "jax"])
+@pytest.mark.parametrize("framework", [parameter for parameter in frameworks.WRITABLE if parameter.id != "jax"])
 @pytest.mark.parametrize("q_heads", [2, 4])
 def test_fp8_with_descales(framework, q_heads):
     problem = Problem(seqlens_q=(20, 3), seqlens_k=(40, 50), num_heads_kv=2, ratio=2, dtype="float8_e4m3fn",

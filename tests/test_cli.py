@@ -66,7 +66,7 @@ def test_cases(name, capsys):
     assert out.startswith(f"problem   {SMALL_CASES[name].split()[0][2:]}, ")
 
 
-NOT_ON_THE_GPU = ("--fp8", "--backward", "--dropout_p")  # yet
+NOT_ON_THE_GPU = ("--backward", "--dropout_p")  # yet
 
 
 @pytest.mark.gpu

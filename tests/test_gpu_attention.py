@@ -42,11 +42,6 @@ def cache_call(torch, **changes):
 
 # Not built yet: each says what.
 
-def fp8(torch):
-    eight = {name: half(torch, 2, 7, 2, 64).to(torch.float8_e4m3fn) for name in ("q", "k", "v")}
-    return fa3.flash_attn_func(**eight)
-
-
 def pages(torch):
     return cache_call(torch, page_table=ints(torch, [0], [1]))
 
@@ -90,7 +85,7 @@ def join(torch):
 
 
 @pytest.mark.parametrize(("call", "named"), [
-    (fp8, "float8_e4m3fn"), (pages, "page_table"), (new_keys, "k, v"), (rotary, "k, v|rotary"),
+    (pages, "page_table"), (new_keys, "k, v"), (rotary, "k, v|rotary"),
     (left_padding, "cache_leftpad"), (cache_entries, "cache_batch_idx"),
     (latent_queries, "qv"), (latent_values, "MLA"), (wide_heads, "q: head_dim 264"),
     (dropout, "dropout_p: 0.5"), (join, "flash_attn_combine")])

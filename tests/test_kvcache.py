@@ -30,6 +30,7 @@ def test_cache_that_is_only_read(framework, data):
     options = framework.options(q)
     if arrays.sinks is not None:
         options["sinks"] = framework.put(arrays.sinks)[0]
+    options.update((name, framework.put(array)[0]) for name, array in arrays.descales.items())
     if ragged_q:
         q = framework.put(arrays.q.reshape(-1, *arrays.q.shape[2:]))[0]
         options["cu_seqlens_q"] = framework.put(np.arange(problem.batch + 1, dtype=np.int32) * seqlen_q)[0]
