@@ -56,8 +56,8 @@ const char* stand_in_describe(void) {
   SAY(#field " 0x%" PRIxPTR " %" PRId64 " %" PRId64 " %" PRId64 " %" PRId64 "\n", (uintptr_t)p->field.data, \
       p->field.stride[0], p->field.stride[1], p->field.stride[2], p->field.stride[3])
 #define DESCALE(field)                                                                                  \
-  SAY(#field " 0x%" PRIxPTR " %" PRId64 " %" PRId64 "\n", (uintptr_t)p->field.data, p->field.stride[0], \
-      p->field.stride[1])
+  SAY(#field " 0x%" PRIxPTR " %" PRId64 " %" PRId64 " %d\n", (uintptr_t)p->field.data, p->field.stride[0], \
+      p->field.stride[1], p->field.group)
   INT(struct_size);
   INT(device);
   INT(dtype);

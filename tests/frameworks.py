@@ -10,6 +10,8 @@ import pytest
 CPU_DTYPES = ("float16", "bfloat16", "float8_e4m3fn", "float32", "float64")
 GPU_DTYPES = ("float16", "bfloat16", "float8_e4m3fn")  # those of which the GPU's kernels are built
 
+CUPY_STORAGE = {"bfloat16": np.dtype(np.uint16), "float8_e4m3fn": np.dtype(np.uint8)}
+
 
 class Numpy:
     """NumPy itself: arrays pass as they are."""
@@ -122,19 +124,19 @@ class JaxCuda(Jax):
 class CuPy(Numpy):
     """CuPy, which has no bfloat16 and no fp8: their bytes travel as uint16 and uint8, and `dtype` tells."""
 
-    storage = {"bfloat16": np.uint16, "float8_e4m3fn": np.uint8}
 
     dtypes = GPU_DTYPES
     on_gpu = True
 
     def options(self, array):
-        return {"dtype": name for name, storage in self.storage.items() if array.dtype == storage}
+        names = [name for name, storage in CUPY_STORAGE.items() if array.dtype == storage]
+        return {"dtype": names[0]} if names else {}
 
     def flat(self, buffer):
         import cupy
 
         flat = buffer.reshape(-1)
-        return cupy.asarray(flat.view(self.storage.get(flat.dtype.name, flat.dtype)))
+        return cupy.asarray(flat.view(CUPY_STORAGE.get(flat.dtype.name, flat.dtype)))
 
     def view(self, flat, shape, strides, offset):
         import cupy

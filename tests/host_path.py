@@ -100,8 +100,10 @@ def check_further_arrays(gpu):
     more = arrays(gpu, q_descale=(torch.float32, 2, 4), k_descale=(torch.float32, 2), v_descale=(torch.float32,))
     assert fa3.flash_attn_func(**eight, **more).dtype == torch.bfloat16
     address = {name: array.data_ptr() for name, array in more.items()}
-    said(gpu, dtype=FP8, out_dtype=BF16, q_descale=[address["q_descale"], 4, 1],
-         k_descale=[address["k_descale"], 0, 1], v_descale=[address["v_descale"], 0, 0])
+    said(gpu, dtype=FP8, out_dtype=BF16, q_descale=[address["q_descale"], 4, 1, 1],
+         k_descale=[address["k_descale"], 0, 1, 1], v_descale=[address["v_descale"], 0, 0, 0])
+    fa3.flash_attn_func(**eight, q_descale=more["k_descale"])
+    said(gpu, q_descale=[address["k_descale"], 0, 1, 2])  # one for each KV head
 
 
 def check_varlen(gpu):

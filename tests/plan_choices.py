@@ -35,6 +35,13 @@ CALLS = {
     "b2 s512 h16 d64 causal": call("float16", 2, 512, 512, 16, 16, 64, causal=True),
     "b2 s512 h16 d128 causal": call("float16", 2, 512, 512, 16, 16, 128, causal=True),
     "b2 s512 h16 d256 causal": call("float16", 2, 512, 512, 16, 16, 256, causal=True),
+    "fp8 b3 s1680 h16 d80": call("float8_e4m3fn", 3, 1680, 1680, 16, 16, 80),
+    "fp8 b84 s64 h16 d80": call("float8_e4m3fn", 84, 64, 64, 16, 16, 80),
+    "fp8 b84 t5040 h16 d128 ragged": ragged("float8_e4m3fn", 84, 60, 16, 16, 128, max_seqlen_q=64, max_seqlen_k=64),
+    "fp8 b4 s4096 h32 d64": call("float8_e4m3fn", 4, 4096, 4096, 32, 32, 64),
+    "fp8 b4 s4096 h16 d128": call("float8_e4m3fn", 4, 4096, 4096, 16, 16, 128),
+    "fp8 b4 s4096 h16 d128 causal": call("float8_e4m3fn", 4, 4096, 4096, 16, 16, 128, causal=True),
+    "fp8 b4 s4096 h8 d256": call("float8_e4m3fn", 4, 4096, 4096, 8, 8, 256),
     # bfloat16 of head dim 128, which every build has
     "bf16 b84 s64 h16 d128": call("bfloat16", 84, 64, 64, 16, 16, 128),
     "bf16 b84 s64 h16 d128 ragged": ragged("bfloat16", 84, 64, 16, 16, 128),

@@ -189,16 +189,17 @@ class Consumer {
   /// The factor of row r's scores. Rows that stand idle have that of a head that exists.
   __device__ __forceinline__ float descale(const Work& work, int r) const {
     const int head = smaller(work.first_head + args_.packing.head_of(row(r)), args_.packing.ratio - 1);
-    const float factor = args_.q_descale.at(work.batch, work.head_kv * args_.packing.ratio + head) *
-                         args_.k_descale.at(work.batch, work.head_kv);
-    return factor == 0 ? 1e-20f : factor;  // as a zero scale: see fill() in api.cpp
+    return args_.q_descale.at(work.batch, work.head_kv * args_.packing.ratio + head) *
+           args_.k_descale.at(work.batch, work.head_kv);
   }
 
   /// A tile's rows: their descales become part of what the scores are multiplied with, before softcap or after it.
   __device__ __forceinline__ void take_descales(const Work& work) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-      softmax_.scale_log2[r] = args_.score_scale_log2 * (args_.softcap_scale == 0 ? descale(work, r) : 1.f);
+    for (int r = 0; r < 2; ++r) {
+      const float scale = args_.score_scale_log2 * (args_.softcap_scale == 0 ? descale(work, r) : 1.f);
+      softmax_.scale_log2[r] = scale == 0 ? 1e-30f : scale;  // see fill() in api.cpp
+    }
   }
 
   __device__ __forceinline__ Ring<Traits::kQueryStages> q_ring() const { return {tiles_.count}; }

@@ -80,10 +80,10 @@ struct ForwardTraits {
   }();
   static constexpr int kTransposers = kEightBits ? 2 : 0;  // warps: those of the producers without another role
 
-  static constexpr int kKeyBytes =
-      kStages * (TileK::kBytes + TileV::kBytes + (kEightBits ? TileLoadedV::kBytes + 1024 : 0));
+  static constexpr int kKeyBytes = kStages * (TileK::kBytes + TileV::kBytes + (kEightBits ? TileLoadedV::kBytes : 0));
   // With a second place for Q, the next tile's arrives while this one is worked on.
-  static constexpr int kSharedLimit = 228 * 1024 / kBlocksPerSm - 1024, kSharedRest = 1024;
+  static constexpr int kSharedLimit = 228 * 1024 / kBlocksPerSm - 1024;
+  static constexpr int kSharedRest = kEightBits ? 2048 : 1024;  // barriers and gaps
   static constexpr int kStagingBytes = 4 * kConsumers * static_cast<int>(sizeof(StagedRows));
   static constexpr int kQueryStages =
       kKeyBytes + 2 * kConsumers * TileQ::kBytes + kStagingBytes + kSharedRest <= kSharedLimit ? 2 : 1;

@@ -30,6 +30,7 @@ struct TurnedTile {
   static constexpr int kStepBytes = kDims * kStepKeys, kGroupBytes = kGroupDims * kStepKeys;
   static constexpr int kBytes = kSteps * kStepBytes;
   static_assert(kKeys % kStepKeys == 0, "a product of e4m3 consumes 32 keys at a time");
+  static_assert(kStepBytes % 256 == 0, "a swizzle 32 bytes wide repeats every 256");
   static_assert(kDims % kGroupDims == 0, "dims are turned 16 at a time");
 
   static constexpr int kSwizzle = 32, kStrideOffset = 8 * kSwizzle;  // from 8 dims to the next 8

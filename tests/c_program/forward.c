@@ -83,9 +83,17 @@ static void check_arguments(void) {
   REFUSES(FA3_ERROR_SHAPE, "sm_margin", p.sm_margin = -1);
 }
 
+static void check_fp8(void) {
+  static const float factor = 1;
+  REFUSES(FA3_ERROR_DTYPE, "out_dtype: 3, but of fp8 it must be", p.dtype = p.out_dtype = FA3_FLOAT8_E4M3);
+  REFUSES(FA3_ERROR_HEAD_DIM_FP8, "head_dim: 72, but of fp8 it must be a multiple of 16", p.dtype = FA3_FLOAT8_E4M3;
+          p.head_dim = 72);
+  REFUSES(FA3_ERROR_DTYPE, "descale: given", p.k_descale.data = &factor);
+  REFUSES(FA3_ERROR_SHAPE, "descale: a group of -1, 0 or 0", p.dtype = FA3_FLOAT8_E4M3; p.q_descale.group = -1);
+}
+
 static void check_missing_features(void) {
   static const int32_t* const integers = (const int32_t*)(const void*)memory;
-  REFUSES(FA3_ERROR_NO_FP8, "float8_e4m3fn", p.dtype = FA3_FLOAT8_E4M3);
   REFUSES(FA3_ERROR_NO_PAGED_CACHE, "page_table", p.cache.page_table = integers);
   REFUSES(FA3_ERROR_NO_CACHE_UPDATE, "append", p.cache.k_new = p.k; p.cache.v_new = p.v);
   REFUSES(FA3_ERROR_NO_CACHE_UPDATE, "rotary", p.cache.rotary_cos = p.cache.rotary_sin = address);
@@ -236,6 +244,7 @@ static const struct {
 } checks[] = {
     {"statuses", check_statuses},
     {"arguments", check_arguments},
+    {"fp8", check_fp8},
     {"missing_features", check_missing_features},
     {"null_results", check_null_results},
     {"variants", check_variants},
