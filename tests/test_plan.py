@@ -16,6 +16,7 @@ from fa3 import _core
 VARIANTS = _core.variants()
 MINIMAL = {(v["dtype"], v["head_dim"], v["head_dim_v"]) for v in VARIANTS} == {("bfloat16", 128, 128)}
 DTYPES = sorted({v["dtype"] for v in VARIANTS})
+FP8 = "float8_e4m3fn"
 LARGEST = max(v["head_dim"] for v in VARIANTS)
 NATIVE = [(d, d) for d in (32, 48, 64, 80, 96, 112, 128, 160, 192, 256)] + [(192, 128)]
 COUNTER_BYTES = 256
@@ -45,7 +46,10 @@ def calls(draw, **fixed):
     }
     mask = draw(st.sampled_from(list(SWITCHED_OFF)))
     call[mask] = {"causal": True, "attention_chunk": 100}.get(mask, 50) if draw(st.booleans()) else call[mask]
-    return {**call, **fixed}
+    call |= fixed
+    if call["dtype"] == FP8:
+        call |= {name: ceil_div(call[name], 16) * 16 for name in ("head_dim", "head_dim_v")}
+    return call
 
 
 class Work:
@@ -299,11 +303,15 @@ steps = st.one_of(st.sampled_from([0, 8, 16, 128, 1024, 4, 1, 2**20, 2**39, 2**3
 sizes = st.one_of(st.just(1), st.integers(1, 4))
 
 
-def tma_addresses(strides, address, ragged, batch, length, heads):
+def element_bytes(call):
+    return 1 if call["dtype"] == FP8 else 2
+
+
+def tma_addresses(strides, address, ragged, batch, length, heads, itemsize):
     """CUDA's rule for cuTensorMapEncodeTiled (16 bytes, below 2^40), where an axis of one entry has no stride and a
     stride of 0 is an axis that the kernel does not step along."""
     def fits(stride):
-        return 0 < stride * 2 < 2**40 and stride * 2 % 16 == 0
+        return 0 < stride * itemsize < 2**40 and stride * itemsize % 16 == 0
 
     batch_stride, row, head = strides
     return (address % 16 == 0
@@ -324,13 +332,14 @@ def test_copies_and_workspace(call, data):
     workspace += Work(call, plan).workspace if plan["num_splits"] > 1 else 0
     for name, (length, heads, head_dim) in axes.items():
         given_strides = strides[name] or (length * heads * head_dim, heads * head_dim, head_dim)
-        copied = not tma_addresses(given_strides, address, call["ragged"], call["batch"], length, heads)
+        copied = not tma_addresses(given_strides, address, call["ragged"], call["batch"], length, heads,
+                                   element_bytes(call))
         if name == "q" and plan["pack_gqa"] > 1 and given_strides[2] == 0:
             copied = True  # heads that share a tile need an axis that moves
         assert plan[f"copy_{name}"] == copied, f"{name} {given_strides} at {address}"
         if copied:
             total_rows = length * (1 if call["ragged"] else call["batch"])
-            workspace += up_to_256(total_rows * heads * head_dim * 2)
+            workspace += up_to_256(total_rows * heads * head_dim * element_bytes(call))
     assert plan["workspace"] == workspace, "counter, parts and copies, each from a multiple of 256 bytes on"
 
 
