@@ -52,6 +52,10 @@ def flash_attn_func(
     that do not see it but share a block of keys with some that do. Rows past `seqused_q` belong to no query:
     there the result is not written.
 
+    *fp8.* On the GPU probabilities are rounded to float8_e4m3fn relative to a row's maximum so far, scaled to
+    make use of its range; their sum and lse are of the unrounded ones. A row that one key dominates may so be
+    off by up to 2**-4 of its size.
+
     *Gradients.* Arrays that require gradients are read as they are; nothing is recorded.
 
     *Determinism.* Results are bitwise repeatable. ``FA3_CHECK=1`` in the environment turns on checks of
