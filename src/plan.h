@@ -17,6 +17,13 @@ inline constexpr int kTmaAlignment = 16;
 /// Parts of the workspace begin at multiples of this.
 inline constexpr size_t kWorkspaceAlignment = 256;
 
+inline size_t workspace_aligned(size_t bytes) {
+  return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+}
+
+/// Whether TMA can load from the array as it is.
+bool tma_addressable(const fa3_array& array, const fa3_lengths& lengths, int batch, int heads);
+
 /// How query heads share tiles.
 struct Packing packing_of(const fa3_forward_params& params, bool packed);
 

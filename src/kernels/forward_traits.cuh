@@ -4,6 +4,7 @@
 #include "arch/convert.cuh"
 #include "attention/block_range.h"
 #include "tile/shared_tile.cuh"
+#include "tile/staged_rows.cuh"
 
 namespace fa3 {
 
@@ -12,15 +13,6 @@ FA3_HOST_DEVICE constexpr int swizzle_for(int columns) {
   const int bytes = 2 * columns;
   return ceil_div(bytes, 128) * 128 > ceil_div(bytes, 64) * 64 ? 64 : 128;
 }
-
-/// A warp's 16 rows of output on their way to memory, 64 columns of them: 8 vectors of 16 bytes a row, swizzled, so
-/// that 8 rows' equal vectors and a row's 8 vectors each meet all banks.
-struct alignas(128) StagedRows {
-  static constexpr int kRows = 16, kVectors = 8, kPairs = kVectors / 2;
-  uint4 vector[kRows][kVectors];
-
-  __device__ __forceinline__ uint4* at(uint32_t row, uint32_t column) { return &vector[row][column ^ row % kVectors]; }
-};
 
 template <class Element_, int kHeadDim_, int kHeadDimV_, int kConsumers_, int kTileN_>
 struct ForwardTraits {
