@@ -21,7 +21,8 @@ inline size_t workspace_aligned(size_t bytes) {
   return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
 }
 
-/// Whether TMA can load from the array as it is.
+/// Whether TMA can address an operand as it is: a step of 0 bytes is handled by not stepping, the rest must be positive
+/// multiples of 16 below 2^40.
 bool tma_addressable(const fa3_array& array, const fa3_lengths& lengths, int batch, int heads);
 
 /// How query heads share tiles.
