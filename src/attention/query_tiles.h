@@ -1,5 +1,7 @@
 // Where the query tiles of each sequence lie among those of all.
 #pragma once
+#include <cstdint>
+
 #include "arch/host_device.h"
 #include "attention/seqlen.h"
 
