@@ -29,7 +29,8 @@ class BackwardConsumer {
   using Packed = uint32_t[kTileM / 4];  // the same order, packed: already wgmma's A operand
   using QueryGradient = float[Traits::kDqCount];
 
-  // Where S, P and dP would not fit into registers together, dS takes P as it was rounded for dV.
+  // Where S, P and dP would not fit into registers together, dS takes P as it was rounded for dV: d 64 else spills, and
+  // ptxas serialises its products.
   static constexpr bool kRoundedP = kTileM > 64;
 
  public:

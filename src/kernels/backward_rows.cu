@@ -113,19 +113,19 @@ __global__ void __launch_bounds__(kThreads) sum_sinks_kernel(const float* parts,
 __global__ void __launch_bounds__(kThreads)
     clear_unused_rows_kernel(const __grid_constant__ RowArray array, const __grid_constant__ Lengths lengths, int batch,
                              int heads, int head_dim) {
-  const int row = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
-  if (row >= lengths.rows) return;
-  int sequence = blockIdx.y;
+  const int64_t index = int64_t{blockIdx.x} * (kThreads / 32) + threadIdx.x / 32;
+  int sequence = static_cast<int>(index / lengths.rows);
+  const int row = static_cast<int>(index % lengths.rows);
+  if (sequence >= (lengths.ragged() ? 1 : batch)) return;
   if (lengths.ragged()) {  // the last that begins at or before the row: of empty ones, the one behind them
-    int low = 0, high = batch;
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
+    int high = batch;
+    while (high - sequence > 1) {
+      const int middle = (sequence + high) / 2;
       if (lengths.cu_seqlens[middle] <= row)
-        low = middle;
+        sequence = middle;
       else
         high = middle;
     }
-    sequence = low;
   }
   const Span span = batch > 0 ? lengths.span(sequence) : Span{0, 0};
   if (row >= span.begin && row < span.begin + span.length) return;
@@ -153,7 +153,8 @@ cudaError_t sum_sinks(const BackwardScratch& scratch, int num_heads, float* dsin
 
 cudaError_t clear_unused_rows(const RowArray& array, const Lengths& lengths, int batch, int heads, int head_dim,
                               cudaStream_t stream) {
-  const dim3 grid(ceil_div(lengths.rows, kThreads / 32), lengths.ragged() ? 1 : batch);
+  const int64_t rows = int64_t{lengths.rows} * (lengths.ragged() ? 1 : batch);
+  const auto grid = static_cast<unsigned>((rows + kThreads / 32 - 1) / (kThreads / 32));
   clear_unused_rows_kernel<<<grid, kThreads, 0, stream>>>(array, lengths, batch, heads, head_dim);
   return cudaGetLastError();
 }
