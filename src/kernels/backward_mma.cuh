@@ -92,7 +92,6 @@ class BackwardConsumer {
     QueryGradient dq;
     const uint32_t stage = ring_.stage();
     shared_.q_full[stage].wait(ring_.parity());
-    shared_.dout_full[stage].wait(ring_.parity());
     clear_queries(m_block);
     if (ring_.count > 0) wait_for_ds();
     wait_for_adder();
@@ -110,6 +109,7 @@ class BackwardConsumer {
 #pragma unroll
     for (int i = 0; i < kTileM / 4; ++i) p[i] = arch::pack<Element>(s[2 * i], s[2 * i + 1]);
 
+    shared_.dout_full[stage].wait(ring_.parity());
     arch::wgmma_fence();
     multiply_values(dp);
     add_dv(p);
@@ -331,6 +331,7 @@ class BackwardConsumer {
     const int end = work_.q.length - m_block * kTileM;
     const bool padded = end < kTileM && (args_.queries.cu_seqlens || args_.queries.seqused);
     if (first <= 0 && !padded) return;
+    shared_.dout_full[ring_.stage()].wait(ring_.parity());
     uint8_t* const q = shared_.q[ring_.stage()];
     uint8_t* const dout = shared_.dout[ring_.stage()];
     clear_rows<TileQ, Traits::kSwizzleQK>(q, 0, smaller(first, kTileM));
