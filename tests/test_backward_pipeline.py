@@ -102,9 +102,9 @@ class Model:
         for step in range(self.steps):
             stage, parity = step % STAGES, step // STAGES % 2
             yield from self.wait("q_full", self.full["q"][stage], parity)
-            yield from multiply_ds(step)
             self.q[stage].read(step)  # S
             yield None
+            yield from multiply_ds(step)
             yield from self.wait("dout_full", self.full["dout"][stage], parity)
             self.dout[stage].read(step)  # dP and dV
             yield None

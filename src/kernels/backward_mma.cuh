@@ -13,8 +13,8 @@
 namespace fa3 {
 
 /// A consumer's rows are its 64 keys, and its columns queries: P^T and dS^T are then A operands as they are. Only dQ
-/// needs all keys' dS. It is worked on a step late, so that no consumer has to wait for another at once, and their
-/// exponentials and products fall beside each other.
+/// needs all keys' dS. It is worked on half a step late, so that no consumer has to wait for another at once, and one's
+/// exponentials fall beside the other's products.
 template <class Traits>
 class BackwardConsumer {
   using Element = typename Traits::Element;
@@ -28,10 +28,6 @@ class BackwardConsumer {
   using Scores = float[kTileM / 2];     // element 4 i + 2 r + e: key r of a thread's two, query 8 i + e from its first
   using Packed = uint32_t[kTileM / 4];  // the same order, packed: already wgmma's A operand
   using QueryGradient = float[Traits::kDqCount];
-
-  // Where S, P and dP would not fit into registers together, dS takes P as it was rounded for dV: d 64 else spills, and
-  // ptxas serialises its products.
-  static constexpr bool kRoundedP = kTileM > 64;
 
  public:
   __device__ __forceinline__ BackwardConsumer(const BackwardArgs& args, Shared& shared, const KeyTile& work,
@@ -93,14 +89,8 @@ class BackwardConsumer {
     const uint32_t stage = ring_.stage();
     shared_.q_full[stage].wait(ring_.parity());
     clear_queries(m_block);
-    if (ring_.count > 0) wait_for_ds();
-    wait_for_adder();
     arch::wgmma_fence();
-    multiply_ds(dq);  // of the step before; in the first one of nothing, which costs less than a branch here
     multiply_keys(s);
-    arch::wgmma_wait<1>();
-    arch::wgmma_wrote(dq);
-    hand_over(dq);
     arch::wgmma_wait<0>();
     arch::wgmma_wrote(s);
     if (!kPlain && args_.softcap_scale != 0) squash(s, args_.softcap_scale);
@@ -109,21 +99,21 @@ class BackwardConsumer {
 #pragma unroll
     for (int i = 0; i < kTileM / 4; ++i) p[i] = arch::pack<Element>(s[2 * i], s[2 * i + 1]);
 
+    if (ring_.count > 0) wait_for_ds();
+    wait_for_adder();
     shared_.dout_full[stage].wait(ring_.parity());
     arch::wgmma_fence();
+    multiply_ds(dq);  // of the step before; in the first one of nothing, which costs less than a branch here
     multiply_values(dp);
     add_dv(p);
+    arch::wgmma_wait<2>();
+    arch::wgmma_wrote(dq);
+    hand_over(dq);
     arch::wgmma_wait<1>();
     arch::wgmma_wrote(dp);
-    const auto probability = [&](int i) {
-      if constexpr (kRoundedP)
-        return i % 2 ? arch::high<Element>(p[i / 2]) : arch::low<Element>(p[i / 2]);
-      else
-        return s[i];
-    };
-    differentiate(probability, dp);
+    differentiate(p, dp);
     if (!kPlain) {
-      if (args_.softcap_scale != 0) unsquash(probability, dp);
+      if (args_.softcap_scale != 0) unsquash(p, dp);
       hide(dp, m_block);
     }
 #pragma unroll
@@ -221,34 +211,37 @@ class BackwardConsumer {
     }
   }
 
-  /// dP becomes dS.
-  template <class Probability>
-  __device__ __forceinline__ void differentiate(const Probability& p, Scores& dp) const {
+  /// dP becomes dS, with P as it was rounded for dV: registers would not hold it in fp32 beside dP and dQ.
+  __device__ __forceinline__ void differentiate(const Packed& p, Scores& dp) const {
 #pragma unroll
     for (int i = 0; i < kTileM / 8; ++i) {
       const float2 delta = pair(shared_.delta[ring_.stage()], i, lane_);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int at = 4 * i + 2 * r;
-        dp[at] = p(at) * (dp[at] - delta.x);
-        dp[at + 1] = p(at + 1) * (dp[at + 1] - delta.y);
+        float* const at = dp + 4 * i + 2 * r;
+        at[0] = arch::low<Element>(p[2 * i + r]) * (at[0] - delta.x);
+        at[1] = arch::high<Element>(p[2 * i + r]) * (at[1] - delta.y);
       }
     }
   }
 
   /// The softcap's derivative, 1 - tanh^2. P and lse give the tanh back, which spares the registers to keep it in.
-  template <class Probability>
-  __device__ __forceinline__ void unsquash(const Probability& p, Scores& ds) const {
+  __device__ __forceinline__ void unsquash(const Packed& p, Scores& ds) const {
     const float to_tanh = __fdividef(1.f, args_.score_scale_log2);
 #pragma unroll
     for (int i = 0; i < kTileM / 8; ++i) {
       const float2 lse = pair(shared_.lse[ring_.stage()], i, lane_);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float tanh = fmaxf((__log2f(p(4 * i + e)) + (e % 2 ? lse.y : lse.x)) * to_tanh, -1.f);
-        ds[4 * i + e] *= fmaf(-tanh, tanh, 1.f);
+      for (int r = 0; r < 2; ++r) {
+        float* const at = ds + 4 * i + 2 * r;
+        at[0] *= slope((__log2f(arch::low<Element>(p[2 * i + r])) + lse.x) * to_tanh);
+        at[1] *= slope((__log2f(arch::high<Element>(p[2 * i + r])) + lse.y) * to_tanh);
       }
     }
+  }
+  __device__ __forceinline__ static float slope(float tanh) {
+    tanh = fmaxf(tanh, -1.f);  // minus infinity where P is 0
+    return fmaf(-tanh, tanh, 1.f);
   }
 
   /// 0 where a key is hidden from a query, whatever was there: an lse or a dP that is NaN too.
