@@ -25,14 +25,15 @@ def main(argv=None) -> int:
 
 def bench(args) -> int:
     """Run one group, write its results, print and draw them."""
-    from . import counters, quantize, records, runner, shapes, tiles, timing
+    from . import backward, counters, quantize, records, runner, shapes, tiles, timing
 
     rows = shapes.rows(args.group, args.rows)
     if not rows:
         raise ValueError(f"--rows {args.rows!r}: no row of {args.group} matches")
     budgets = {"sweep": timing.SWEEP, "tiles": timing.TILES}
     budget = timing.QUICK if args.quick else budgets.get(args.group, timing.Budget())
-    prepares = {"tiles": tiles.prepare, "quantize": quantize.prepare, "counters": counters.prepare}
+    prepares = {"backward": backward.prepare, "tiles": tiles.prepare, "quantize": quantize.prepare,
+                "counters": counters.prepare}
     prepare = prepares.get(args.group, runner.prepare)
     run_row = prepare(budget, args.commit or runner.current_commit())
     results, wrong, path = [], False, None
@@ -79,7 +80,7 @@ def _recorded(folder):
 
 def _described(entries):
     """The table of a group, and below it what stands out."""
-    from . import counters, quantize, report, tiles
+    from . import backward, counters, quantize, report, tiles
 
     module = {"tiles": tiles, "quantize": quantize, "counters": counters}.get(entries[0]["group"], report)
     return f"{module.table(entries)}\n{module.summary(entries)}".rstrip()
