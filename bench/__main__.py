@@ -80,7 +80,7 @@ def _recorded(folder):
 
 def _described(entries):
     """The table of a group, and below it what stands out."""
-    from . import backward, counters, quantize, report, tiles
+    from . import counters, quantize, report, tiles
 
     module = {"tiles": tiles, "quantize": quantize, "counters": counters}.get(entries[0]["group"], report)
     return f"{module.table(entries)}\n{module.summary(entries)}".rstrip()
@@ -99,8 +99,8 @@ def _draw(path):
 
 def _parser():
     parser = argparse.ArgumentParser(prog="python -m bench", description="Time fa3 beside cuDNN and FlashAttention-2.")
-    parser.add_argument("group", help="forward, sweep, window, short, seed, overhead, tiles, quantize or counters; "
-                                      "or report or plot, to show what is recorded")
+    parser.add_argument("group", help="forward, sweep, window, short, seed, overhead, backward, tiles, quantize or "
+                                      "counters; or report or plot, to show what is recorded")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="folder of the results")
     parser.add_argument("--rows", default="", metavar="REGEX", help="only the rows whose name matches")
     parser.add_argument("--quick", action="store_true", help="a short look: one round, 20 ms of launches")
