@@ -25,14 +25,15 @@ def main(argv=None) -> int:
 
 def bench(args) -> int:
     """Run one group, write its results, print and draw them."""
-    from . import counters, quantize, records, runner, shapes, tiles, timing
+    from . import backward, counters, quantize, records, runner, shapes, tiles, timing
 
     rows = shapes.rows(args.group, args.rows)
     if not rows:
         raise ValueError(f"--rows {args.rows!r}: no row of {args.group} matches")
     budgets = {"sweep": timing.SWEEP, "tiles": timing.TILES}
     budget = timing.QUICK if args.quick else budgets.get(args.group, timing.Budget())
-    prepares = {"tiles": tiles.prepare, "quantize": quantize.prepare, "counters": counters.prepare}
+    prepares = {"backward": backward.prepare, "tiles": tiles.prepare, "quantize": quantize.prepare,
+                "counters": counters.prepare}
     prepare = prepares.get(args.group, runner.prepare)
     run_row = prepare(budget, args.commit or runner.current_commit())
     results, wrong, path = [], False, None
@@ -98,8 +99,8 @@ def _draw(path):
 
 def _parser():
     parser = argparse.ArgumentParser(prog="python -m bench", description="Time fa3 beside cuDNN and FlashAttention-2.")
-    parser.add_argument("group", help="forward, sweep, window, short, seed, overhead, tiles, quantize or counters; "
-                                      "or report or plot, to show what is recorded")
+    parser.add_argument("group", help="forward, sweep, window, short, seed, overhead, backward, tiles, quantize or "
+                                      "counters; or report or plot, to show what is recorded")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="folder of the results")
     parser.add_argument("--rows", default="", metavar="REGEX", help="only the rows whose name matches")
     parser.add_argument("--quick", action="store_true", help="a short look: one round, 20 ms of launches")

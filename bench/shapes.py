@@ -264,7 +264,7 @@ GROUPS: dict[str, list[Row]] = {
 }
 # What is timed beside peers, and what looks into fa3 alone. The other groups wait for the kernels that they time.
 TIMED = ("forward", "sweep", "window", "short", "seed", "overhead")
-BUILT = (*TIMED, "tiles", "quantize", "counters")
+BUILT = (*TIMED, "backward", "tiles", "quantize", "counters")
 
 
 def rows(group: str, pattern: str = "") -> list[Row]:

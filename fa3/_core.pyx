@@ -96,6 +96,35 @@ cdef int fill_cache(c.fa3_cache *cache, Problem problem) except -1:
     return 0
 
 
+cdef void set_lse(c.fa3_array *array, ArrayView lse) noexcept:
+    """(batch, head, row), or (head, row) of a ragged q; or None."""
+    if lse is None:
+        return
+    array.data = <void *>lse.data
+    array.stride[0] = 0 if lse.ndim == 2 else lse.c_strides[0]
+    array.stride[1] = lse.c_strides[lse.ndim - 2]
+    array.stride[2] = lse.c_strides[lse.ndim - 1]
+
+
+cdef void fill_lengths(c.fa3_lengths *queries, c.fa3_lengths *keys, Problem problem) noexcept:
+    cdef ArrayView q = problem.q, k = problem.k
+    queries.rows = <int32_t>q.c_shape[q.ndim - 3]
+    queries.max_seqlen = <int32_t>problem.max_seqlen_q
+    queries.cu_seqlens = integers(problem.cu_seqlens_q)
+    queries.seqused = integers(problem.seqused_q)
+    keys.rows = <int32_t>(k.c_shape[0] if k.ndim == 3 else problem.max_seqlen_k)
+    keys.max_seqlen = <int32_t>problem.max_seqlen_k
+    keys.cu_seqlens = integers(problem.cu_seqlens_k)
+    keys.seqused = integers(problem.seqused_k)
+
+
+cdef void fill_mask(c.fa3_mask *mask, const Options *options) noexcept:
+    mask.causal = options.causal
+    mask.window_left = options.window_left
+    mask.window_right = options.window_right
+    mask.attention_chunk = options.attention_chunk
+
+
 cdef int fill(c.fa3_forward_params *p, Problem problem, ArrayView out, ArrayView lse) except -1:
     """The struct, in the header's order. `Problem.finish` has seen that its sizes fit."""
     cdef Options *options = &problem.options
@@ -115,25 +144,11 @@ cdef int fill(c.fa3_forward_params *p, Problem problem, ArrayView out, ArrayView
     set_rows(&p.k, k, ragged_k)
     set_rows(&p.v, problem.v, ragged_k)
     set_rows(&p.out, out, ragged_q)
-    if lse is not None:  # (batch, head, row), or (head, row) of a ragged q
-        p.lse.data = <void *>lse.data
-        p.lse.stride[0] = 0 if ragged_q else lse.c_strides[0]
-        p.lse.stride[1] = lse.c_strides[lse.ndim - 2]
-        p.lse.stride[2] = lse.c_strides[lse.ndim - 1]
+    set_lse(&p.lse, lse)
     if problem.qv is not None:
         set_rows(&p.qv, problem.qv, ragged_q)
-    p.queries.rows = <int32_t>q.c_shape[q.ndim - 3]
-    p.queries.max_seqlen = <int32_t>problem.max_seqlen_q
-    p.queries.cu_seqlens = integers(problem.cu_seqlens_q)
-    p.queries.seqused = integers(problem.seqused_q)
-    p.keys.rows = <int32_t>(k.c_shape[0] if ragged_k else problem.max_seqlen_k)
-    p.keys.max_seqlen = <int32_t>problem.max_seqlen_k
-    p.keys.cu_seqlens = integers(problem.cu_seqlens_k)
-    p.keys.seqused = integers(problem.seqused_k)
-    p.mask.causal = options.causal
-    p.mask.window_left = options.window_left
-    p.mask.window_right = options.window_right
-    p.mask.attention_chunk = options.attention_chunk
+    fill_lengths(&p.queries, &p.keys, problem)
+    fill_mask(&p.mask, options)
     p.softmax_scale = options.softmax_scale
     p.softcap = options.softcap
     if problem.sinks is not None:
@@ -183,9 +198,56 @@ cdef int forward_with_workspace(Problem problem, c.fa3_forward_params *params) e
     return check(status)
 
 
-cdef int backward(str function) except -1:
-    """Gradients: not built for the GPU yet."""
-    raise_status(-15, "", f"{function}: the backward pass is not built for the GPU yet; it works on CPU arrays")
+cdef int backward(Problem problem, ArrayView dout, ArrayView out, ArrayView lse, ArrayView dlse, ArrayView dq,
+                  ArrayView dk, ArrayView dv, ArrayView dsinks, bint deterministic) except -1:
+    """Enqueue the gradients on the problem's stream."""
+    cdef c.fa3_backward_params p
+    cdef Options *options = &problem.options
+    cdef ArrayView q = problem.q, k = problem.k
+    cdef bint ragged_q = q.ndim == 3, ragged_k = k.ndim == 3
+    cdef void *stream = <void *>problem.border.stream
+    cdef void *data = NULL
+    cdef size_t nbytes = 0
+    cdef int64_t length
+    cdef Output workspace
+    cdef int status
+    memset(&p, 0, sizeof(p))
+    p.struct_size = sizeof(p)
+    p.device = problem.border.device_id
+    p.dtype = DTYPES[q.dtype]
+    p.batch = <int32_t>problem.batch
+    p.num_heads = <int32_t>problem.num_heads
+    p.num_heads_kv = <int32_t>problem.num_heads_kv
+    p.head_dim = <int32_t>problem.head_dim
+    p.head_dim_v = <int32_t>problem.head_dim_v
+    set_rows(&p.dout, dout, ragged_q)
+    set_rows(&p.q, q, ragged_q)
+    set_rows(&p.k, k, ragged_k)
+    set_rows(&p.v, problem.v, ragged_k)
+    set_rows(&p.out, out, ragged_q)
+    set_lse(&p.lse, lse)
+    set_lse(&p.dlse, dlse)
+    set_rows(&p.dq, dq, ragged_q)
+    set_rows(&p.dk, dk, ragged_k)
+    set_rows(&p.dv, dv, ragged_k)
+    fill_lengths(&p.queries, &p.keys, problem)
+    fill_mask(&p.mask, options)
+    p.softmax_scale = options.softmax_scale
+    p.softcap = options.softcap
+    if dsinks is not None:
+        p.sinks = <const float *>problem.sinks.data
+        p.dsinks = <float *>dsinks.data
+    p.dropout_p = options.dropout_p
+    p.dropout_seed = options.dropout_seed
+    p.deterministic = deterministic
+    check(c.fa3_backward_workspace(&p, &nbytes))
+    if nbytes > 0:
+        length = nbytes
+        workspace = problem.border.make(1, &length, "uint8")
+        data = <void *>workspace.view.data
+    with nogil:
+        status = c.fa3_backward(&p, data, stream)
+    return check(status)
 
 
 cdef int combine() except -1:
@@ -282,16 +344,28 @@ cdef int set_strides(c.fa3_array *array, tuple strides, int64_t rows, int64_t he
     return 0
 
 
+cdef dict described(const c.fa3_variant *variant):
+    return {
+        "name": variant.name.decode(), "dtype": DTYPE_NAMES[variant.dtype], "head_dim": variant.head_dim,
+        "head_dim_v": variant.head_dim_v, "tile_m": variant.tile_m, "tile_n": variant.tile_n,
+        "threads": variant.threads, "shared_memory": variant.shared_memory, "blocks_per_sm": variant.blocks_per_sm}
+
+
 def variants():
     """The compiled forward kernels: a dict each, in the order that plan()["variant"] counts."""
     cdef c.fa3_variant variant
     found = []
     while c.fa3_forward_variant(<int32_t>len(found), &variant) == c.FA3_OK:
-        found.append({
-            "name": variant.name.decode(), "dtype": DTYPE_NAMES[variant.dtype], "head_dim": variant.head_dim,
-            "head_dim_v": variant.head_dim_v, "tile_m": variant.tile_m, "tile_n": variant.tile_n,
-            "threads": variant.threads, "shared_memory": variant.shared_memory,
-            "blocks_per_sm": variant.blocks_per_sm})
+        found.append(described(&variant))
+    return found
+
+
+def backward_variants():
+    """The compiled backward kernels; tile_m counts queries of a step, tile_n keys of a thread block."""
+    cdef c.fa3_variant variant
+    found = []
+    while c.fa3_backward_variant(<int32_t>len(found), &variant) == c.FA3_OK:
+        found.append(described(&variant))
     return found
 
 

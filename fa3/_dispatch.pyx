@@ -182,7 +182,7 @@ def dense_backward(
     problem.extend(None, None, None, None, sinks, seqused_q, seqused_k)
     problem.settle(softmax_scale, causal, window_size, attention_chunk, softcap, 0, False, None, sm_margin)
     problem.drop(dropout_p, dropout_seed)
-    return backward(problem, "flash_attn_backward", dout, out, lse, dlse, deterministic, dq, dk, dv, dtype)
+    return backward(problem, dout, out, lse, dlse, deterministic, dq, dk, dv, dtype)
 
 
 def varlen_backward(
@@ -201,13 +201,14 @@ def varlen_backward(
     problem.extend(None, None, None, None, sinks, seqused_q, seqused_k)
     problem.settle(softmax_scale, causal, window_size, attention_chunk, softcap, 0, False, None, sm_margin)
     problem.drop(dropout_p, dropout_seed)
-    return backward(problem, "flash_attn_varlen_backward", dout, out, lse, dlse, deterministic, dq, dk, dv, dtype)
+    return backward(problem, dout, out, lse, dlse, deterministic, dq, dk, dv, dtype)
 
 
-cdef backward(Problem problem, str function, dout, out, lse, dlse, deterministic, dq, dk, dv, dtype):
+cdef backward(Problem problem, dout, out, lse, dlse, deterministic, dq, dk, dv, dtype):
     """Look at what the forward gave, make the gradients, and let a backend fill them."""
     cdef Border border = problem.border
     cdef ArrayView dout_view, out_view, lse_view, dlse_view = None
+    cdef bint in_order = check.flag(deterministic, "deterministic")  # a GPU's matter: NumPy adds in one order
     cdef list gradients
     cdef Output dsinks = None
     check.dtype(problem.q, "q", WITH_GRADIENTS)
@@ -216,17 +217,27 @@ cdef backward(Problem problem, str function, dout, out, lse, dlse, deterministic
     lse_view = like_lse(problem, lse, "lse")
     if dlse is not None:
         dlse_view = like_lse(problem, dlse, "dlse")
-    check.flag(deterministic, "deterministic")  # a GPU's matter: NumPy adds in one order
     problem.finish()
     inputs = ((problem.q, "q"), (problem.k, "k"), (problem.v, "v"), (dout_view, "dout"), (out_view, "out"))
     gradients = [gradient_of(border, dq, "dq", problem.q, "q", inputs),
                  gradient_of(border, dk, "dk", problem.k, "k", inputs),
                  gradient_of(border, dv, "dv", problem.v, "v", inputs)]
     apart(gradients)
-    if problem.on_gpu:
-        _core.backward(function)
     if problem.sinks is not None:
         dsinks = border.make(1, &problem.num_heads, "float32")
+    if problem.on_gpu:
+        _core.backward(problem, dout_view, out_view, lse_view, dlse_view, (<Output>gradients[0]).view,
+                       (<Output>gradients[1]).view, (<Output>gradients[2]).view,
+                       None if dsinks is None else dsinks.view, in_order)
+    else:
+        backward_on_cpu(problem, dout_view, out_view, lse_view, dlse_view, gradients, dsinks)
+    if dsinks is not None:
+        gradients.append(dsinks)
+    return tuple([(<Output>gradient).array() for gradient in gradients])
+
+
+cdef int backward_on_cpu(Problem problem, ArrayView dout_view, ArrayView out_view, ArrayView lse_view,
+                         ArrayView dlse_view, list gradients, Output dsinks) except -1:
     from fa3 import _numpy_backward
 
     _numpy_backward.backward(
@@ -237,9 +248,7 @@ cdef backward(Problem problem, str function, dout, out, lse, dlse, deterministic
         window_left=problem.options.window_left, window_right=problem.options.window_right,
         attention_chunk=problem.options.attention_chunk, softcap=problem.options.softcap,
         dropout_p=problem.options.dropout_p, dropout_seed=problem.options.dropout_seed, **problem.arrays())
-    if dsinks is not None:
-        gradients.append(dsinks)
-    return tuple([(<Output>gradient).array() for gradient in gradients])
+    return 0
 
 
 cdef ArrayView like_out(Problem problem, array, str name, dtype):

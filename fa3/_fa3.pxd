@@ -86,6 +86,36 @@ cdef extern from "fa3.h" nogil:
         int32_t tile_m
         int32_t tile_n
 
+    ctypedef struct fa3_backward_params:
+        size_t struct_size
+        int32_t device
+        int32_t dtype
+        int32_t batch
+        int32_t num_heads
+        int32_t num_heads_kv
+        int32_t head_dim
+        int32_t head_dim_v
+        fa3_array dout
+        fa3_array q
+        fa3_array k
+        fa3_array v
+        fa3_array out
+        fa3_array lse
+        fa3_array dlse
+        fa3_array dq
+        fa3_array dk
+        fa3_array dv
+        float *dsinks
+        fa3_lengths queries
+        fa3_lengths keys
+        fa3_mask mask
+        float softmax_scale
+        float softcap
+        const float *sinks
+        float dropout_p
+        uint64_t dropout_seed
+        int32_t deterministic
+
     ctypedef struct fa3_quantize_params:
         size_t struct_size
         int32_t device
@@ -139,6 +169,9 @@ cdef extern from "fa3.h" nogil:
 
     int fa3_forward_workspace(const fa3_forward_params *params, size_t *bytes)
     int fa3_forward(const fa3_forward_params *params, void *workspace, void *stream)
+    int fa3_backward_workspace(const fa3_backward_params *params, size_t *bytes)
+    int fa3_backward(const fa3_backward_params *params, void *workspace, void *stream)
+    int fa3_backward_variant(int32_t index, fa3_variant *variant)
     int fa3_quantize_workspace(const fa3_quantize_params *params, size_t *bytes)
     int fa3_quantize_fp8(const fa3_quantize_params *params, void *workspace, void *stream)
     int fa3_plan_forward(const fa3_forward_params *params, int32_t num_sms, fa3_forward_plan *plan)

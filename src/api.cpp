@@ -6,11 +6,10 @@
 
 #include "device.h"
 #include "fa3.h"
-#include "kernels/copy_rows.h"
+#include "operand.h"
 #include "plan.h"
 #include "slow_checks.h"
 #include "status.h"
-#include "tensor_map.h"
 #include "ticket.h"
 #include "validate.h"
 #include "variants.h"
@@ -27,20 +26,6 @@ fa3_status plan_checked(const fa3_forward_params* params, int num_sms, fa3_forwa
 
 bool nothing_to_do(const fa3_forward_params& p) { return p.batch == 0 || p.queries.rows == 0; }
 
-/// Hands out the workspace from its start.
-class Workspace {
- public:
-  explicit Workspace(void* base) : next_(static_cast<char*>(base)) {}
-  void* take(size_t bytes) {
-    char* part = next_;
-    next_ += bytes;
-    return part;
-  }
-
- private:
-  char* next_;
-};
-
 struct Launch {
   const fa3_forward_params& params;
   const fa3_forward_plan& plan;
@@ -48,32 +33,10 @@ struct Launch {
   Workspace workspace;
   cudaStream_t stream;
 
-  /// An operand for TMA: the caller's array, or a copy of one that TMA cannot address.
-  fa3_status operand(fa3_array array, const fa3_lengths& lengths, bool copy, OperandShape shape, TmaOperand& operand) {
+  fa3_status operand(const fa3_array& array, const fa3_lengths& lengths, bool copy, OperandShape shape,
+                     TmaOperand& operand) {
     shape.dtype = params.dtype;
-    if (lengths.rows == 0) {  // nothing will be loaded, but a map must have an address, and an entry on each axis
-      const auto address = reinterpret_cast<uintptr_t>(params.q.data) / kTmaAlignment * kTmaAlignment;
-      const fa3_array nothing{reinterpret_cast<void*>(address), {0, 0, 0, 1}};
-      shape.batch = shape.rows = shape.heads = 1;
-      return encode_operand(nothing, shape, operand);
-    }
-    shape.batch = lengths.cu_seqlens ? 1 : params.batch;
-    shape.rows = lengths.rows;
-    if (copy) {
-      const RowsToCopy rows{array.data,
-                            {array.stride[0], array.stride[1], array.stride[2]},
-                            shape.batch,
-                            shape.rows,
-                            shape.heads,
-                            shape.head_dim,
-                            element_bytes(params.dtype)};
-      void* packed = workspace.take(copy_bytes(params, lengths, shape.heads, shape.head_dim));
-      const cudaError_t error = copy_rows(rows, packed, stream);
-      if (auto status = check_cuda(error, "copy_rows", cudaGetErrorString(error))) return status;
-      const int64_t row = int64_t{shape.heads} * shape.head_dim;
-      array = {packed, {row * shape.rows, row, shape.head_dim, 1}};
-    }
-    return encode_operand(array, shape, operand);
+    return prepare_operand(array, lengths, params.batch, shape, copy, params.q.data, workspace, stream, operand);
   }
 
   static Descale descale(const fa3_descale& given) {

@@ -58,9 +58,9 @@ def compile_file(table, target, command):
 
 def shared_memory():
     """Bytes of dynamic shared memory a thread block, which ptxas cannot know: the installed library tells."""
-    from fa3._core import variants
+    from fa3._core import backward_variants, variants
 
-    return {variant["name"]: variant["shared_memory"] for variant in variants()}
+    return {variant["name"]: variant["shared_memory"] for variant in [*variants(), *backward_variants()]}
 
 
 def collect(folder):

@@ -132,6 +132,32 @@ typedef struct fa3_forward_params {
   int32_t tile_m, tile_n;  /* 0: chosen; else a tile of fa3_forward_variant, for measurements */
 } fa3_forward_params;
 
+/* Gradients of q, k, v and the sinks, from that of the forward's result and from what the forward was given and gave.
+ * Axes as in fa3_forward_params. All rows of dq, dk and dv are written: those that no sequence has in use become 0. */
+typedef struct fa3_backward_params {
+  size_t struct_size; /* sizeof(fa3_backward_params) */
+  int32_t device;     /* CUDA ordinal of every array */
+  int32_t dtype;      /* of q, k, v, out and their gradients: fa3_dtype */
+
+  int32_t batch, num_heads, num_heads_kv; /* num_heads % num_heads_kv == 0 */
+  int32_t head_dim, head_dim_v;           /* of q, k; of v, out */
+
+  fa3_array dout, q, k, v, out; /* dout like out */
+  fa3_array lse, dlse;          /* fp32 (batch, head, row); dlse may have null data: no gradient comes by lse */
+  fa3_array dq, dk, dv;         /* like q, k, v */
+  float* dsinks;                /* device (num_heads), or null without sinks */
+  fa3_lengths queries, keys;
+
+  fa3_mask mask;
+  float softmax_scale;
+  float softcap;
+  const float* sinks; /* device (num_heads), or null */
+  float dropout_p;
+  uint64_t dropout_seed;
+
+  int32_t deterministic; /* 1: dq is summed in one order, and bitwise repeatable; dk and dv always are */
+} fa3_backward_params;
+
 /* How much of x shares one scale of fa3_quantize_fp8, and so which strides of descale count. */
 typedef enum fa3_granularity {
   FA3_PER_TENSOR = 0,    /* all of x; descale () */
@@ -196,6 +222,16 @@ FA3_API int fa3_plan_forward(const fa3_forward_params* params, int32_t num_sms, 
 
 /* The compiled forward kernels: FA3_ERROR_SHAPE once index is past the last. */
 FA3_API int fa3_forward_variant(int32_t index, fa3_variant* variant);
+
+/* Bytes of device memory, 256-byte aligned, that fa3_backward needs for these arguments. */
+FA3_API int fa3_backward_workspace(const fa3_backward_params* params, size_t* bytes);
+
+/* Enqueue the gradients on `stream`: a few kernels. `workspace` as in fa3_forward; it need not be initialised. */
+FA3_API int fa3_backward(const fa3_backward_params* params, void* workspace, void* stream);
+
+/* The compiled backward kernels: FA3_ERROR_SHAPE once index is past the last. tile_m queries of a step, tile_n keys of
+ * a thread block. */
+FA3_API int fa3_backward_variant(int32_t index, fa3_variant* variant);
 
 /* Bytes of device memory, 256-byte aligned, that fa3_quantize_fp8 needs; 0 where a thread block has a scale to itself.
  */

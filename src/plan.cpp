@@ -40,8 +40,6 @@ bool equal_lengths(const fa3_lengths& lengths, int batch) {
   return !lengths.cu_seqlens || int64_t{lengths.max_seqlen} * batch == lengths.rows;
 }
 
-size_t aligned(size_t bytes) { return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment; }
-
 /// What a variant's tile costs an SM, in microseconds: its prologue and epilogue, and each block of keys. The constants
 /// fit a sweep on an H200 over head dims 64, 80, 128, lengths 64 to 4,096, full and causal, one to three consumer
 /// warpgroups.
@@ -190,20 +188,6 @@ Choice choose(const Work& work) {
   return best;
 }
 
-/// Whether TMA can address an operand as it is: a step of 0 bytes is handled by not stepping, the rest must be positive
-/// multiples of 16 below 2^40.
-bool tma_addressable(const fa3_forward_params& p, const fa3_array& array, const fa3_lengths& lengths, int heads) {
-  auto step_fits = [&](int64_t stride, bool may_be_zero) {
-    const int64_t bytes = stride * element_bytes(p.dtype);
-    if (bytes == 0) return may_be_zero;
-    return bytes > 0 && bytes % kTmaAlignment == 0 && bytes < int64_t{1} << 40;
-  };
-  if (reinterpret_cast<uintptr_t>(array.data) % kTmaAlignment) return false;
-  if (!lengths.cu_seqlens && p.batch > 1 && !step_fits(array.stride[0], true)) return false;
-  if (lengths.rows > 1 && !step_fits(array.stride[1], false)) return false;
-  return heads == 1 || step_fits(array.stride[2], true);
-}
-
 void plan_order(const Work& work, const Packing& packing, fa3_forward_plan& plan) {
   plan.heads_per_section = 1;
   plan.short_m_blocks = 0;
@@ -218,6 +202,18 @@ void plan_order(const Work& work, const Packing& packing, fa3_forward_plan& plan
 
 }  // namespace
 
+bool tma_addressable(const fa3_array& array, const fa3_lengths& lengths, int batch, int heads, int dtype) {
+  auto step_fits = [&](int64_t stride, bool may_be_zero) {
+    const int64_t bytes = stride * element_bytes(dtype);
+    if (bytes == 0) return may_be_zero;
+    return bytes > 0 && bytes % kTmaAlignment == 0 && bytes < int64_t{1} << 40;
+  };
+  if (reinterpret_cast<uintptr_t>(array.data) % kTmaAlignment) return false;
+  if (!lengths.cu_seqlens && batch > 1 && !step_fits(array.stride[0], true)) return false;
+  if (lengths.rows > 1 && !step_fits(array.stride[1], false)) return false;
+  return heads == 1 || step_fits(array.stride[2], true);
+}
+
 Visibility visibility_of(const fa3_mask& mask) {
   auto bound = [](int window) {
     return window < 0 ? Visibility::kUnbounded : std::min(window, Visibility::kUnbounded);
@@ -231,9 +227,9 @@ Packing packing_of(const fa3_forward_params& params, bool packed) {
   return Packing::of(params.num_heads / params.num_heads_kv, packed);
 }
 
-size_t copy_bytes(const fa3_forward_params& params, const fa3_lengths& lengths, int heads, int head_dim) {
-  const size_t rows = size_t(lengths.rows) * (lengths.cu_seqlens ? 1 : params.batch);
-  return aligned(rows * heads * head_dim * element_bytes(params.dtype));
+size_t copy_bytes(const fa3_lengths& lengths, int batch, int heads, int head_dim, int dtype) {
+  const size_t rows = size_t(lengths.rows) * (lengths.cu_seqlens ? 1 : batch);
+  return workspace_aligned(rows * heads * head_dim * element_bytes(dtype));
 }
 
 int64_t most_tiles(const fa3_forward_params& params, const fa3_forward_plan& plan) {
@@ -246,8 +242,8 @@ WorkspaceSizes workspace_sizes(const fa3_forward_params& params, const fa3_forwa
     const ForwardVariant& v = forward_variants()[plan.variant];
     const Splits splits{plan.whole_tiles, plan.num_splits};
     const size_t tiles = split_tiles(params, v, packing_of(params, plan.pack_gqa > 1), splits);
-    sizes.parts_done = aligned(tiles * 4 * v.consumers * sizeof(uint64_t));
-    sizes.parts = aligned(tiles * plan.num_splits * v.part_bytes);
+    sizes.parts_done = workspace_aligned(tiles * 4 * v.consumers * sizeof(uint64_t));
+    sizes.parts = workspace_aligned(tiles * plan.num_splits * v.part_bytes);
   }
   return sizes;
 }
@@ -282,13 +278,13 @@ fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_pl
   const WorkspaceSizes sizes = workspace_sizes(p, plan);
   plan.workspace = sizes.counter + sizes.parts_done + sizes.parts;
   auto plan_copy = [&](const fa3_array& array, const fa3_lengths& lengths, int heads, int head_dim, int32_t& copy) {
-    copy = !tma_addressable(p, array, lengths, heads);
-    if (copy) plan.workspace += copy_bytes(p, lengths, heads, head_dim);
+    copy = !tma_addressable(array, lengths, p.batch, heads, p.dtype);
+    if (copy) plan.workspace += copy_bytes(lengths, p.batch, heads, head_dim, p.dtype);
   };
   plan_copy(p.q, p.queries, p.num_heads, p.head_dim, plan.copy_q);
   if (choice.packed && p.q.stride[2] == 0 && !plan.copy_q) {  // heads that share a tile need an axis that moves
     plan.copy_q = 1;
-    plan.workspace += copy_bytes(p, p.queries, p.num_heads, p.head_dim);
+    plan.workspace += copy_bytes(p.queries, p.batch, p.num_heads, p.head_dim, p.dtype);
   }
   plan_copy(p.k, p.keys, p.num_heads_kv, p.head_dim, plan.copy_k);
   plan_copy(p.v, p.keys, p.num_heads_kv, p.head_dim_v, plan.copy_v);

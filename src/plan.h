@@ -17,6 +17,14 @@ inline constexpr int kTmaAlignment = 16;
 /// Parts of the workspace begin at multiples of this.
 inline constexpr size_t kWorkspaceAlignment = 256;
 
+inline size_t workspace_aligned(size_t bytes) {
+  return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+}
+
+/// Whether TMA can address an operand as it is: a step of 0 bytes is handled by not stepping, the rest must be positive
+/// multiples of 16 below 2^40.
+bool tma_addressable(const fa3_array& array, const fa3_lengths& lengths, int batch, int heads, int dtype);
+
 /// How query heads share tiles.
 struct Packing packing_of(const fa3_forward_params& params, bool packed);
 
@@ -33,6 +41,6 @@ int64_t most_tiles(const fa3_forward_params& params, const fa3_forward_plan& pla
 inline int element_bytes(int dtype) { return dtype == FA3_FLOAT8_E4M3 ? 1 : 2; }
 
 /// Bytes of a contiguous copy of an operand, for one that TMA cannot address; see fa3_forward_plan::copy_q.
-size_t copy_bytes(const fa3_forward_params& params, const fa3_lengths& lengths, int heads, int head_dim);
+size_t copy_bytes(const fa3_lengths& lengths, int batch, int heads, int head_dim, int dtype);
 
 }  // namespace fa3

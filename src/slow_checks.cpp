@@ -56,6 +56,12 @@ fa3_status slow_checks(const fa3_forward_params& params, cudaStream_t stream) {
   return check_lengths(params.keys, params.batch, "k", stream);
 }
 
+fa3_status slow_checks(const fa3_backward_params& params, cudaStream_t stream) {
+  if (!wanted()) return FA3_OK;
+  if (auto status = check_lengths(params.queries, params.batch, "q", stream)) return status;
+  return check_lengths(params.keys, params.batch, "k", stream);
+}
+
 fa3_status slow_checks(const fa3_quantize_params& params, cudaStream_t stream) {
   if (!wanted()) return FA3_OK;
   return check_lengths({params.rows, 0, params.cu_seqlens, nullptr}, params.batch, "x", stream);

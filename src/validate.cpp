@@ -48,12 +48,16 @@ fa3_status check_dtypes(const fa3_forward_params& p) {
   return FA3_OK;
 }
 
-fa3_status check_sizes(const fa3_forward_params& p) {
-  if (p.batch < 0) return fail(FA3_ERROR_SHAPE, "batch: %d is negative", p.batch);
-  if (p.num_heads < 1 || p.num_heads_kv < 1)
-    return fail(FA3_ERROR_SHAPE, "num_heads: %d on %d, but both must be at least 1", p.num_heads, p.num_heads_kv);
-  if (p.num_heads % p.num_heads_kv)
-    return fail(FA3_ERROR_SHAPE, "num_heads: %d, not a multiple of num_heads_kv %d", p.num_heads, p.num_heads_kv);
+fa3_status check_sizes(int batch, int num_heads, int num_heads_kv) {
+  if (batch < 0) return fail(FA3_ERROR_SHAPE, "batch: %d is negative", batch);
+  if (num_heads < 1 || num_heads_kv < 1)
+    return fail(FA3_ERROR_SHAPE, "num_heads: %d on %d, but both must be at least 1", num_heads, num_heads_kv);
+  if (num_heads % num_heads_kv)
+    return fail(FA3_ERROR_SHAPE, "num_heads: %d, not a multiple of num_heads_kv %d", num_heads, num_heads_kv);
+  return FA3_OK;
+}
+
+fa3_status check_choices(const fa3_forward_params& p) {
   if (p.num_splits < 0) return fail(FA3_ERROR_SHAPE, "num_splits: %d is negative", p.num_splits);
   if (p.pack_gqa < -1 || p.pack_gqa > 1)
     return fail(FA3_ERROR_SHAPE, "pack_gqa: %d, but it must be -1 (chosen), 0 or 1", p.pack_gqa);
@@ -61,9 +65,9 @@ fa3_status check_sizes(const fa3_forward_params& p) {
   return FA3_OK;
 }
 
-fa3_status check_head_dims(const fa3_forward_params& p) {
-  for (int dim : {p.head_dim, p.head_dim_v}) {
-    if (p.dtype == FA3_FLOAT8_E4M3 && dim % 16)
+fa3_status check_head_dims(int head_dim, int head_dim_v, int dtype) {
+  for (int dim : {head_dim, head_dim_v}) {
+    if (dtype == FA3_FLOAT8_E4M3 && dim % 16)
       return fail(FA3_ERROR_HEAD_DIM_FP8, "head_dim: %d, but of fp8 it must be a multiple of 16 on the GPU", dim);
     if (dim < 8 || dim % 8 || dim > kMaxHeadDim)
       return fail(FA3_ERROR_HEAD_DIM, "head_dim: %d, but it must be a multiple of 8 up to %d on the GPU", dim,
@@ -111,10 +115,39 @@ fa3_status check_mask(const fa3_mask& mask) {
   return FA3_OK;
 }
 
-fa3_status check_scalars(const fa3_forward_params& p) {
-  if (!std::isfinite(p.softmax_scale)) return fail(FA3_ERROR_SHAPE, "softmax_scale: %g is not finite", p.softmax_scale);
-  if (!(p.softcap >= 0) || std::isinf(p.softcap))
-    return fail(FA3_ERROR_SHAPE, "softcap: %g, but it must be 0 or positive", p.softcap);
+fa3_status check_scalars(float softmax_scale, float softcap) {
+  if (!std::isfinite(softmax_scale)) return fail(FA3_ERROR_SHAPE, "softmax_scale: %g is not finite", softmax_scale);
+  if (!(softcap >= 0) || std::isinf(softcap))
+    return fail(FA3_ERROR_SHAPE, "softcap: %g, but it must be 0 or positive", softcap);
+  return FA3_OK;
+}
+
+fa3_status check_backward_struct(const fa3_backward_params& p) {
+  if (p.struct_size == sizeof(fa3_backward_params)) return FA3_OK;
+  return fail(FA3_ERROR_SHAPE, "struct_size: %zu, but this library's fa3_backward_params has %zu bytes", p.struct_size,
+              sizeof(fa3_backward_params));
+}
+
+fa3_status check_backward_kinds(const fa3_backward_params& p) {
+  if (p.dtype != FA3_FLOAT16 && p.dtype != FA3_BFLOAT16)
+    return fail(FA3_ERROR_DTYPE, "dtype: %d is no fa3_dtype that q, k, v can have", p.dtype);
+  if (p.dropout_p != 0)
+    return fail(FA3_ERROR_NO_DROPOUT, "dropout_p: %g, but dropout is not built yet; needs 0", p.dropout_p);
+  return FA3_OK;
+}
+
+fa3_status check_backward_arrays(const fa3_backward_params& p) {
+  const bool no_queries = p.batch == 0 || p.queries.rows == 0, no_keys = p.batch == 0 || p.keys.rows == 0;
+  const struct {
+    const fa3_array& array;
+    bool empty;
+    const char* name;
+  } arrays[] = {{p.dout, no_queries, "dout"}, {p.q, no_queries, "q"},   {p.k, no_keys, "k"},   {p.v, no_keys, "v"},
+                {p.out, no_queries, "out"},   {p.dq, no_queries, "dq"}, {p.dk, no_keys, "dk"}, {p.dv, no_keys, "dv"}};
+  for (const auto& [array, empty, name] : arrays)
+    if (auto status = check_array(array, empty, name)) return status;
+  if (!no_queries && !p.lse.data) return fail(FA3_ERROR_NULL, "lse: null data");
+  if (!p.sinks != !p.dsinks) return fail(FA3_ERROR_NULL, "sinks, dsinks: one is null, but both or none must be given");
   return FA3_OK;
 }
 
@@ -178,14 +211,29 @@ fa3_status validate(const fa3_forward_params* params) {
   if (auto status = check_struct(p)) return status;
   if (auto status = check_features(p)) return status;
   if (auto status = check_dtypes(p)) return status;
-  if (auto status = check_sizes(p)) return status;
-  if (auto status = check_head_dims(p)) return status;
+  if (auto status = check_sizes(p.batch, p.num_heads, p.num_heads_kv)) return status;
+  if (auto status = check_choices(p)) return status;
+  if (auto status = check_head_dims(p.head_dim, p.head_dim_v, p.dtype)) return status;
   if (auto status = check_groups(p)) return status;
   if (auto status = check_lengths(p.queries, "q")) return status;
   if (auto status = check_lengths(p.keys, "k")) return status;
   if (auto status = check_arrays(p)) return status;
   if (auto status = check_mask(p.mask)) return status;
-  return check_scalars(p);
+  return check_scalars(p.softmax_scale, p.softcap);
+}
+
+fa3_status validate(const fa3_backward_params* params) {
+  if (!params) return fail(FA3_ERROR_NULL, "params: null pointer");
+  const fa3_backward_params& p = *params;
+  if (auto status = check_backward_struct(p)) return status;
+  if (auto status = check_backward_kinds(p)) return status;
+  if (auto status = check_sizes(p.batch, p.num_heads, p.num_heads_kv)) return status;
+  if (auto status = check_head_dims(p.head_dim, p.head_dim_v, p.dtype)) return status;
+  if (auto status = check_lengths(p.queries, "q")) return status;
+  if (auto status = check_lengths(p.keys, "k")) return status;
+  if (auto status = check_backward_arrays(p)) return status;
+  if (auto status = check_mask(p.mask)) return status;
+  return check_scalars(p.softmax_scale, p.softcap);
 }
 
 }  // namespace fa3

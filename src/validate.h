@@ -5,6 +5,8 @@ namespace fa3 {
 
 /// Every rule on the arguments of a forward call that the host can check without reading device memory.
 fa3_status validate(const fa3_forward_params* params);
+/// The same of a backward call.
+fa3_status validate(const fa3_backward_params* params);
 /// The same of a call that quantises.
 fa3_status validate(const fa3_quantize_params* params);
 

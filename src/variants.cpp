@@ -16,4 +16,17 @@ std::span<const ForwardVariant> forward_variants() {
   return table;
 }
 
+#define FA3_BACKWARD_VARIANT(name) BackwardVariant name();
+#include "backward_variants.h"
+#undef FA3_BACKWARD_VARIANT
+
+std::span<const BackwardVariant> backward_variants() {
+#define FA3_BACKWARD_VARIANT(name) name(),
+  static const BackwardVariant table[] = {
+#include "backward_variants.h"
+  };
+#undef FA3_BACKWARD_VARIANT
+  return table;
+}
+
 }  // namespace fa3

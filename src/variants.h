@@ -2,6 +2,7 @@
 #include <span>
 
 #include "fa3.h"
+#include "kernels/backward_args.h"
 #include "kernels/forward_args.h"
 
 namespace fa3 {
@@ -21,5 +22,20 @@ struct ForwardVariant {
 };
 
 std::span<const ForwardVariant> forward_variants();
+
+/// One compiled backward kernel, with the one that rounds its dQ.
+struct BackwardVariant {
+  const char* name;
+  int dtype, head_dim, head_dim_v;
+  int tile_m, tile_n;  // queries of a step, keys of a thread block
+  int threads, shared_memory;
+  int dq_floats;  // of workspace, for each query tile of a head
+  int dq_shares;  // what a query tile's dQ is added in, each with a turn of its own
+  int swizzle_q_k, swizzle_v;
+  cudaError_t (*launch)(const BackwardArgs& args, int grid, int device, cudaStream_t stream);  // device: the current
+  cudaError_t (*convert)(const ConvertArgs& args, cudaStream_t stream);
+};
+
+std::span<const BackwardVariant> backward_variants();
 
 }  // namespace fa3

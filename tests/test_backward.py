@@ -16,9 +16,11 @@ from strategies import Problem
 
 import fa3
 
-every_framework = pytest.mark.parametrize("framework", frameworks.CPU)
-every_writable_framework = pytest.mark.parametrize(
-    "framework", [parameter for parameter in frameworks.CPU if parameter.values[0].writable])
+every_framework = pytest.mark.parametrize("framework", frameworks.ALL)
+every_cpu_framework = pytest.mark.parametrize("framework", frameworks.CPU)
+every_writable_framework = pytest.mark.parametrize("framework", frameworks.WRITABLE)
+# What the GPU's backward has kernels for.
+GPU_HEAD_DIMS = [dims for dims in strategies.HEAD_DIMS if max(dims) <= 128]
 
 
 class Case:
@@ -36,7 +38,8 @@ class Case:
         if arrays.sinks is not None:
             self.options["sinks"] = framework.put(arrays.sinks)[0]
         self.options |= dict(softmax_scale=problem.softmax_scale, causal=problem.causal, window_size=problem.window,
-                             attention_chunk=problem.chunk, softcap=problem.softcap, **self.dropout)
+                             attention_chunk=problem.chunk, softcap=problem.softcap, **self.dropout,
+                             **framework.options(self.inputs["q"]))
         q, k, v = (self.inputs[name] for name in "qkv")
         forward = fa3.flash_attn_varlen_func if problem.varlen else fa3.flash_attn_func
         self.inputs["out"], self.inputs["lse"] = forward(q, k, v, return_lse=True, **self.options)
@@ -105,9 +108,13 @@ def test_the_reference_against_finite_differences(formula, p_drop):
 @every_framework
 @given(data=st.data())
 def test_gradients(framework, data):
-    problem = data.draw(strategies.problems(dtypes=(*framework.dtypes[:2], "float32"), total_work=2**20))
-    case = Case(framework, problem, data.draw(st.sampled_from([0.0, 0.2])), 9, data.draw(st.booleans()),
-                data.draw(st.booleans()))
+    if framework.on_gpu:
+        drawn = strategies.problems(dtypes=framework.dtypes[:2], head_dims=GPU_HEAD_DIMS, total_work=2**21)
+    else:
+        drawn = strategies.problems(dtypes=(*framework.dtypes[:2], "float32"), total_work=2**20)
+    problem = data.draw(drawn)
+    dropout_p = data.draw(st.sampled_from([0.0] if framework.on_gpu else [0.0, 0.2]))
+    case = Case(framework, problem, dropout_p, 9, data.draw(st.booleans()), data.draw(st.booleans()))
     case.check(case.gradients())
 
 
@@ -115,6 +122,8 @@ def test_gradients(framework, data):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("varlen", [False, True])
 def test_gradients_are_written_where_asked(framework, dtype, varlen):
+    if dtype not in framework.dtypes:
+        pytest.skip(f"not on the GPU: {dtype}")
     problem = Problem(seqlens_q=(9, 9), seqlens_k=(12, 12), num_heads_kv=2, ratio=3, dtype=dtype, varlen=varlen,
                       sinks=True)
     case = Case(framework, problem)
@@ -192,6 +201,33 @@ def test_autograd_of_torch(softcap):
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
 
 
+# On the GPU: tiles of every kind, and sums in one order.
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("how", [
+    {}, {"causal": True}, {"window": (100, 30)}, {"chunk": 150, "causal": True}, {"softcap": 3.0}])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_tiles_of_the_gpu(dtype, head_dim, how, deterministic):
+    problem = Problem(seqlens_q=(300, 128, 1), seqlens_k=(400, 128, 70), num_heads_kv=2, ratio=3, dtype=dtype,
+                      head_dim=head_dim, head_dim_v=head_dim, varlen=True, **how)
+    case = Case(frameworks.TorchCuda(), problem, deterministic=deterministic)
+    case.check(case.gradients())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("causal", [False, True])
+def test_deterministic_gradients_repeat_their_bits(head_dim, causal):
+    problem = Problem(seqlens_q=(2000, 2000), seqlens_k=(2000, 2000), num_heads_kv=8, ratio=2, head_dim=head_dim,
+                      head_dim_v=head_dim, causal=causal)
+    case = Case(frameworks.TorchCuda(), problem, deterministic=True)
+    first = [case.framework.numpy(x).tobytes() for x in case.gradients()]
+    for _ in range(10):
+        assert [case.framework.numpy(x).tobytes() for x in case.gradients()] == first
+
+
 # Nothing to see.
 
 @every_framework
@@ -218,7 +254,7 @@ def test_an_lse_that_is_the_sink_hands_its_gradient_on():
 
 # The cases of every day.
 
-@every_framework
+@every_cpu_framework
 @pytest.mark.parametrize(("shape", "causal"), [
     ((1, 512, 8, 64), True),
     *(((batch, seqlen, heads, dim), causal) for batch, seqlen, heads, dim in

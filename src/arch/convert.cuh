@@ -55,4 +55,16 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return packed;
 }
 
+/// The halves of what pack() made.
+template <class Element>
+__device__ __forceinline__ float low(uint32_t packed) {
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) return __uint_as_float(packed << 16);
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(packed)));
+}
+template <class Element>
+__device__ __forceinline__ float high(uint32_t packed) {
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) return __uint_as_float(packed & 0xffff0000u);
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(packed >> 16)));
+}
+
 }  // namespace fa3::arch

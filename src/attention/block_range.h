@@ -9,6 +9,11 @@ struct KeyInterval {
   int begin, end;
 };
 
+/// The same of its queries.
+struct QueryInterval {
+  int begin, end;
+};
+
 /// The mask as numbers. A query at position p sees keys p - left .. p + right, and those of its own chunk.
 struct Visibility {
   static constexpr int kUnbounded = 1 << 30;
@@ -30,6 +35,21 @@ struct Visibility {
       if (start < seqlen_k - chunk) seen.end = smaller(seen.end, start + chunk);
     }
     return seen;
+  }
+
+  /// Queries that see key `key`. Both ends are monotone in `key`.
+  FA3_HOST_DEVICE QueryInterval queries(int key, int seqlen_q, int seqlen_k) const {
+    if (key >= seqlen_k) return {seqlen_q, seqlen_q};
+    const int row = key - seqlen_k + seqlen_q;  // the query at the key's own position
+    QueryInterval seeing{0, seqlen_q};
+    if (right != kUnbounded) seeing.begin = larger(0, row - right);
+    if (left != kUnbounded) seeing.end = smaller(seqlen_q, row + left + 1);
+    if (chunk) {
+      const int start = row - key % chunk;
+      seeing.begin = larger(seeing.begin, start);
+      if (start < seqlen_q - chunk) seeing.end = smaller(seeing.end, start + chunk);
+    }
+    return seeing;
   }
 };
 
@@ -65,6 +85,37 @@ FA3_HOST_DEVICE BlockRange block_range(const Visibility& visibility, int first, 
   range.plain_end = larger(top.end, 0) / kTileN;
   range.settled = clamped((larger(top.end, 1) - 1) / kTileN, range.begin, range.end);
   return range;
+}
+
+/// Blocks of queries that a block of keys needs, [begin, end); every key of it is seen by all of [plain_begin,
+/// plain_end).
+struct QueryBlockRange {
+  int begin, end;
+  int plain_begin, plain_end;
+
+  FA3_HOST_DEVICE int count() const { return end - begin; }
+  FA3_HOST_DEVICE bool needs_mask(int block) const { return block < plain_begin || block >= plain_end; }
+};
+
+/// The range for keys [first, last], of which at least the first is inside the sequence; keys behind its end are seen
+/// by none. Queries behind their end count as if they saw all: they have an lse that makes their probabilities 0.
+template <int kTileM>
+FA3_HOST_DEVICE QueryBlockRange query_block_range(const Visibility& visibility, int first, int last, int seqlen_q,
+                                                  int seqlen_k) {
+  const QueryInterval top = visibility.queries(first, seqlen_q, seqlen_k),
+                      bottom = visibility.queries(smaller(last, seqlen_k - 1), seqlen_q, seqlen_k);
+  QueryBlockRange range;
+  range.begin = top.begin / kTileM;
+  range.end = larger(range.begin, ceil_div(larger(bottom.end, 0), kTileM));
+  range.plain_begin = last < seqlen_k ? ceil_div(bottom.begin, kTileM) : range.end;
+  range.plain_end = top.end == seqlen_q ? range.end : larger(top.end, 0) / kTileM;
+  return range;
+}
+
+/// The first block of keys that any query from `first` on sees: whose turn comes first in adding to their dq.
+template <int kTileN>
+FA3_HOST_DEVICE int first_key_block(const Visibility& visibility, int first, int seqlen_q, int seqlen_k) {
+  return visibility.keys(first, seqlen_q, seqlen_k).begin / kTileN;
 }
 
 /// An empty range at `block`: a warpgroup without work in a tile of others.

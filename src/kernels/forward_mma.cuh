@@ -1,7 +1,7 @@
 // The consumer warpgroups: S = Q K^T, P = softmax(S), O = P V.
 #pragma once
 #include "arch/barrier.cuh"
-#include "arch/stmatrix.cuh"
+#include "arch/fragments.cuh"
 #include "arch/warpgroup.cuh"
 #include "attention/mask.h"
 #include "attention/softmax.cuh"

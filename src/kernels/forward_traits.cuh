@@ -6,6 +6,7 @@
 #include "arch/convert.cuh"
 #include "attention/block_range.h"
 #include "tile/shared_tile.cuh"
+#include "tile/staged_rows.cuh"
 #include "tile/transpose.h"
 
 namespace fa3 {
@@ -14,15 +15,6 @@ namespace fa3 {
 FA3_HOST_DEVICE constexpr int swizzle_for(int bytes) {
   return ceil_div(bytes, 128) * 128 > ceil_div(bytes, 64) * 64 ? 64 : 128;
 }
-
-/// A warp's 16 rows of output on their way to memory, 64 columns of them: 8 vectors of 16 bytes a row, swizzled, so
-/// that 8 rows' equal vectors and a row's 8 vectors each meet all banks.
-struct alignas(128) StagedRows {
-  static constexpr int kRows = 16, kVectors = 8, kPairs = kVectors / 2;
-  uint4 vector[kRows][kVectors];
-
-  __device__ __forceinline__ uint4* at(uint32_t row, uint32_t column) { return &vector[row][column ^ row % kVectors]; }
-};
 
 /// kPromoteEvery_: tensor cores keep some 14 bits of a sum of e4m3 products, so every so many blocks O moves on to
 /// sums in fp32; 0: never. It takes the registers of a second O.

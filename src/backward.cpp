@@ -1,0 +1,195 @@
+// The C entry points of the backward: validate -> plan -> launch.
+#include <cuda_runtime.h>
+
+#include "backward_plan.h"
+#include "device.h"
+#include "fa3.h"
+#include "kernels/backward_rows.h"
+#include "operand.h"
+#include "plan.h"
+#include "slow_checks.h"
+#include "status.h"
+#include "validate.h"
+#include "variants.h"
+
+namespace fa3 {
+namespace {
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+RowArray row_array(const fa3_array& array) {
+  RowArray rows{array.data, {array.stride[0], array.stride[1], array.stride[2]}, true};
+  rows.vectors = reinterpret_cast<uintptr_t>(array.data) % 16 == 0;
+  for (int64_t stride : rows.stride) rows.vectors &= stride % 8 == 0;
+  return rows;
+}
+
+Lengths lengths_of(const fa3_lengths& lengths) { return {lengths.rows, lengths.cu_seqlens, lengths.seqused}; }
+
+fa3_status checked(cudaError_t error, const char* what) { return check_cuda(error, what, cudaGetErrorString(error)); }
+
+struct BackwardLaunch {
+  const fa3_backward_params& params;
+  const BackwardPlan& plan;
+  const BackwardVariant& variant;
+  Workspace workspace;
+  cudaStream_t stream;
+  BackwardScratch scratch{};
+
+  fa3_status run() {
+    scratch.query_tiles = plan.query_tiles;
+    scratch.stats = static_cast<float*>(workspace.take(plan.stats));
+    scratch.dq = static_cast<float*>(workspace.take(plan.dq));
+    if (plan.turns) scratch.dq_turns = static_cast<uint32_t*>(workspace.take(plan.turns));
+    if (plan.sink_parts) scratch.sink_parts = static_cast<float*>(workspace.take(plan.sink_parts));
+    if (plan.query_tiles)
+      if (auto status = prepare()) return status;
+    if (plan.grid)
+      if (auto status = main_kernel()) return status;
+    if (plan.query_tiles)
+      if (auto status = finish_queries()) return status;
+    if (auto status = clear(params.dk, params.keys, params.num_heads_kv, params.head_dim)) return status;
+    return clear(params.dv, params.keys, params.num_heads_kv, params.head_dim_v);
+  }
+
+  fa3_status prepare() {
+    const fa3_backward_params& p = params;
+    PrepareArgs args{};
+    args.out = row_array(p.out);
+    args.dout = row_array(p.dout);
+    args.lse = static_cast<const float*>(p.lse.data);
+    args.dlse = static_cast<const float*>(p.dlse.data);
+    for (int axis = 0; axis < 3; ++axis) {
+      args.lse_stride[axis] = p.lse.stride[axis];
+      args.dlse_stride[axis] = p.dlse.stride[axis];
+    }
+    args.sinks = p.sinks;
+    args.scratch = scratch;
+    args.queries = lengths_of(p.queries);
+    args.keys = lengths_of(p.keys);
+    args.visibility = visibility_of(p.mask);
+    args.batch = p.batch;
+    args.num_heads = p.num_heads;
+    args.head_dim_v = p.head_dim_v;
+    args.tile_m = variant.tile_m;
+    args.dq_floats = variant.dq_floats;
+    return checked(prepare_backward(args, p.dtype, variant.dq_shares, stream), "prepare_backward");
+  }
+
+  fa3_status operand(const fa3_array& array, const fa3_lengths& lengths, bool copy, OperandShape shape,
+                     TmaOperand& operand) {
+    shape.dtype = params.dtype;
+    return prepare_operand(array, lengths, params.batch, shape, copy, params.k.data, workspace, stream, operand);
+  }
+
+  fa3_status main_kernel() {
+    const fa3_backward_params& p = params;
+    const BackwardVariant& v = variant;
+    BackwardArgs args{};
+    const OperandShape q{.head_dim = p.head_dim, .heads = p.num_heads, .box_rows = v.tile_m, .swizzle = v.swizzle_q_k};
+    const OperandShape dout{
+        .head_dim = p.head_dim_v, .heads = p.num_heads, .box_rows = v.tile_m, .swizzle = v.swizzle_v};
+    const OperandShape key{
+        .head_dim = p.head_dim, .heads = p.num_heads_kv, .box_rows = v.tile_n, .swizzle = v.swizzle_q_k};
+    const OperandShape value{
+        .head_dim = p.head_dim_v, .heads = p.num_heads_kv, .box_rows = v.tile_n, .swizzle = v.swizzle_v};
+    if (auto status = operand(p.q, p.queries, plan.copy_q, q, args.q)) return status;
+    if (auto status = operand(p.k, p.keys, plan.copy_k, key, args.k)) return status;
+    if (auto status = operand(p.v, p.keys, plan.copy_v, value, args.v)) return status;
+    if (auto status = operand(p.dout, p.queries, plan.copy_dout, dout, args.dout)) return status;
+    args.dk = row_array(p.dk);
+    args.dv = row_array(p.dv);
+    args.scratch = scratch;
+    args.queries = lengths_of(p.queries);
+    args.keys = lengths_of(p.keys);
+    args.visibility = visibility_of(p.mask);
+    args.batch = p.batch;
+    args.num_heads_kv = p.num_heads_kv;
+    args.group = p.num_heads / p.num_heads_kv;
+    args.head_dim = p.head_dim;
+    args.head_dim_v = p.head_dim_v;
+    args.score_scale_log2 = (p.softcap > 0 ? p.softcap : p.softmax_scale) * kLog2e;
+    args.softcap_scale = p.softcap > 0 ? p.softmax_scale / p.softcap : 0;
+    args.softmax_scale = p.softmax_scale;
+    args.order = plan.order;
+    return checked(v.launch(args, plan.grid, p.device, stream), v.name);
+  }
+
+  /// dQ, and the sinks' gradients.
+  fa3_status finish_queries() {
+    const fa3_backward_params& p = params;
+    ConvertArgs args{};
+    args.dq = row_array(p.dq);
+    args.scratch = scratch;
+    args.queries = lengths_of(p.queries);
+    args.batch = p.batch;
+    args.num_heads = p.num_heads;
+    args.head_dim = p.head_dim;
+    args.softmax_scale = p.softmax_scale;
+    if (auto status = checked(variant.convert(args, stream), "convert_dq")) return status;
+    if (p.sinks)
+      if (auto status = checked(sum_sinks(scratch, p.num_heads, p.dsinks, stream), "sum_sinks")) return status;
+    return clear(p.dq, p.queries, p.num_heads, p.head_dim);
+  }
+
+  /// What no sequence has in use.
+  fa3_status clear(const fa3_array& array, const fa3_lengths& lengths, int heads, int head_dim) const {
+    if (lengths.rows == 0 || !(lengths.cu_seqlens || lengths.seqused)) return FA3_OK;
+    const cudaError_t error =
+        clear_unused_rows(row_array(array), lengths_of(lengths), params.batch, heads, head_dim, stream);
+    return checked(error, "clear_unused_rows");
+  }
+};
+
+fa3_status backward(const fa3_backward_params* params, void* workspace, cudaStream_t stream) {
+  if (auto status = validate(params)) return status;
+  const DeviceScope scope(params->device);
+  if (scope.status()) return scope.status();
+  int num_sms = 0;
+  if (auto status = hopper_sms(params->device, num_sms)) return status;
+  BackwardPlan plan;
+  if (auto status = plan_backward(*params, plan)) return status;
+  if (plan.workspace() && !workspace)
+    return fail(FA3_ERROR_WORKSPACE, "workspace: null, but %zu bytes are needed", plan.workspace());
+  if (auto status = slow_checks(*params, stream)) return status;
+  if (params->sinks && plan.query_tiles == 0) {
+    const cudaError_t error = cudaMemsetAsync(params->dsinks, 0, params->num_heads * sizeof(float), stream);
+    if (auto status = checked(error, "cudaMemsetAsync")) return status;
+  }
+  if (params->batch == 0) return FA3_OK;
+  return BackwardLaunch{*params, plan, backward_variants()[plan.variant], Workspace(workspace), stream}.run();
+}
+
+fa3_status workspace_bytes(const fa3_backward_params* params, size_t* bytes) {
+  if (!bytes) return fail(FA3_ERROR_NULL, "bytes: null pointer");
+  *bytes = 0;
+  if (auto status = validate(params)) return status;
+  BackwardPlan plan;
+  if (auto status = plan_backward(*params, plan)) return status;
+  *bytes = plan.workspace();
+  return FA3_OK;
+}
+
+}  // namespace
+}  // namespace fa3
+
+extern "C" int fa3_backward(const fa3_backward_params* params, void* workspace, void* stream) {
+  fa3::clear_error();
+  return fa3::backward(params, workspace, static_cast<cudaStream_t>(stream));
+}
+
+extern "C" int fa3_backward_workspace(const fa3_backward_params* params, size_t* bytes) {
+  fa3::clear_error();
+  return fa3::workspace_bytes(params, bytes);
+}
+
+extern "C" int fa3_backward_variant(int32_t index, fa3_variant* variant) {
+  fa3::clear_error();
+  const auto variants = fa3::backward_variants();
+  if (!variant) return fa3::fail(FA3_ERROR_NULL, "variant: null pointer");
+  if (index < 0 || index >= static_cast<int>(variants.size()))
+    return fa3::fail(FA3_ERROR_SHAPE, "index: %d, but there are %zu variants", index, variants.size());
+  const fa3::BackwardVariant& v = variants[index];
+  *variant = {v.name, v.dtype, v.head_dim, v.head_dim_v, v.tile_m, v.tile_n, v.threads, v.shared_memory, 1};
+  return FA3_OK;
+}

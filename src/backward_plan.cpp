@@ -1,0 +1,77 @@
+// Pure decisions of the backward: arguments in, plan out.
+#include "backward_plan.h"
+
+#include <algorithm>
+#include <climits>
+
+#include "attention/block_range.h"
+#include "attention/query_tiles.h"
+#include "plan.h"
+#include "status.h"
+#include "variants.h"
+
+namespace fa3 {
+namespace {
+
+// Q, dO and the sums of dQ that stay in L2 (50 MB) beside what streams through it: half of what the forward leaves to
+// K and V. Not measured yet.
+constexpr double kSectionBytes = 24e6;
+
+/// The smallest compiled head dims that hold the call's.
+int find_variant(const fa3_backward_params& p) {
+  const auto variants = backward_variants();
+  int best = -1;
+  for (int i = 0; i < static_cast<int>(variants.size()); ++i) {
+    const BackwardVariant& v = variants[i];
+    if (v.dtype != p.dtype || v.head_dim < p.head_dim || v.head_dim_v < p.head_dim_v) continue;
+    if (best < 0 || v.head_dim + v.head_dim_v < variants[best].head_dim + variants[best].head_dim_v) best = i;
+  }
+  return best;
+}
+
+/// Heads whose thread blocks start side by side. Under a causal mask the first keys are seen by most queries, and come
+/// first within a section; without bounds all are alike, and a head after the other keeps Q and dO in L2.
+TileOrder plan_order(const fa3_backward_params& p) {
+  const double row_bytes = 2.0 * (p.head_dim + p.head_dim_v) + 4.0 * p.head_dim;
+  const double head_bytes = row_bytes * p.queries.rows * (p.num_heads / p.num_heads_kv);
+  const bool full = visibility_of(p.mask).full();
+  return {full ? 1 : std::clamp(static_cast<int>(kSectionBytes / std::max(head_bytes, 1.0)), 1, p.num_heads_kv), 0};
+}
+
+}  // namespace
+
+fa3_status plan_backward(const fa3_backward_params& p, BackwardPlan& plan) {
+  plan = {};
+  plan.variant = find_variant(p);
+  if (plan.variant < 0)
+    return fail(FA3_ERROR_NO_BACKWARD, "q, v: the backward has no kernel for head_dim %d and %d on the GPU yet",
+                p.head_dim, p.head_dim_v);
+  const BackwardVariant& variant = backward_variants()[plan.variant];
+  const Lengths queries{p.queries.rows, p.queries.cu_seqlens, p.queries.seqused};
+  plan.query_tiles = p.queries.rows > 0 ? QueryTiles{queries, variant.tile_m}.count(p.batch) : 0;
+  const int64_t most = ceil_div(p.keys.rows, variant.tile_n);
+  const int64_t key_tiles = (p.keys.cu_seqlens ? most + p.batch : most * p.batch) * p.num_heads_kv;
+  if (plan.query_tiles > INT_MAX || key_tiles > INT_MAX)
+    return fail(FA3_ERROR_SHAPE, "q, k: %lld and %lld tiles, but at most 2^31 - 1 are possible",
+                static_cast<long long>(plan.query_tiles), static_cast<long long>(key_tiles));
+  plan.grid = p.keys.rows > 0 ? static_cast<int>(key_tiles) : 0;
+  plan.order = plan_order(p);
+
+  const size_t tiles = plan.query_tiles * p.num_heads;
+  plan.stats = workspace_aligned(tiles * 2 * variant.tile_m * sizeof(float));
+  plan.dq = workspace_aligned(tiles * variant.dq_floats * sizeof(float));
+  if (p.deterministic) plan.turns = workspace_aligned(tiles * variant.dq_shares * sizeof(uint32_t));
+  if (p.sinks) plan.sink_parts = workspace_aligned(tiles * sizeof(float));
+  auto plan_copy = [&](const fa3_array& array, const fa3_lengths& lengths, int heads, int head_dim) {
+    const bool copy = !tma_addressable(array, lengths, p.batch, heads, p.dtype);
+    if (copy) plan.copies += copy_bytes(lengths, p.batch, heads, head_dim, p.dtype);
+    return copy;
+  };
+  plan.copy_q = plan_copy(p.q, p.queries, p.num_heads, p.head_dim);
+  plan.copy_k = plan_copy(p.k, p.keys, p.num_heads_kv, p.head_dim);
+  plan.copy_v = plan_copy(p.v, p.keys, p.num_heads_kv, p.head_dim_v);
+  plan.copy_dout = plan_copy(p.dout, p.queries, p.num_heads, p.head_dim_v);
+  return FA3_OK;
+}
+
+}  // namespace fa3

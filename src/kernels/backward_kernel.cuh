@@ -1,0 +1,112 @@
+// The backward kernels of a variant: the main one, which makes dK, dV and sums of dQ, and the one that rounds dQ.
+#pragma once
+#include <atomic>
+
+#include "kernels/backward_load.cuh"
+#include "kernels/backward_mma.cuh"
+#include "variants.h"
+
+namespace fa3 {
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1) backward_kernel(const __grid_constant__ BackwardArgs args) {
+  using Shared = BackwardShared<Traits>;
+  extern __shared__ __align__(1024) uint8_t dynamic_shared[];
+  Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
+
+  KeyTile work;
+  if (!find_work<Traits>(args, work)) return;
+  const int warpgroup = arch::uniform(threadIdx.x / 128);
+  if (threadIdx.x == 0) {
+    shared.init_barriers();
+    arch::publish_barriers();
+  }
+  __syncthreads();
+
+  if (warpgroup == Traits::kConsumers) {
+    arch::shrink_registers<Traits::kProducerRegisters>();
+    const int warp = arch::uniform(threadIdx.x / 32 % 4);
+    if (threadIdx.x % 32 == 0) {
+      if (warp == 0) BackwardLoader<Traits>(args, shared, work).run();
+      if (warp >= 1 && warp <= Traits::kConsumers) add_dq<Traits>(args, shared, work, warp - 1);
+    }
+  } else {
+    arch::grow_registers<Traits::kConsumerRegisters>();
+    BackwardConsumer<Traits>(args, shared, work, warpgroup).run();
+  }
+}
+
+/// Sums of dQ to rows: a warp has 16 rows of a consumer's share of a query tile.
+template <class Traits>
+__global__ void __launch_bounds__(128) convert_dq_kernel(const __grid_constant__ ConvertArgs args) {
+  __shared__ StagedRows staging[4];
+  const int tile = blockIdx.x, head = blockIdx.y / Traits::kConsumers, consumer = blockIdx.y % Traits::kConsumers;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const QueryTiles tiles{args.queries, Traits::kTileM};
+  const int batch = tiles.sequence(tile, args.batch);
+  const Span q = args.queries.span(batch);
+  const int first =
+      (tile - tiles.first(batch)) * Traits::kTileM + (Traits::kShareQueries ? 64 * consumer : 0) + 16 * warp;
+  if (first < 0 || first >= q.length) return;  // no tile of a sequence's
+  const int column = Traits::kShareQueries ? 0 : Traits::kDqColumns * consumer;
+  const auto* sums = reinterpret_cast<const float4*>(
+      args.scratch.dq + ((head * args.scratch.query_tiles + tile) * Traits::kConsumers + consumer) * Traits::kDqFloats);
+  float x[Traits::kDqCount];
+#pragma unroll
+  for (int i = 0; i < Traits::kDqCount / 4; ++i) {
+    const float4 sum = sums[128 * i + threadIdx.x];
+    x[4 * i] = sum.x;
+    x[4 * i + 1] = sum.y;
+    x[4 * i + 2] = sum.z;
+    x[4 * i + 3] = sum.w;
+  }
+  auto* const data = static_cast<uint16_t*>(args.dq.data) + (args.queries.ragged() ? 0 : batch * args.dq.stride[0]) +
+                     (int64_t{q.begin} + first) * args.dq.stride[1] + head * args.dq.stride[2] + column;
+  store_fragment<typename Traits::Element>(
+      staging[warp], x, args.softmax_scale,
+      {data, args.dq.stride[1], q.length - first, args.head_dim - column, args.dq.vectors}, lane);
+}
+
+/// Launch on `device`, the current one, whose shared memory limit is raised the first time.
+template <class Traits>
+cudaError_t launch_backward(const BackwardArgs& args, int grid, int device, cudaStream_t stream) {
+  constexpr int kSharedBytes = sizeof(BackwardShared<Traits>);
+  static_assert(kSharedBytes <= 227 * 1024, "a thread block has at most 227 KB of shared memory");
+  static std::atomic<uint64_t> raised;  // a bit for each of the first 64 devices
+  const uint64_t mine = device < 64 ? uint64_t{1} << device : 0;
+  if (!(raised.load(std::memory_order_relaxed) & mine)) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(backward_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    if (error != cudaSuccess) return error;
+    raised.fetch_or(mine, std::memory_order_relaxed);
+  }
+  backward_kernel<Traits><<<grid, Traits::kThreads, kSharedBytes, stream>>>(args);
+  return cudaGetLastError();
+}
+
+template <class Traits>
+cudaError_t launch_convert(const ConvertArgs& args, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(args.scratch.query_tiles), args.num_heads * Traits::kConsumers);
+  convert_dq_kernel<Traits><<<grid, 128, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+template <class Traits>
+BackwardVariant describe_backward(const char* name, int dtype) {
+  return {name,
+          dtype,
+          Traits::kHeadDim,
+          Traits::kHeadDimV,
+          Traits::kTileM,
+          Traits::kTileN,
+          Traits::kThreads,
+          static_cast<int>(sizeof(BackwardShared<Traits>)),
+          Traits::kConsumers * Traits::kDqFloats,
+          Traits::kConsumers,
+          Traits::kSwizzleQK,
+          Traits::kSwizzleV,
+          launch_backward<Traits>,
+          launch_convert<Traits>};
+}
+
+}  // namespace fa3

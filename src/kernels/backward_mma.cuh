@@ -1,0 +1,364 @@
+// The consumer warpgroups: P^T = exp(K Q^T - lse), dV = P^T dO, dS^T = P^T (V dO^T - delta), dK = dS^T Q, dQ = dS K.
+#pragma once
+#include "arch/barrier.cuh"
+#include "arch/convert.cuh"
+#include "arch/fragments.cuh"
+#include "arch/warpgroup.cuh"
+#include "attention/mask.h"
+#include "attention/softmax.cuh"
+#include "kernels/backward_traits.cuh"
+#include "kernels/fragment_rows.cuh"
+#include "tile/ring.cuh"
+
+namespace fa3 {
+
+/// A consumer's rows are its 64 keys, and its columns queries: P^T and dS^T are then A operands as they are. Only dQ
+/// needs all keys' dS. It is worked on half a step late, so that no consumer has to wait for another at once, and one's
+/// exponentials fall beside the other's products.
+template <class Traits>
+class BackwardConsumer {
+  using Element = typename Traits::Element;
+  using Shared = BackwardShared<Traits>;
+  using TileQ = typename Traits::TileQ;
+  using TileDo = typename Traits::TileDo;
+  using TileK = typename Traits::TileK;
+  using TileV = typename Traits::TileV;
+  using TileDs = typename Traits::TileDs;
+  static constexpr int kTileM = Traits::kTileM;
+  using Scores = float[kTileM / 2];     // element 4 i + 2 r + e: key r of a thread's two, query 8 i + e from its first
+  using Packed = uint32_t[kTileM / 4];  // the same order, packed: already wgmma's A operand
+  using QueryGradient = float[Traits::kDqCount];
+
+ public:
+  __device__ __forceinline__ BackwardConsumer(const BackwardArgs& args, Shared& shared, const KeyTile& work,
+                                              int warpgroup)
+      : args_(args),
+        shared_(shared),
+        work_(work),
+        warpgroup_(warpgroup),
+        lane_(threadIdx.x % 32),
+        warp_(threadIdx.x / 32 % 4),
+        k_address_(arch::shared_address(shared.k) >> 4),
+        v_address_(arch::shared_address(shared.v) >> 4),
+        q_address_(arch::shared_address(shared.q) >> 4),
+        dout_address_(arch::shared_address(shared.dout) >> 4),
+        ds_address_(arch::shared_address(shared.ds) >> 4) {}
+
+  __device__ __forceinline__ void run() {
+#pragma unroll
+    for (float& x : dk_) x = 0.f;
+#pragma unroll
+    for (float& x : dv_) x = 0.f;
+    if (const int steps = work_.steps(args_.group)) {
+      shared_.k_full.wait(0);
+      shared_.v_full.wait(0);
+      clear_keys();
+      const int own_first = first_key();
+      const QueryBlockRange own = query_block_range<kTileM>(args_.visibility, smaller(own_first, work_.k.length - 1),
+                                                            own_first + 63, work_.q.length, work_.k.length);
+      const bool all_plain = args_.softcap_scale == 0 && own_first + 63 < work_.k.length;
+      const int plain_begin = arch::uniform(all_plain ? own.plain_begin : work_.blocks.end);
+      const int plain_end = arch::uniform(own.plain_end);
+      int m_block = work_.blocks.begin;
+#pragma unroll 1
+      for (int i = 0; i < steps; ++i) {
+        if (m_block >= plain_begin && m_block < plain_end)
+          step<true>(m_block);
+        else
+          step<false>(m_block);
+        if (++m_block == work_.blocks.end) m_block = work_.blocks.begin;
+      }
+      QueryGradient dq;
+      wait_for_ds();
+      wait_for_adder();
+      arch::wgmma_fence();
+      multiply_ds(dq);
+      arch::wgmma_wait<0>();
+      arch::wgmma_wrote(dq);
+      hand_over(dq);
+    }
+    store();
+  }
+
+ private:
+  template <bool kPlain>
+  __device__ __forceinline__ void step(int m_block) {
+    Scores s, dp;
+    Packed p, ds;
+    QueryGradient dq;
+    const uint32_t stage = ring_.stage();
+    shared_.q_full[stage].wait(ring_.parity());
+    clear_queries(m_block);
+    arch::wgmma_fence();
+    multiply_keys(s);
+    arch::wgmma_wait<0>();
+    arch::wgmma_wrote(s);
+    if (!kPlain && args_.softcap_scale != 0) squash(s, {args_.softcap_scale});
+    exponentiate(s);
+    if (!kPlain) hide(s, m_block);
+#pragma unroll
+    for (int i = 0; i < kTileM / 4; ++i) p[i] = arch::pack<Element>(s[2 * i], s[2 * i + 1]);
+
+    if (ring_.count > 0) wait_for_ds();
+    wait_for_adder();
+    shared_.dout_full[stage].wait(ring_.parity());
+    arch::wgmma_fence();
+    multiply_ds(dq);  // of the step before; in the first one of nothing, which costs less than a branch here
+    multiply_values(dp);
+    add_dv(p);
+    arch::wgmma_wait<2>();
+    arch::wgmma_wrote(dq);
+    hand_over(dq);
+    arch::wgmma_wait<1>();
+    arch::wgmma_wrote(dp);
+    differentiate(p, dp);
+    if (!kPlain) {
+      if (args_.softcap_scale != 0) unsquash(p, dp);
+      hide(dp, m_block);
+    }
+#pragma unroll
+    for (int i = 0; i < kTileM / 4; ++i) ds[i] = arch::pack<Element>(dp[2 * i], dp[2 * i + 1]);
+    put_ds(ds);
+
+    arch::wgmma_fence();
+    add_dk(ds);
+    arch::wgmma_wait<0>();
+    arch::wgmma_wrote(dk_);
+    arch::wgmma_wrote(dv_);
+    release(shared_.q_empty[stage]);
+    release(shared_.dout_empty[stage]);
+    ring_.advance();
+  }
+
+  __device__ __forceinline__ int first_key() const { return work_.n_block * Traits::kTileN + 64 * warpgroup_; }
+  __device__ __forceinline__ int own_barrier() const { return 1 + warpgroup_; }  // of this warpgroup's 128 threads
+
+  // ---- products ---------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void multiply_keys(Scores& s) const {
+    const uint32_t k = k_address_ + warpgroup_ * (64 * Traits::kSwizzleQK >> 4);
+    const uint32_t q = q_address_ + ring_.stage() * (TileQ::kBytes >> 4);
+#pragma unroll
+    for (int step = 0; step < Traits::kHeadDim / 16; ++step)
+      arch::WgmmaSS<Element, kTileM>::mma(s, arch::descriptor(TileK::kMajorColumns, k + TileK::column_step(step)),
+                                          arch::descriptor(TileQ::kMajorColumns, q + TileQ::column_step(step)),
+                                          step > 0);
+    arch::wgmma_commit();
+  }
+
+  __device__ __forceinline__ void multiply_values(Scores& dp) const {
+    const uint32_t v = v_address_ + warpgroup_ * (64 * Traits::kSwizzleV >> 4);
+    const uint32_t dout = dout_address_ + ring_.stage() * (TileDo::kBytes >> 4);
+#pragma unroll
+    for (int step = 0; step < Traits::kHeadDimV / 16; ++step)
+      arch::WgmmaSS<Element, kTileM>::mma(dp, arch::descriptor(TileV::kMajorColumns, v + TileV::column_step(step)),
+                                          arch::descriptor(TileDo::kMajorColumns, dout + TileDo::column_step(step)),
+                                          step > 0);
+    arch::wgmma_commit();
+  }
+
+  /// The step before's dQ, of this consumer's queries or columns.
+  __device__ __forceinline__ void multiply_ds(QueryGradient& dq) const {
+    constexpr int kShare = Traits::kDqColumns / TileK::kChunkColumns * TileK::kChunkBytes;
+    const uint32_t ds = ds_address_ + (ring_.count + 1) % 2 * (TileDs::kBytes >> 4) +
+                        (Traits::kShareQueries ? warpgroup_ * (TileDs::kChunkBytes >> 4) : 0);
+    const uint32_t k = k_address_ + (Traits::kShareQueries ? 0 : warpgroup_ * (kShare >> 4));
+#pragma unroll
+    for (int step = 0; step < Traits::kTileN / 16; ++step)
+      arch::WgmmaTT<Element, Traits::kDqColumns>::mma(
+          dq, arch::descriptor(TileDs::kMajorRows, ds + TileDs::row_step(step)),
+          arch::descriptor(TileK::kMajorRows, k + TileK::row_step(step)), step > 0);
+    arch::wgmma_commit();
+  }
+
+  __device__ __forceinline__ void add_dv(const Packed& p) {
+    const uint32_t dout = dout_address_ + ring_.stage() * (TileDo::kBytes >> 4);
+#pragma unroll
+    for (int step = 0; step < kTileM / 16; ++step)
+      arch::WgmmaRS<Element, Traits::kHeadDimV>::mma(
+          dv_, p + 4 * step, arch::descriptor(TileDo::kMajorRows, dout + TileDo::row_step(step)), true);
+    arch::wgmma_commit();
+  }
+
+  __device__ __forceinline__ void add_dk(const Packed& ds) {
+    const uint32_t q = q_address_ + ring_.stage() * (TileQ::kBytes >> 4);
+#pragma unroll
+    for (int step = 0; step < kTileM / 16; ++step)
+      arch::WgmmaRS<Element, Traits::kHeadDim>::mma(
+          dk_, ds + 4 * step, arch::descriptor(TileQ::kMajorRows, q + TileQ::row_step(step)), true);
+    arch::wgmma_commit();
+  }
+
+  // ---- what lies between them -------------------------------------------------------------------------
+
+  /// A row's value for each of this thread's queries 8 i and 8 i + 1, counted from its first.
+  __device__ __forceinline__ static float2 pair(const float (&rows)[kTileM], int i, int lane) {
+    return *reinterpret_cast<const float2*>(&rows[8 * i + 2 * (lane % 4)]);
+  }
+
+  /// Scores become probabilities.
+  __device__ __forceinline__ void exponentiate(Scores& s) const {
+    const float scale = args_.score_scale_log2;
+#pragma unroll
+    for (int i = 0; i < kTileM / 8; ++i) {
+      const float2 lse = pair(shared_.lse[ring_.stage()], i, lane_);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float* const at = s + 4 * i + 2 * r;
+        at[0] = arch::exp2_fast(fmaf(at[0], scale, -lse.x));
+        at[1] = arch::exp2_fast(fmaf(at[1], scale, -lse.y));
+      }
+    }
+  }
+
+  /// dP becomes dS, with P as it was rounded for dV: registers would not hold it in fp32 beside dP and dQ.
+  __device__ __forceinline__ void differentiate(const Packed& p, Scores& dp) const {
+#pragma unroll
+    for (int i = 0; i < kTileM / 8; ++i) {
+      const float2 delta = pair(shared_.delta[ring_.stage()], i, lane_);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float* const at = dp + 4 * i + 2 * r;
+        at[0] = arch::low<Element>(p[2 * i + r]) * (at[0] - delta.x);
+        at[1] = arch::high<Element>(p[2 * i + r]) * (at[1] - delta.y);
+      }
+    }
+  }
+
+  /// The softcap's derivative, 1 - tanh^2. P and lse give the tanh back, which spares the registers to keep it in.
+  __device__ __forceinline__ void unsquash(const Packed& p, Scores& ds) const {
+    const float to_tanh = __fdividef(1.f, args_.score_scale_log2);
+#pragma unroll
+    for (int i = 0; i < kTileM / 8; ++i) {
+      const float2 lse = pair(shared_.lse[ring_.stage()], i, lane_);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float* const at = ds + 4 * i + 2 * r;
+        at[0] *= slope((__log2f(arch::low<Element>(p[2 * i + r])) + lse.x) * to_tanh);
+        at[1] *= slope((__log2f(arch::high<Element>(p[2 * i + r])) + lse.y) * to_tanh);
+      }
+    }
+  }
+  __device__ __forceinline__ static float slope(float tanh) {
+    tanh = fmaxf(tanh, -1.f);  // minus infinity where P is 0
+    return fmaf(-tanh, tanh, 1.f);
+  }
+
+  /// 0 where a key is hidden from a query, whatever was there: an lse or a dP that is NaN too.
+  __device__ __forceinline__ void hide(Scores& x, int m_block) const {
+    const int first_query = m_block * kTileM + 2 * (lane_ % 4);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int key = first_key() + 16 * warp_ + lane_ / 4 + 8 * r;
+      const QueryInterval seeing = args_.visibility.queries(key, work_.q.length, work_.k.length);
+      hide_columns(x, r, seeing.begin - first_query, seeing.end - first_query, 0.f);
+    }
+  }
+
+  // ---- shared memory ----------------------------------------------------------------------------------
+
+  /// Each warp gives back what it has finished reading.
+  __device__ __forceinline__ void release(arch::Barrier& empty) const {
+    __syncwarp();
+    if (lane_ == 0) empty.arrive();
+  }
+
+  /// dS of this consumer's keys, for all consumers' products.
+  __device__ __forceinline__ void put_ds(const Packed& ds) const {
+    const uint32_t buffer = ring_.count % 2;
+    const int row = 64 * warpgroup_ + 16 * warp_ + lane_ % 16;
+#pragma unroll
+    for (int step = 0; step < kTileM / 16; ++step) {
+      const int vector = 2 * step + lane_ / 16;  // of 8 queries
+      arch::store_matrices(
+          shared_.ds[buffer] + vector / 8 * TileDs::kChunkBytes + row * 128 + (vector % 8 ^ row % 8) * 16, ds[4 * step],
+          ds[4 * step + 1], ds[4 * step + 2], ds[4 * step + 3]);
+    }
+    arch::fence_async_proxy();
+    release(shared_.ds_full[buffer]);
+  }
+
+  /// Every consumer's dS of the step before. Each has then read the other buffer, too: dQ comes before dS in a step.
+  __device__ __forceinline__ void wait_for_ds() const {
+    const Ring<2> before{ring_.count - 1};
+    shared_.ds_full[before.stage()].wait(before.parity());
+  }
+
+  __device__ __forceinline__ void wait_for_adder() const { shared_.dq_empty[warpgroup_].wait(ring_.count % 2 ^ 1); }
+
+  /// The step before's dQ to the adder, which knows that the first step's is of nothing.
+  __device__ __forceinline__ void hand_over(const QueryGradient& dq) const {
+#pragma unroll
+    for (int i = 0; i < Traits::kDqCount / 4; ++i)
+      shared_.dq[warpgroup_][i][threadIdx.x % 128] =
+          make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+    arch::fence_async_proxy();
+    release(shared_.dq_full[warpgroup_]);
+  }
+
+  /// Zeros for the rows [begin, end) of a tile: 0 times what another sequence has there might be NaN.
+  template <class Tile, int kSwizzle>
+  __device__ __forceinline__ static void clear_rows(uint8_t* tile, int begin, int end) {
+    constexpr int kVectors = kSwizzle / 16;  // of a row's chunk
+    for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
+      auto* vectors = reinterpret_cast<uint4*>(tile + chunk * Tile::kChunkBytes);
+      for (int i = begin * kVectors + threadIdx.x % 128; i < end * kVectors; i += 128)
+        vectors[i] = make_uint4(0, 0, 0, 0);
+    }
+  }
+
+  /// Keys past the sequence's end, of this consumer's. TMA does that at the array's own end.
+  __device__ __forceinline__ void clear_keys() const {
+    const int begin = larger(work_.k.length - first_key(), 0);
+    if (begin >= 64 || !(args_.keys.cu_seqlens || args_.keys.seqused)) return;
+    clear_rows<TileK, Traits::kSwizzleQK>(shared_.k, 64 * warpgroup_ + begin, 64 * warpgroup_ + 64);
+    clear_rows<TileV, Traits::kSwizzleV>(shared_.v, 64 * warpgroup_ + begin, 64 * warpgroup_ + 64);
+    arch::fence_async_proxy();
+    arch::barrier_sync(own_barrier(), 128);
+  }
+
+  /// Queries past the sequence's end, and those before the first that sees a key. Every consumer clears the whole rest
+  /// for itself, which spares them waiting for each other.
+  __device__ __forceinline__ void clear_queries(int m_block) const {
+    const int first = args_.visibility.queries(0, work_.q.length, work_.k.length).begin - m_block * kTileM;
+    const int end = work_.q.length - m_block * kTileM;
+    const bool padded = end < kTileM && (args_.queries.cu_seqlens || args_.queries.seqused);
+    if (first <= 0 && !padded) return;
+    shared_.dout_full[ring_.stage()].wait(ring_.parity());
+    uint8_t* const q = shared_.q[ring_.stage()];
+    uint8_t* const dout = shared_.dout[ring_.stage()];
+    clear_rows<TileQ, Traits::kSwizzleQK>(q, 0, smaller(first, kTileM));
+    clear_rows<TileDo, Traits::kSwizzleV>(dout, 0, smaller(first, kTileM));
+    clear_rows<TileQ, Traits::kSwizzleQK>(q, smaller(end, kTileM), kTileM);
+    clear_rows<TileDo, Traits::kSwizzleV>(dout, smaller(end, kTileM), kTileM);
+    arch::fence_async_proxy();
+    arch::barrier_sync(own_barrier(), 128);
+  }
+
+  // ---- results ----------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void store() {
+    store(args_.dk, dk_, args_.softmax_scale, args_.head_dim);
+    store(args_.dv, dv_, 1.f, args_.head_dim_v);
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void store(const RowArray& array, const float (&x)[kCount], float scale,
+                                        int columns) const {
+    const int first = first_key() + 16 * warp_;
+    auto* const data = static_cast<uint16_t*>(array.data) + (args_.keys.ragged() ? 0 : work_.batch * array.stride[0]) +
+                       (int64_t{work_.k.begin} + first) * array.stride[1] + work_.head_kv * array.stride[2];
+    store_fragment<Element>(shared_.staging[4 * warpgroup_ + warp_], x, scale,
+                            {data, array.stride[1], work_.k.length - first, columns, array.vectors}, lane_);
+  }
+
+  const BackwardArgs& args_;
+  Shared& shared_;
+  const KeyTile& work_;
+  const int warpgroup_, lane_, warp_;
+  const uint32_t k_address_, v_address_, q_address_, dout_address_, ds_address_;  // in units of 16 bytes
+  float dk_[Traits::kHeadDim / 2], dv_[Traits::kHeadDimV / 2];
+  Ring<Traits::kStages> ring_;  // steps: of Q, of dO and of both buffers of dS
+};
+
+}  // namespace fa3

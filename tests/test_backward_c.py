@@ -1,0 +1,91 @@
+"""fa3_backward past Python's checks: what it refuses, by status and sentence, and the workspace that it asks for."""
+
+import ctypes
+
+import pytest
+from quantize_params import Array
+
+import fa3
+
+BF16 = 2
+
+
+class Lengths(ctypes.Structure):
+    _fields_ = [("rows", ctypes.c_int32), ("max_seqlen", ctypes.c_int32), ("cu_seqlens", ctypes.c_void_p),
+                ("seqused", ctypes.c_void_p)]
+
+
+class Mask(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int32) for name in ("causal", "window_left", "window_right", "attention_chunk")]
+
+
+class Params(ctypes.Structure):
+    _fields_ = [("struct_size", ctypes.c_size_t),
+                *((name, ctypes.c_int32) for name in ("device", "dtype", "batch", "num_heads", "num_heads_kv",
+                                                      "head_dim", "head_dim_v")),
+                *((name, Array) for name in ("dout", "q", "k", "v", "out", "lse", "dlse", "dq", "dk", "dv")),
+                ("dsinks", ctypes.c_void_p), ("queries", Lengths), ("keys", Lengths), ("mask", Mask),
+                ("softmax_scale", ctypes.c_float), ("softcap", ctypes.c_float), ("sinks", ctypes.c_void_p),
+                ("dropout_p", ctypes.c_float), ("dropout_seed", ctypes.c_uint64), ("deterministic", ctypes.c_int32)]
+
+
+@pytest.fixture(scope="module")
+def library():
+    found = ctypes.CDLL(fa3.get_library())
+    found.fa3_last_error.restype = ctypes.c_char_p
+    return found
+
+
+def params(batch=2, rows=300, heads=4, heads_kv=2, dim=128, **changes):
+    filled = Params(struct_size=ctypes.sizeof(Params), dtype=BF16, batch=batch, num_heads=heads, num_heads_kv=heads_kv,
+                    head_dim=dim, head_dim_v=dim, softmax_scale=0.1, mask=Mask(0, -1, -1, 0))
+    filled.queries.rows = filled.keys.rows = rows
+    for name in ("dout", "q", "k", "v", "out", "dq", "dk", "dv", "lse"):
+        of = heads_kv if name[-1] in "kv" else heads
+        getattr(filled, name).data = 4096
+        getattr(filled, name).stride[:] = [rows * of * dim, of * dim, dim, 1]
+    for name, value in changes.items():
+        target, _, field = name.partition("__")
+        if field == "stride":
+            getattr(filled, target).stride[:] = value
+        elif field:
+            setattr(getattr(filled, target), field, value)
+        else:
+            setattr(filled, name, value)
+    return filled
+
+
+def workspace(library, filled):
+    nbytes = ctypes.c_size_t(1)
+    status = library.fa3_backward_workspace(ctypes.byref(filled), ctypes.byref(nbytes))
+    return status, nbytes.value
+
+
+@pytest.mark.parametrize(("changes", "status", "words"), [
+    ({"struct_size": 8}, -5, "struct_size: 8, but this library's fa3_backward_params has "),
+    ({"dtype": 3}, -4, "dtype: 3 is no fa3_dtype that q, k, v can have"),
+    ({"dropout_p": 0.5}, -16, "dropout_p: 0.5"), ({"batch": -1}, -5, "batch: -1 is negative"),
+    ({"num_heads_kv": 3}, -5, "num_heads: 4, not a multiple of num_heads_kv 3"),
+    ({"head_dim": 12}, -2, "head_dim: 12"), ({"head_dim": 256}, -15, "no kernel for head_dim 256 and 128"),
+    ({"keys__rows": -1}, -5, "k: -1 rows"), ({"mask__window_left": -2}, -5, "window_size: (-2, -1)"),
+    ({"softmax_scale": float("nan")}, -5, "softmax_scale: nan"), ({"softcap": -1.0}, -5, "softcap: -1"),
+    ({"sinks": 4096}, -1, "sinks, dsinks: one is null"), ({"dsinks": 4096}, -1, "sinks, dsinks: one is null"),
+    ({"lse__data": None}, -1, "lse: null data"),
+    *(({f"{name}__data": None}, -1, f"{name}: null data") for name in ("dout", "q", "k", "v", "out", "dq", "dk", "dv")),
+    *(({f"{name}__stride": [0, 0, 0, 2]}, -5, f"{name}: stride 2 along head_dim") for name in ("dout", "dq", "dv"))])
+def test_refused(library, changes, status, words):
+    assert workspace(library, params(**changes)) == (status, 0)
+    assert words in library.fa3_last_error().decode()
+
+
+def test_workspace(library):
+    """Two numbers a query, a sum of dq in fp32 for each tile of 64 queries, and what options ask for."""
+    tiles = 2 * 5 * 4
+    plain = tiles * 64 * (2 + 128) * 4
+    assert workspace(library, params()) == (0, plain)
+    assert workspace(library, params(deterministic=1)) == (0, plain + -(-tiles * 2 * 4 // 256) * 256)
+    assert workspace(library, params(sinks=4096, dsinks=4096)) == (0, plain + 256)
+    assert workspace(library, params(q__data=4098)) == (0, plain + 2 * 300 * 4 * 128 * 2)
+    assert workspace(library, params(rows=0)) == (0, 0)
+    ragged = params(batch=7, queries__cu_seqlens=4096)
+    assert workspace(library, ragged) == (0, (5 + 7) * 4 * 64 * (2 + 128) * 4)

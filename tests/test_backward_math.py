@@ -1,0 +1,134 @@
+"""The backward's maths on the host: who sees a key, whose turn it is, where a sequence's query tiles are."""
+
+import ctypes
+
+import numpy as np
+import pytest
+from compilers import HERE, host_library
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from test_host_math import INT_MAX, MAX_ROWS, Lengths, Visibility, huge_lengths, masks, visible
+
+TILE_N, CONSUMER_KEYS = 128, 64
+lengths = st.one_of(st.integers(1, 20), st.integers(1, 700))
+tile_ms = st.sampled_from([64, 128])
+
+
+class QueryBlockRange(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in ("begin", "end", "plain_begin", "plain_end")]
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    return host_library(tmp_path_factory.mktemp("host"), "backward", [HERE / "host" / "backward.cpp"])
+
+
+@pytest.fixture(autouse=True)
+def no_undefined_behaviour(capfd):
+    yield
+    assert "runtime error" not in capfd.readouterr().err
+
+
+def as_visibility(host, mask):
+    left, right, chunk = mask
+    return Visibility(*(host.unbounded() if size < 0 else size for size in (left, right)), chunk)
+
+
+def query_intervals(host, mask, first_key, count, seqlen_q, seqlen_k):
+    out = np.empty((count, 2), np.int32)
+    host.query_intervals(ctypes.byref(as_visibility(host, mask)), seqlen_q, seqlen_k, first_key, count,
+                         out.ctypes.data_as(ctypes.c_void_p))
+    return out[:, 0].astype(np.int64), out[:, 1].astype(np.int64)
+
+
+def block_ranges(host, tile_m, mask, seqlen_q, seqlen_k, keys):
+    count = -(-seqlen_k // keys)
+    out = (QueryBlockRange * count)()
+    host.query_block_ranges(tile_m, ctypes.byref(as_visibility(host, mask)), seqlen_q, seqlen_k, keys, count, out)
+    return list(out)
+
+
+@given(masks(), lengths, lengths)
+@example((-1, 0, 0), 9, 4)
+@example((-1, -1, 3), 9, 4)
+@example((2, 0, 3), 4, 9)
+def test_query_intervals(host, mask, seqlen_q, seqlen_k):
+    """The other way round of which keys a query sees, for keys past the end too."""
+    begin, end = query_intervals(host, mask, 0, seqlen_k + 3, seqlen_q, seqlen_k)
+    rows = np.arange(seqlen_q)
+    assert np.array_equal((begin[:, None] <= rows) & (rows < end[:, None]),
+                          visible(mask, rows, seqlen_q, range(seqlen_k + 3), seqlen_k).T)
+    assert (begin >= 0).all() and (end <= seqlen_q).all()
+    assert (np.diff(begin[:seqlen_k]) >= 0).all() and (np.diff(end[:seqlen_k]) >= 0).all()
+
+
+@given(masks(huge=True), huge_lengths, huge_lengths, st.data())
+@example((-1, -1, MAX_ROWS), MAX_ROWS, 1, None)
+@example((MAX_ROWS - 1, MAX_ROWS - 1, 0), MAX_ROWS, 1, None)
+@example((MAX_ROWS - 1, MAX_ROWS - 1, 0), 1, MAX_ROWS, None)
+def test_query_intervals_of_huge_problems(host, mask, seqlen_q, seqlen_k, data):
+    assume(seqlen_q and seqlen_k)
+    key = data.draw(st.integers(0, seqlen_k - 1)) if data else 0
+    begin, end = query_intervals(host, mask, key, 1, seqlen_q, seqlen_k)
+    near = {int(edge) + step for edge in (*begin, *end) for step in (-1, 0, 1)} | {0, seqlen_q - 1}
+    rows = np.array(sorted(row for row in near if 0 <= row < seqlen_q))
+    in_range = (begin[:, None] <= rows) & (rows < end[:, None])
+    assert np.array_equal(in_range, visible(mask, rows, seqlen_q, [key], seqlen_k).T)
+
+
+@given(masks(), lengths, lengths, tile_ms, st.sampled_from([TILE_N, CONSUMER_KEYS]))
+def test_query_block_ranges(host, mask, seqlen_q, seqlen_k, tile_m, keys):
+    """Blocks outside are seen by no key; plain ones show each key all of their queries."""
+    seen = visible(mask, range(seqlen_q), seqlen_q, range(seqlen_k), seqlen_k)
+    for n, blocks in enumerate(block_ranges(host, tile_m, mask, seqlen_q, seqlen_k, keys)):
+        mine = seen[:, n * keys:(n + 1) * keys]
+        assert 0 <= blocks.begin <= blocks.end <= -(-seqlen_q // tile_m)
+        for m in range(-(-seqlen_q // tile_m)):
+            part = mine[m * tile_m:(m + 1) * tile_m]
+            if not blocks.begin <= m < blocks.end:
+                assert not part.any()
+            elif blocks.plain_begin <= m < blocks.plain_end:
+                assert part.all() and mine.shape[1] == keys
+
+
+@given(masks(), lengths, lengths, tile_ms)
+@example((-1, 0, 0), 700, 300, 64)  # causal, whose first queries see nothing
+def test_turns(host, mask, seqlen_q, seqlen_k, tile_m):
+    """Blocks of keys that work on a query tile have its turns 0, 1, ... in their own order, none left out."""
+    tiles = -(-seqlen_q // tile_m)
+    first = np.empty(tiles, np.int32)
+    host.first_key_blocks(tile_m, ctypes.byref(as_visibility(host, mask)), seqlen_q, seqlen_k, tiles,
+                          first.ctypes.data_as(ctypes.c_void_p))
+    blocks = block_ranges(host, tile_m, mask, seqlen_q, seqlen_k, TILE_N)
+    for m in range(tiles):
+        turns = [n - first[m] for n, block in enumerate(blocks) if block.begin <= m < block.end]
+        assert turns == list(range(len(turns)))
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=40), tile_ms, st.integers(0, 200))
+def test_query_tiles(host, seqlens, tile_m, behind):
+    """Ragged sequences have places of their own, and each place finds its sequence."""
+    ends = np.cumsum([0, *seqlens], dtype=np.int32)
+    lengths = Lengths(int(ends[-1]) + behind, ends.ctypes.data, None)
+    first = np.empty(len(seqlens), np.int32)
+    count = host.first_tiles(ctypes.byref(lengths), tile_m, len(seqlens), first.ctypes.data_as(ctypes.c_void_p))
+    until = first + -(-np.array(seqlens) // tile_m)
+    assert first[0] >= 0 and until.max() <= count
+    assert all(a <= b for a, b in zip(until, first[1:], strict=False)), "none overlaps the next"
+    for b, (begin, end) in enumerate(zip(first, until, strict=True)):
+        for tile in range(begin, end):
+            assert host.sequence_of(ctypes.byref(lengths), tile_m, len(seqlens), tile) == b
+
+
+@given(st.lists(st.one_of(st.integers(-5, 900), st.sampled_from([-INT_MAX, INT_MAX])), min_size=2, max_size=20),
+       tile_ms, st.integers(1, 700))
+def test_query_tiles_stay_inside_whatever_memory_says(host, ends, tile_m, rows):
+    ends = np.array(ends, np.int32)
+    lengths = Lengths(rows, ends.ctypes.data, None)
+    batch = len(ends) - 1
+    first = np.empty(batch, np.int32)
+    count = host.first_tiles(ctypes.byref(lengths), tile_m, batch, first.ctypes.data_as(ctypes.c_void_p))
+    begin = np.clip(ends[:-1], 0, rows)
+    seqlens = np.clip(ends[1:], begin, rows) - begin
+    assert (first >= 0).all() and (first + -(-seqlens // tile_m)).max() <= count
+    assert 0 <= host.sequence_of(ctypes.byref(lengths), tile_m, batch, count - 1) < batch
