@@ -6,7 +6,9 @@
 #include "device.h"
 #include "fa3.h"
 #include "kernels/copy_rows.h"
+#include "kernels/prepare.h"
 #include "plan.h"
+#include "prepare_plan.h"
 #include "slow_checks.h"
 #include "status.h"
 #include "tensor_map.h"
@@ -24,7 +26,7 @@ fa3_status plan_checked(const fa3_forward_params* params, int num_sms, fa3_forwa
   return plan_forward(*params, num_sms, plan);
 }
 
-bool nothing_to_do(const fa3_forward_params& p) { return p.batch == 0 || p.queries.rows == 0; }
+bool nothing_to_do(const fa3_forward_params& p) { return p.batch == 0 || (p.queries.rows == 0 && !appends(p)); }
 
 /// Hands out the workspace from its start.
 class Workspace {
@@ -47,8 +49,28 @@ struct Launch {
   Workspace workspace;
   cudaStream_t stream;
 
-  /// An operand for TMA: the caller's array, or a copy of one that TMA cannot address.
-  fa3_status operand(fa3_array array, const fa3_lengths& lengths, bool copy, OperandShape shape, TmaOperand& operand) {
+  uint16_t* rotated_q = nullptr;  // contiguous, in the workspace
+  int32_t* seqlens_k = nullptr;   // (batch), there too: with the new keys
+
+  /// Append to the cache and turn q, where the call asks for it.
+  fa3_status prepare() {
+    if (!appends(params) && !rotates(params)) return FA3_OK;
+    PrepareArgs args = plan_prepare(params);
+    args.rotated_q = rotated_q;
+    args.seqlens_k = seqlens_k;
+    if (args.blocks == 0) return FA3_OK;
+    const cudaError_t error = launch_prepare(args, params.dtype, stream);
+    return check_cuda(error, "prepare", cudaGetErrorString(error));
+  }
+
+  static fa3_array contiguous(void* data, const OperandShape& shape) {
+    const int64_t row = int64_t{shape.heads} * shape.head_dim;
+    return {data, {row * shape.rows, row, shape.head_dim, 1}};
+  }
+
+  /// An operand for TMA: the caller's array, a copy of one that TMA cannot address, or what `prepare` made of it.
+  fa3_status operand(fa3_array array, const fa3_lengths& lengths, bool copy, void* prepared, OperandShape shape,
+                     TmaOperand& operand) {
     shape.dtype = params.dtype;
     if (lengths.rows == 0) {  // nothing will be loaded, but a map must have an address, and an entry on each axis
       const auto address = reinterpret_cast<uintptr_t>(params.q.data) / kTmaAlignment * kTmaAlignment;
@@ -56,17 +78,18 @@ struct Launch {
       shape.batch = shape.rows = shape.heads = 1;
       return encode_operand(nothing, shape, operand);
     }
-    shape.batch = lengths.cu_seqlens ? 1 : params.batch;
+    if (lengths.cu_seqlens) shape.batch = 1;
     shape.rows = lengths.rows;
-    if (copy) {
+    if (prepared) {
+      array = contiguous(prepared, shape);
+    } else if (copy) {
       const RowsToCopy rows{array.data,  {array.stride[0], array.stride[1], array.stride[2]},
                             shape.batch, shape.rows,
                             shape.heads, shape.head_dim};
-      void* packed = workspace.take(copy_bytes(lengths, params.batch, shape.heads, shape.head_dim));
+      void* packed = workspace.take(copy_bytes(lengths, shape.batch, shape.heads, shape.head_dim));
       const cudaError_t error = copy_rows(rows, packed, stream);
       if (auto status = check_cuda(error, "copy_rows", cudaGetErrorString(error))) return status;
-      const int64_t row = int64_t{shape.heads} * shape.head_dim;
-      array = {packed, {row * shape.rows, row, shape.head_dim, 1}};
+      array = contiguous(packed, shape);
     }
     return encode_operand(array, shape, operand);
   }
@@ -76,17 +99,24 @@ struct Launch {
     args.packing = packing_of(p, plan.pack_gqa > 1);
     const OperandShape q{.head_dim = p.head_dim,
                          .heads = p.num_heads,
+                         .batch = p.batch,
                          .group = args.packing.ratio,
                          .box_group = args.packing.heads,
                          .box_rows = args.packing.positions,
                          .swizzle = variant.swizzle_q_k};
-    const OperandShape k{
-        .head_dim = p.head_dim, .heads = p.num_heads_kv, .box_rows = plan.tile_n, .swizzle = variant.swizzle_q_k};
-    const OperandShape v{
-        .head_dim = p.head_dim_v, .heads = p.num_heads_kv, .box_rows = plan.tile_n, .swizzle = variant.swizzle_v};
-    if (auto status = operand(p.q, p.queries, plan.copy_q, q, args.q)) return status;
-    if (auto status = operand(p.k, p.keys, plan.copy_k, k, args.k)) return status;
-    if (auto status = operand(p.v, p.keys, plan.copy_v, v, args.v)) return status;
+    const OperandShape k{.head_dim = p.head_dim,
+                         .heads = p.num_heads_kv,
+                         .batch = key_entries(p),
+                         .box_rows = plan.tile_n,
+                         .swizzle = variant.swizzle_q_k};
+    const OperandShape v{.head_dim = p.head_dim_v,
+                         .heads = p.num_heads_kv,
+                         .batch = key_entries(p),
+                         .box_rows = plan.tile_n,
+                         .swizzle = variant.swizzle_v};
+    if (auto status = operand(p.q, p.queries, plan.copy_q, rotated_q, q, args.q)) return status;
+    if (auto status = operand(p.k, p.keys, plan.copy_k, nullptr, k, args.k)) return status;
+    if (auto status = operand(p.v, p.keys, plan.copy_v, nullptr, v, args.v)) return status;
     args.out = p.out.data;
     args.lse = static_cast<float*>(p.lse.data);
     args.out_vectors = reinterpret_cast<uintptr_t>(p.out.data) % 16 == 0;
@@ -96,7 +126,9 @@ struct Launch {
       args.out_vectors &= p.out.stride[axis] % 8 == 0;
     }
     args.queries = {p.queries.rows, p.queries.cu_seqlens, p.queries.seqused};
-    args.keys = {p.keys.rows, p.keys.cu_seqlens, p.keys.seqused};
+    args.keys = {{p.keys.rows, p.keys.cu_seqlens, seqlens_k ? seqlens_k : p.keys.seqused},
+                 p.cache.cache_leftpad,
+                 p.cache.cache_batch_idx};
     args.visibility = visibility_of(p.mask);
     args.batch = p.batch;
     args.num_heads_kv = p.num_heads_kv;
@@ -123,6 +155,12 @@ struct Launch {
       args.parts_done = static_cast<uint64_t*>(workspace.take(sizes.parts_done));
       args.parts = static_cast<float4*>(workspace.take(sizes.parts));
     }
+    if (sizes.seqlens_k) seqlens_k = static_cast<int32_t*>(workspace.take(sizes.seqlens_k));
+    if (rotates(params))
+      rotated_q = static_cast<uint16_t*>(
+          workspace.take(copy_bytes(params.queries, params.batch, params.num_heads, params.head_dim)));
+    if (auto status = prepare()) return status;
+    if (params.queries.rows == 0) return FA3_OK;  // only the cache was written
     if (auto status = fill(args)) return status;
     const cudaError_t error = variant.launch(args, plan.grid, params.device, stream);
     return check_cuda(error, variant.name, cudaGetErrorString(error));

@@ -22,14 +22,15 @@ struct Packing packing_of(const fa3_forward_params& params, bool packed);
 
 /// The workspace's parts, each a multiple of kWorkspaceAlignment: what comes before the copies.
 struct WorkspaceSizes {
-  size_t counter, parts_done, parts;
+  size_t counter, parts_done, parts, seqlens_k;
 };
 WorkspaceSizes workspace_sizes(const fa3_forward_params& params, const fa3_forward_plan& plan);
 
 /// Tiles of all queries: exact for dense batches, an upper bound for ragged ones whose sequences do not overlap.
 int64_t most_tiles(const fa3_forward_params& params, const fa3_forward_plan& plan);
 
-/// Bytes of a contiguous copy of an operand, for one that TMA cannot address; see fa3_forward_plan::copy_q.
-size_t copy_bytes(const fa3_lengths& lengths, int batch, int heads, int head_dim);
+/// Bytes of a contiguous copy of an operand of so many batch entries (if it is not ragged), for one that TMA cannot
+/// address; see fa3_forward_plan::copy_q.
+size_t copy_bytes(const fa3_lengths& lengths, int entries, int heads, int head_dim);
 
 }  // namespace fa3
