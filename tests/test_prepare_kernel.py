@@ -69,7 +69,7 @@ class Case:
 
 
 @st.composite
-def cases(draw):
+def cases(draw, longest=12, layouts=("dense", "indexed", "paged")):
     batch = draw(st.integers(1, 4))
     one_length, varlen_q, varlen_new = (draw(st.booleans()) for _ in range(3))
 
@@ -81,8 +81,8 @@ def cases(draw):
     head_dim = draw(st.sampled_from([64, 16, 40, 72, 128, 256]))
     rotary_dim = draw(st.sampled_from([0, 16, 32, head_dim // 16 * 16]))
     return Case(
-        cached=lengths(st.integers(0, 12), not (new and one_length)), new=new, one_length=one_length and new is not None,
-        seqlens_q=lengths(st.integers(0, 6), varlen_q), layout=draw(st.sampled_from(["dense", "indexed", "paged"])),
+        cached=lengths(st.integers(0, longest), not (new and one_length)), new=new, one_length=one_length and new is not None,
+        seqlens_q=lengths(st.integers(0, 6), varlen_q), layout=draw(st.sampled_from(layouts)),
         page_size=draw(st.sampled_from([1, 3, 4, 16])), room=draw(st.sampled_from([0, 5])),
         num_heads_kv=draw(st.integers(1, 3)), ratio=draw(st.sampled_from([1, 3])), head_dim=head_dim,
         head_dim_v=draw(st.sampled_from([head_dim, 8, 24])), dtype=dtype, varlen_q=varlen_q, varlen_new=varlen_new,
@@ -131,7 +131,7 @@ class Call:
                 self.set("cu_seqlens_k_new", cumulated(c.new))
         self.cos = self.sin = None
         if c.rotary_dim:
-            angles = self.random.uniform(0, 6, (40, c.rotary_dim // 2)).astype(np.float32)
+            angles = self.random.uniform(0, 6, (max(c.cached) + 40, c.rotary_dim // 2)).astype(np.float32)
             self.cos, self.sin = (self.embed(f(angles).astype(DTYPES[c.rotary_dtype]), 0) for f in (np.cos, np.sin))
             if c.rotary_seqlens is not None:
                 self.set("rotary_seqlens", c.rotary_seqlens)
