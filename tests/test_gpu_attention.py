@@ -72,8 +72,8 @@ def join(torch):
 
 
 @pytest.mark.parametrize(("call", "named"), [
-    (fp8, "float8_e4m3fn"), (pages, "page_table"), (latent_queries, "qv"), (latent_values, "MLA"), (wide_heads, "q: head_dim 264"),
-    (dropout, "dropout_p: 0.5"), (join, "flash_attn_combine")])
+    (fp8, "float8_e4m3fn"), (pages, "page_table"), (latent_queries, "qv"), (latent_values, "MLA"),
+    (wide_heads, "q: head_dim 264"), (dropout, "dropout_p: 0.5"), (join, "flash_attn_combine")])
 def test_what_is_not_built_says_so(torch, call, named):
     with pytest.raises(NotImplementedError, match=named):
         call(torch)

@@ -110,6 +110,7 @@ static fa3_forward_params cache_call(void) {
   do {                                   \
     fa3_forward_params p = cache_call(); \
     fa3_cache* const c = &p.cache;       \
+    (void)c;                             \
     __VA_ARGS__;                         \
     expect(&p, code, words);             \
   } while (0)
