@@ -291,7 +291,8 @@ fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_pl
   if (plan.copy_q) plan.workspace += copy_bytes(p.queries, p.batch, p.num_heads, p.head_dim);
   if (plan.copy_k) plan.workspace += copy_bytes(p.keys, key_entries(p), p.num_heads_kv, p.head_dim);
   if (plan.copy_v) plan.workspace += copy_bytes(p.keys, key_entries(p), p.num_heads_kv, p.head_dim_v);
-  if (const int64_t blocks = plan_prepare(p).blocks; blocks > INT32_MAX)
+  const int64_t blocks = appends(p) || rotates(p) ? plan_prepare(p).blocks : 0;
+  if (blocks > INT32_MAX)
     return fail(FA3_ERROR_SHAPE, "q, k_new: %lld thread blocks of rows, but at most 2^31 - 1 are possible",
                 static_cast<long long>(blocks));
   return FA3_OK;

@@ -82,9 +82,10 @@ def cases(draw, longest=12, layouts=("dense", "indexed", "paged")):
     rotary_dim = draw(st.sampled_from([0, 16, 32, head_dim // 16 * 16]))
     return Case(
         cached=lengths(st.integers(0, longest), not (new and one_length)), new=new,
-        one_length=one_length and new is not None, seqlens_q=lengths(st.integers(0, 6), varlen_q), layout=draw(st.sampled_from(layouts)),
-        page_size=draw(st.sampled_from([1, 3, 4, 16])), room=draw(st.sampled_from([0, 5])),
-        num_heads_kv=draw(st.integers(1, 3)), ratio=draw(st.sampled_from([1, 3])), head_dim=head_dim,
+        one_length=one_length and new is not None, seqlens_q=lengths(st.integers(0, 6), varlen_q),
+        layout=draw(st.sampled_from(layouts)), page_size=draw(st.sampled_from([1, 3, 4, 16])),
+        room=draw(st.sampled_from([0, 5])), num_heads_kv=draw(st.integers(1, 3)),
+        ratio=draw(st.sampled_from([1, 3])), head_dim=head_dim,
         head_dim_v=draw(st.sampled_from([head_dim, 8, 24])), dtype=dtype, varlen_q=varlen_q, varlen_new=varlen_new,
         uses_q=draw(st.booleans()), rotary_dim=min(rotary_dim, head_dim),
         rotary_dtype=draw(st.sampled_from(["float32", dtype])), interleaved=draw(st.booleans()),
@@ -238,7 +239,7 @@ def as_the_cpu(call):
 @given(cases(), st.integers(0, 2**32 - 1))
 @example(Case(cached=(5, 0), new=(3, 3), seqlens_q=(3, 3), rotary_dim=64, causal=True), 0)
 @example(Case(cached=(5,), new=(3,), one_length=True, rotary_dim=32, interleaved=False, offset=1), 0)
-@example(Case(cached=(2,) * 300, new=(1,) * 300, seqlens_q=(0,) * 300, head_dim=8, head_dim_v=8), 0)  # lengths of two blocks
+@example(Case(cached=(2,) * 300, new=(1,) * 300, seqlens_q=(0,) * 300, head_dim=8, head_dim_v=8), 0)  # two blocks
 @example(Case(cached=(7,), new=(2,), seqlens_q=(2,), num_heads_kv=3, ratio=7, head_dim=256, rotary_dim=256), 0)
 def test_as_the_cpu(host, case, seed):
     call = Call(case, seed)

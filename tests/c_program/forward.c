@@ -131,6 +131,10 @@ static void check_cache_arguments(void) {
   p = cache_call();
   p.queries.rows = 0;
   CHECK(fa3_plan_forward(&p, 132, &plan) == FA3_OK, "new keys without queries");
+  p.batch = 64;
+  p.keys.seqused = integers;
+  p.cache.rows_new = p.cache.rotary_rows = 1 << 30;
+  CHECK(fa3_plan_forward(&p, 132, &plan) == FA3_ERROR_SHAPE && strstr(fa3_last_error(), "thread blocks"), "2^36 rows");
 
   CACHE_REFUSES(FA3_ERROR_NULL, "v_new: null", c->v_new.data = NULL);
   CACHE_REFUSES(FA3_ERROR_NULL, "k_new: null", c->k_new.data = NULL);
