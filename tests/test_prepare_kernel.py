@@ -286,3 +286,16 @@ def test_rows_past_the_room_are_dropped(host, layout):
     before[last, -1] = call.k_new[1, 0]
     before[entries[0]] = k[entries[0]]
     assert same(call.k, before)
+
+
+def test_pages_past_the_table(host):
+    """keys.rows may promise more rows than the table has pages for: what lies behind it is not looked up."""
+    call = Call(Case(cached=(8,), new=(4,), layout="paged", room=0), 0)
+    table = call.integers["page_table"]
+    behind = np.concatenate([table[0], [0] * 100]).astype(np.int32)
+    call.integers["page_table"] = behind[:table.size].reshape(table.shape)
+    call.integers["seqused_k"][0] = call.capacity
+    call.capacity += 100
+    before = call.k.copy()
+    call.run(host, 0)
+    assert same(call.k, before)
