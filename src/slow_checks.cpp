@@ -76,8 +76,14 @@ fa3_status check_cache(const fa3_forward_params& p, cudaStream_t stream) {
   if (auto status = check_values(c.cache_batch_idx, p.batch, "cache_batch_idx", entries, stream)) return status;
   auto length = [&](int b) { return cached[b]; };
   if (auto status = check_values(c.cache_leftpad, p.batch, "cache_leftpad", length, stream)) return status;
+  if (!c.rotary_cos) return FA3_OK;
   auto positions = [&](int b) { return c.rotary_rows - rows_new[b]; };
-  return check_values(c.rotary_seqlens, p.batch, "rotary_seqlens", positions, stream);
+  if (c.rotary_seqlens) return check_values(c.rotary_seqlens, p.batch, "rotary_seqlens", positions, stream);
+  for (int b = 0; b < p.batch; ++b)
+    if (cached[b] > positions(b))
+      return fail(FA3_ERROR_CU_SEQLENS, "rotary_cos: %d positions, but sequence %d needs %lld", c.rotary_rows, b,
+                  static_cast<long long>(cached[b]) + rows_new[b]);
+  return FA3_OK;
 }
 
 bool wanted() {
