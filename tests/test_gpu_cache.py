@@ -55,7 +55,8 @@ LIES = [-1, 7, 10**6, 2**31 - 1, -2**31]
 
 
 @pytest.mark.parametrize("lie", LIES)
-@pytest.mark.parametrize("name", ["seqused_k", "cache_batch_idx", "rotary_seqlens", "cu_seqlens_k_new", "cache_leftpad"])
+@pytest.mark.parametrize("name", [
+    "seqused_k", "cache_batch_idx", "rotary_seqlens", "cu_seqlens_k_new", "cache_leftpad"])
 def test_arrays_that_lie_stay_inside_the_cache(torch, name, lie):
     """What another sequence gets is right; of the rows that lie nothing is asked but that all arrays stay whole."""
     case = Case(cached=(5, 4), new=(2, 2), layout="indexed", room=3, seqlens_q=(2, 2), rotary_dim=32, causal=True,
@@ -63,13 +64,10 @@ def test_arrays_that_lie_stay_inside_the_cache(torch, name, lie):
     call = Call(case, 0)
     k, v, _, _ = as_the_cpu(call)
     sound = int(call.integers["cache_batch_idx"][0])
-    leftpad = None
-    if name == "cache_leftpad":
-        leftpad = [0, lie]
-    else:
+    leftpad = [0, lie] if name == "cache_leftpad" else None
+    if name in call.integers:
         call.integers[name][-1] = lie
-    array = call.k
-    before = array.copy()
+    before = call.k.copy()
     _, _, k_after, v_after = pose(cuda, call, leftpad)
     torch.cuda.synchronize()
     if name != "cu_seqlens_k_new" and not (name == "cache_batch_idx" and lie == sound):
