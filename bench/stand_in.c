@@ -97,12 +97,14 @@ const char* stand_in_describe(void) {
   ARRAY(cache.v_new);
   POINTER(cache.cu_seqlens_k_new);
   INT(cache.rows_new);
+  INT(cache.seqlen);
   POINTER(cache.page_table);
   INT(cache.page_table_stride);
   INT(cache.max_pages);
   INT(cache.page_size);
   INT(cache.num_pages);
   POINTER(cache.cache_batch_idx);
+  INT(cache.batch_entries);
   POINTER(cache.cache_leftpad);
   POINTER(cache.rotary_cos);
   POINTER(cache.rotary_sin);

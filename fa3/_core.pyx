@@ -72,6 +72,7 @@ cdef int fill_cache(c.fa3_cache *cache, Problem problem) except -1:
     """The part of the struct that speaks of a key-value cache."""
     cdef ArrayView k_new = problem.k_new, pages = problem.page_table, cos = problem.rotary_cos
     cdef bint ragged_new = problem.cu_seqlens_k_new is not None
+    cache.seqlen = <int32_t>problem.cached
     if k_new is not None:
         set_rows(&cache.k_new, k_new, ragged_new)
         set_rows(&cache.v_new, problem.v_new, ragged_new)
@@ -83,7 +84,9 @@ cdef int fill_cache(c.fa3_cache *cache, Problem problem) except -1:
         cache.max_pages = <int32_t>pages.c_shape[1]
         cache.num_pages = <int32_t>problem.k.c_shape[0]
         cache.page_size = <int32_t>problem.k.c_shape[1]
-    cache.cache_batch_idx = integers(problem.cache_batch_idx)
+    if problem.cache_batch_idx is not None:
+        cache.cache_batch_idx = integers(problem.cache_batch_idx)
+        cache.batch_entries = <int32_t>problem.k.c_shape[0]
     cache.cache_leftpad = integers(problem.cache_leftpad)
     if cos is not None:
         cache.rotary_cos = <const void *>cos.data

@@ -31,12 +31,14 @@ cdef extern from "fa3.h" nogil:
         fa3_array v_new
         const int32_t *cu_seqlens_k_new
         int32_t rows_new
+        int32_t seqlen
         const int32_t *page_table
         int64_t page_table_stride
         int32_t max_pages
         int32_t page_size
         int32_t num_pages
         const int32_t *cache_batch_idx
+        int32_t batch_entries
         const int32_t *cache_leftpad
         const void *rotary_cos
         const void *rotary_sin

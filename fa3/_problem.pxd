@@ -58,6 +58,7 @@ cdef class Problem:
     cdef readonly int64_t head_dim_v
     cdef readonly int64_t max_seqlen_q
     cdef readonly int64_t max_seqlen_k
+    cdef readonly int64_t cached
     cdef Options options
 
     cdef int begin(self, q, k, v, str k_name, str v_name, stream, dtype, bint written) except -1

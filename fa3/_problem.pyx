@@ -45,6 +45,8 @@ cdef class Problem:
     batch, num_heads, num_heads_kv, head_dim, head_dim_v : int
     max_seqlen_q, max_seqlen_k : int
         Rows of the longest sequence, or an upper bound of them.
+    cached : int
+        On a GPU, rows of the cache in use before new keys, where the caller gave one number for all sequences.
     """
 
     def __init__(self, q, k, v, str k_name="k", str v_name="v", stream=None, dtype=None, bint written=False):
@@ -202,8 +204,10 @@ cdef class Problem:
             if rows > room:
                 raise ValueError(f"cache_seqlens: {rows}, needs at most {room}, the rows of {self.k_name}"
                                  + (" less those of k" if self.k_new is not None else ""))
-            if self.on_gpu and self.k_new is None:
-                self.max_seqlen_k = rows  # a shorter cache, the same for all: no array has to be made on the GPU
+            if self.on_gpu:  # no array has to be made there
+                self.cached = rows
+                if self.k_new is None or check.empty(self.k_new):
+                    self.max_seqlen_k = rows  # a shorter cache, the same for all
                 cache_seqlens = None
             else:
                 cache_seqlens = numpy.full(self.batch, rows, "int32")

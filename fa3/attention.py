@@ -140,9 +140,10 @@ def flash_attn_with_kvcache(
     """Attention of new queries on a key-value cache, to which new keys may be appended first, in place.
 
     What `flash_attn_func` says of masks, heads, NaN, strides and determinism holds here too, with seqlen_k
-    the length in use: `cache_seqlens` plus the new keys. On the GPU a contiguous cache that is only read
-    works now; new keys, rotary, pages, `cache_leftpad` and `cache_batch_idx` raise NotImplementedError there,
-    and work on the CPU.
+    the length in use: `cache_seqlens` plus the new keys. On the GPU pages raise NotImplementedError, and work
+    on the CPU. What only device memory knows is not checked there: new keys that the cache has no room for are
+    dropped, and a position past rotary_cos counts as its last; FA3_CHECK=1 raises. A GPU rounds turned queries
+    to q's dtype.
 
     Parameters
     ----------

@@ -6,8 +6,10 @@
 
 #include "device.h"
 #include "fa3.h"
+#include "kernels/prepare.h"
 #include "operand.h"
 #include "plan.h"
+#include "prepare_plan.h"
 #include "slow_checks.h"
 #include "status.h"
 #include "ticket.h"
@@ -24,7 +26,7 @@ fa3_status plan_checked(const fa3_forward_params* params, int num_sms, fa3_forwa
   return plan_forward(*params, num_sms, plan);
 }
 
-bool nothing_to_do(const fa3_forward_params& p) { return p.batch == 0 || p.queries.rows == 0; }
+bool nothing_to_do(const fa3_forward_params& p) { return p.batch == 0 || (p.queries.rows == 0 && !appends(p)); }
 
 struct Launch {
   const fa3_forward_params& params;
@@ -33,10 +35,27 @@ struct Launch {
   Workspace workspace;
   cudaStream_t stream;
 
-  fa3_status operand(const fa3_array& array, const fa3_lengths& lengths, bool copy, OperandShape shape,
-                     TmaOperand& operand) {
+  uint16_t* rotated_q = nullptr;  // contiguous, in the workspace
+  int32_t* seqlens_k = nullptr;   // (batch), there too: with the new keys
+
+  /// Append to the cache and turn q, where the call asks for it.
+  fa3_status prepare() {
+    if (!appends(params) && !rotates(params)) return FA3_OK;
+    PrepareArgs args = plan_prepare(params);
+    args.rotated_q = rotated_q;
+    args.seqlens_k = seqlens_k;
+    if (args.blocks == 0) return FA3_OK;
+    const cudaError_t error = launch_prepare(args, params.dtype, stream);
+    return check_cuda(error, "prepare", cudaGetErrorString(error));
+  }
+
+  /// An operand for TMA: the caller's array, a copy of one that TMA cannot address, or what `prepare` made of it.
+  fa3_status operand(fa3_array array, const fa3_lengths& lengths, int entries, bool copy, void* prepared,
+                     OperandShape shape, TmaOperand& operand) {
     shape.dtype = params.dtype;
-    return prepare_operand(array, lengths, params.batch, shape, copy, params.q.data, workspace, stream, operand);
+    if (prepared) array = contiguous(prepared, lengths.rows, shape.heads, shape.head_dim);
+    return prepare_operand(array, lengths, entries, shape, copy && !prepared, params.q.data, workspace, stream,
+                           operand);
   }
 
   static Descale descale(const fa3_descale& given) {
@@ -56,9 +75,9 @@ struct Launch {
         .head_dim = p.head_dim, .heads = p.num_heads_kv, .box_rows = plan.tile_n, .swizzle = variant.swizzle_q_k};
     const OperandShape v{
         .head_dim = p.head_dim_v, .heads = p.num_heads_kv, .box_rows = plan.tile_n, .swizzle = variant.swizzle_v};
-    if (auto status = operand(p.q, p.queries, plan.copy_q, q, args.q)) return status;
-    if (auto status = operand(p.k, p.keys, plan.copy_k, k, args.k)) return status;
-    if (auto status = operand(p.v, p.keys, plan.copy_v, v, args.v)) return status;
+    if (auto status = operand(p.q, p.queries, p.batch, plan.copy_q, rotated_q, q, args.q)) return status;
+    if (auto status = operand(p.k, p.keys, key_entries(p), plan.copy_k, nullptr, k, args.k)) return status;
+    if (auto status = operand(p.v, p.keys, key_entries(p), plan.copy_v, nullptr, v, args.v)) return status;
     args.out = p.out.data;
     args.out_float16 = p.out_dtype == FA3_FLOAT16;
     args.lse = static_cast<float*>(p.lse.data);
@@ -69,7 +88,9 @@ struct Launch {
       args.out_vectors &= p.out.stride[axis] % 8 == 0;
     }
     args.queries = {p.queries.rows, p.queries.cu_seqlens, p.queries.seqused};
-    args.keys = {p.keys.rows, p.keys.cu_seqlens, p.keys.seqused};
+    args.keys = {{p.keys.rows, p.keys.cu_seqlens, seqlens_k ? seqlens_k : p.keys.seqused},
+                 p.cache.cache_leftpad,
+                 p.cache.cache_batch_idx};
     args.visibility = visibility_of(p.mask);
     args.batch = p.batch;
     args.num_heads_kv = p.num_heads_kv;
@@ -99,6 +120,12 @@ struct Launch {
       args.parts_done = static_cast<uint64_t*>(workspace.take(sizes.parts_done));
       args.parts = static_cast<float4*>(workspace.take(sizes.parts));
     }
+    if (sizes.seqlens_k) seqlens_k = static_cast<int32_t*>(workspace.take(sizes.seqlens_k));
+    if (rotates(params))
+      rotated_q = static_cast<uint16_t*>(
+          workspace.take(copy_bytes(params.queries, params.batch, params.num_heads, params.head_dim, params.dtype)));
+    if (auto status = prepare()) return status;
+    if (params.queries.rows == 0) return FA3_OK;  // only the cache was written
     if (auto status = fill(args)) return status;
     const cudaError_t error = variant.launch(args, plan.grid, params.device, stream);
     return check_cuda(error, variant.name, cudaGetErrorString(error));

@@ -54,7 +54,7 @@ struct BackwardLaunch {
 
   fa3_status prepare() {
     const fa3_backward_params& p = params;
-    PrepareArgs args{};
+    PrepareBackwardArgs args{};
     args.out = row_array(p.out);
     args.dout = row_array(p.dout);
     args.lse = static_cast<const float*>(p.lse.data);

@@ -78,19 +78,29 @@ typedef struct fa3_mask {
   int32_t attention_chunk;
 } fa3_mask;
 
-/* A key-value cache: what is appended to it before attention, and how its rows are found. All zero: no cache. */
+/* A key-value cache: what is appended to it before attention, and how its rows are found. All zero: no cache. keys.rows
+ * are then the rows that a sequence has room for, and keys.seqused those in use before the new ones. Sequence b's new
+ * keys are put into k and v from row keys.seqused[b] on, as far as there is room, and turned there as rotary says:
+ * new key i stands at position rotary_seqlens[b] + i; so does query i under a mask, without one all stand at
+ * rotary_seqlens[b]. A position past rotary_rows counts as the last. Two sequences that share a row of the cache must
+ * not both be appended to. */
 typedef struct fa3_cache {
   fa3_array k_new, v_new;          /* (batch, row, head_kv, dim), or null data */
   const int32_t* cu_seqlens_k_new; /* device (batch + 1), or null */
   int32_t rows_new;                /* rows of k_new along its row axis */
+  int32_t seqlen;                  /* with k_new and without keys.seqused: rows in use before it, of all sequences */
   const int32_t* page_table;       /* device (batch, max_pages), or null: contiguous */
   int64_t page_table_stride;       /* elements between sequences */
   int32_t max_pages, page_size, num_pages;
-  const int32_t* cache_batch_idx;      /* device (batch), or null */
-  const int32_t* cache_leftpad;        /* device (batch), or null */
-  const void *rotary_cos, *rotary_sin; /* device (rotary_rows, rotary_dim / 2), or null */
-  const int32_t* rotary_seqlens;       /* device (batch), or null */
-  int32_t rotary_rows, rotary_dim, rotary_dtype, rotary_interleaved;
+  const int32_t* cache_batch_idx; /* device (batch), or null: sequence b has batch entry b of k and v */
+  int32_t batch_entries;          /* with cache_batch_idx: batch entries of k and v */
+  const int32_t* cache_leftpad;   /* device (batch), or null: first rows to leave out; positions count from there */
+  const void *rotary_cos, *rotary_sin; /* device (rotary_rows, rotary_dim / 2), contiguous, or null */
+  const int32_t* rotary_seqlens;       /* device (batch), or null: the rows in use before the new ones */
+  int32_t rotary_rows;                 /* at most 2^30 */
+  int32_t rotary_dim;                  /* a multiple of 16 up to head_dim */
+  int32_t rotary_dtype;                /* dtype, or FA3_FLOAT32 */
+  int32_t rotary_interleaved;          /* 1: elements 2i and 2i + 1 are a pair; 0: i and i + rotary_dim / 2 */
 } fa3_cache;
 
 /* Per-head factors of fp8 operands: fp32, strides (batch, head), 0 to broadcast; null: 1. Heads h of q share the factor
@@ -193,7 +203,7 @@ typedef struct fa3_forward_plan {
   int32_t grid;                              /* thread blocks */
   int32_t dynamic;                           /* 1: work is handed out by a counter in the workspace */
   int32_t heads_per_section, short_m_blocks; /* the order of tiles: see attention/tile_scheduler.h */
-  int32_t copy_q, copy_k, copy_v;            /* 1: copied to the workspace first, because TMA cannot address it */
+  int32_t copy_q, copy_k, copy_v;            /* 1: copied to the workspace first: TMA cannot address it, or q turns */
   size_t workspace;                          /* bytes */
 } fa3_forward_plan;
 

@@ -7,14 +7,14 @@
 
 namespace fa3 {
 
-fa3_status prepare_operand(fa3_array array, const fa3_lengths& lengths, int batch, OperandShape shape, bool copy,
+fa3_status prepare_operand(fa3_array array, const fa3_lengths& lengths, int entries, OperandShape shape, bool copy,
                            void* spare, Workspace& workspace, cudaStream_t stream, TmaOperand& operand) {
   if (lengths.rows == 0) {  // a map must have an address, and an entry on each axis
     const auto address = reinterpret_cast<uintptr_t>(spare) / kTmaAlignment * kTmaAlignment;
     shape.batch = shape.rows = shape.heads = 1;
     return encode_operand({reinterpret_cast<void*>(address), {0, 0, 0, 1}}, shape, operand);
   }
-  shape.batch = lengths.cu_seqlens ? 1 : batch;
+  shape.batch = lengths.cu_seqlens ? 1 : entries;
   shape.rows = lengths.rows;
   if (copy) {
     const RowsToCopy rows{array.data,
@@ -24,11 +24,10 @@ fa3_status prepare_operand(fa3_array array, const fa3_lengths& lengths, int batc
                           shape.heads,
                           shape.head_dim,
                           element_bytes(shape.dtype)};
-    void* packed = workspace.take(copy_bytes(lengths, batch, shape.heads, shape.head_dim, shape.dtype));
+    void* packed = workspace.take(copy_bytes(lengths, entries, shape.heads, shape.head_dim, shape.dtype));
     const cudaError_t error = copy_rows(rows, packed, stream);
     if (auto status = check_cuda(error, "copy_rows", cudaGetErrorString(error))) return status;
-    const int64_t row = int64_t{shape.heads} * shape.head_dim;
-    array = {packed, {row * shape.rows, row, shape.head_dim, 1}};
+    array = contiguous(packed, shape.rows, shape.heads, shape.head_dim);
   }
   return encode_operand(array, shape, operand);
 }

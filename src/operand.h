@@ -19,9 +19,15 @@ class Workspace {
   char* next_;
 };
 
+/// (batch, row, head, dim) without gaps.
+inline fa3_array contiguous(void* data, int rows, int heads, int head_dim) {
+  const int64_t row = int64_t{heads} * head_dim;
+  return {data, {row * rows, row, head_dim, 1}};
+}
+
 /// An operand for TMA: the caller's array or, with `copy`, one in the workspace, which is enqueued. `shape` is filled
 /// in but for rows and batch. Where there are no rows the map is of `spare`, any address, and nothing must be loaded.
-fa3_status prepare_operand(fa3_array array, const fa3_lengths& lengths, int batch, OperandShape shape, bool copy,
+fa3_status prepare_operand(fa3_array array, const fa3_lengths& lengths, int entries, OperandShape shape, bool copy,
                            void* spare, Workspace& workspace, cudaStream_t stream, TmaOperand& operand);
 
 }  // namespace fa3

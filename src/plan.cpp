@@ -11,6 +11,7 @@
 #include "attention/block_range.h"
 #include "attention/packing.h"
 #include "attention/splits.h"
+#include "prepare_plan.h"
 #include "status.h"
 #include "variants.h"
 
@@ -76,7 +77,8 @@ struct Work {
         seqlen_q(typical_seqlen(p.queries, p.batch)),
         seqlen_k(typical_seqlen(p.keys, p.batch)),
         num_sms(sms),
-        equal_tiles(visibility.full() && equal_lengths(p.queries, p.batch) && equal_lengths(p.keys, p.batch)) {}
+        equal_tiles(visibility.full() && equal_lengths(p.queries, p.batch) && equal_lengths(p.keys, p.batch) &&
+                    !p.cache.cache_leftpad && !appends(p)) {}
 };
 
 /// One way to do it.
@@ -202,14 +204,14 @@ void plan_order(const Work& work, const Packing& packing, fa3_forward_plan& plan
 
 }  // namespace
 
-bool tma_addressable(const fa3_array& array, const fa3_lengths& lengths, int batch, int heads, int dtype) {
+bool tma_addressable(const fa3_array& array, const fa3_lengths& lengths, int entries, int heads, int dtype) {
   auto step_fits = [&](int64_t stride, bool may_be_zero) {
     const int64_t bytes = stride * element_bytes(dtype);
     if (bytes == 0) return may_be_zero;
     return bytes > 0 && bytes % kTmaAlignment == 0 && bytes < int64_t{1} << 40;
   };
   if (reinterpret_cast<uintptr_t>(array.data) % kTmaAlignment) return false;
-  if (!lengths.cu_seqlens && batch > 1 && !step_fits(array.stride[0], true)) return false;
+  if (!lengths.cu_seqlens && entries > 1 && !step_fits(array.stride[0], true)) return false;
   if (lengths.rows > 1 && !step_fits(array.stride[1], false)) return false;
   return heads == 1 || step_fits(array.stride[2], true);
 }
@@ -227,8 +229,8 @@ Packing packing_of(const fa3_forward_params& params, bool packed) {
   return Packing::of(params.num_heads / params.num_heads_kv, packed);
 }
 
-size_t copy_bytes(const fa3_lengths& lengths, int batch, int heads, int head_dim, int dtype) {
-  const size_t rows = size_t(lengths.rows) * (lengths.cu_seqlens ? 1 : batch);
+size_t copy_bytes(const fa3_lengths& lengths, int entries, int heads, int head_dim, int dtype) {
+  const size_t rows = size_t(lengths.rows) * (lengths.cu_seqlens ? 1 : entries);
   return workspace_aligned(rows * heads * head_dim * element_bytes(dtype));
 }
 
@@ -237,7 +239,8 @@ int64_t most_tiles(const fa3_forward_params& params, const fa3_forward_plan& pla
 }
 
 WorkspaceSizes workspace_sizes(const fa3_forward_params& params, const fa3_forward_plan& plan) {
-  WorkspaceSizes sizes{plan.dynamic ? kWorkspaceAlignment : 0, 0, 0};
+  WorkspaceSizes sizes{plan.dynamic ? kWorkspaceAlignment : 0, 0, 0, 0};
+  if (appends(params)) sizes.seqlens_k = workspace_aligned(params.batch * sizeof(int32_t));
   if (plan.num_splits > 1) {
     const ForwardVariant& v = forward_variants()[plan.variant];
     const Splits splits{plan.whole_tiles, plan.num_splits};
@@ -276,18 +279,19 @@ fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_pl
   plan.dynamic = pieces > plan.grid && pieces <= kMostCounted && !work.equal_tiles && choice.time > kLongTime;
 
   const WorkspaceSizes sizes = workspace_sizes(p, plan);
-  plan.workspace = sizes.counter + sizes.parts_done + sizes.parts;
-  auto plan_copy = [&](const fa3_array& array, const fa3_lengths& lengths, int heads, int head_dim, int32_t& copy) {
-    copy = !tma_addressable(array, lengths, p.batch, heads, p.dtype);
-    if (copy) plan.workspace += copy_bytes(lengths, p.batch, heads, head_dim, p.dtype);
-  };
-  plan_copy(p.q, p.queries, p.num_heads, p.head_dim, plan.copy_q);
-  if (choice.packed && p.q.stride[2] == 0 && !plan.copy_q) {  // heads that share a tile need an axis that moves
-    plan.copy_q = 1;
-    plan.workspace += copy_bytes(p.queries, p.batch, p.num_heads, p.head_dim, p.dtype);
-  }
-  plan_copy(p.k, p.keys, p.num_heads_kv, p.head_dim, plan.copy_k);
-  plan_copy(p.v, p.keys, p.num_heads_kv, p.head_dim_v, plan.copy_v);
+  plan.workspace = sizes.counter + sizes.parts_done + sizes.parts + sizes.seqlens_k;
+  // Heads that share a tile need an axis that moves.
+  plan.copy_q = !tma_addressable(p.q, p.queries, p.batch, p.num_heads, p.dtype) ||
+                (choice.packed && p.q.stride[2] == 0) || rotates(p);
+  plan.copy_k = !tma_addressable(p.k, p.keys, key_entries(p), p.num_heads_kv, p.dtype);
+  plan.copy_v = !tma_addressable(p.v, p.keys, key_entries(p), p.num_heads_kv, p.dtype);
+  if (plan.copy_q) plan.workspace += copy_bytes(p.queries, p.batch, p.num_heads, p.head_dim, p.dtype);
+  if (plan.copy_k) plan.workspace += copy_bytes(p.keys, key_entries(p), p.num_heads_kv, p.head_dim, p.dtype);
+  if (plan.copy_v) plan.workspace += copy_bytes(p.keys, key_entries(p), p.num_heads_kv, p.head_dim_v, p.dtype);
+  const int64_t blocks = appends(p) || rotates(p) ? plan_prepare(p).blocks : 0;
+  if (blocks > INT32_MAX)
+    return fail(FA3_ERROR_SHAPE, "q, k_new: %lld thread blocks of rows, but at most 2^31 - 1 are possible",
+                static_cast<long long>(blocks));
   return FA3_OK;
 }
 

@@ -23,14 +23,14 @@ inline size_t workspace_aligned(size_t bytes) {
 
 /// Whether TMA can address an operand as it is: a step of 0 bytes is handled by not stepping, the rest must be positive
 /// multiples of 16 below 2^40.
-bool tma_addressable(const fa3_array& array, const fa3_lengths& lengths, int batch, int heads, int dtype);
+bool tma_addressable(const fa3_array& array, const fa3_lengths& lengths, int entries, int heads, int dtype);
 
 /// How query heads share tiles.
 struct Packing packing_of(const fa3_forward_params& params, bool packed);
 
 /// The workspace's parts, each a multiple of kWorkspaceAlignment: what comes before the copies.
 struct WorkspaceSizes {
-  size_t counter, parts_done, parts;
+  size_t counter, parts_done, parts, seqlens_k;
 };
 WorkspaceSizes workspace_sizes(const fa3_forward_params& params, const fa3_forward_plan& plan);
 
@@ -40,7 +40,8 @@ int64_t most_tiles(const fa3_forward_params& params, const fa3_forward_plan& pla
 /// Bytes of an element of q, k and v.
 inline int element_bytes(int dtype) { return dtype == FA3_FLOAT8_E4M3 ? 1 : 2; }
 
-/// Bytes of a contiguous copy of an operand, for one that TMA cannot address; see fa3_forward_plan::copy_q.
-size_t copy_bytes(const fa3_lengths& lengths, int batch, int heads, int head_dim, int dtype);
+/// Bytes of a contiguous copy of an operand of so many batch entries (if it is not ragged), for one that TMA cannot
+/// address; see fa3_forward_plan::copy_q.
+size_t copy_bytes(const fa3_lengths& lengths, int entries, int heads, int head_dim, int dtype);
 
 }  // namespace fa3

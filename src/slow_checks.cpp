@@ -43,6 +43,49 @@ fa3_status check_lengths(const fa3_lengths& lengths, int batch, const char* whic
   return FA3_OK;
 }
 
+/// A value of each sequence, if the array is there, within low and what `most` says.
+template <class Most>
+fa3_status check_values(const int32_t* device, int batch, const char* name, Most most, cudaStream_t stream) {
+  if (!device) return FA3_OK;
+  std::vector<int32_t> values;
+  if (auto status = read_back(device, batch, stream, values)) return status;
+  for (int b = 0; b < batch; ++b)
+    if (values[b] < 0 || values[b] > most(b))
+      return fail(FA3_ERROR_CU_SEQLENS, "%s: %d at %d, but it must be within 0 and %d", name, values[b], b, most(b));
+  return FA3_OK;
+}
+
+fa3_status check_cache(const fa3_forward_params& p, cudaStream_t stream) {
+  const fa3_cache& c = p.cache;
+  std::vector<int32_t> cached(p.batch, c.k_new.data ? c.seqlen : p.keys.rows), rows_new(p.batch, c.rows_new);
+  if (p.keys.seqused)
+    if (auto status = read_back(p.keys.seqused, p.batch, stream, cached)) return status;
+  if (c.cu_seqlens_k_new) {
+    if (auto status = check_lengths({c.rows_new, 0, c.cu_seqlens_k_new, nullptr}, p.batch, "k_new", stream))
+      return status;
+    std::vector<int32_t> ends;
+    if (auto status = read_back(c.cu_seqlens_k_new, p.batch + 1, stream, ends)) return status;
+    for (int b = 0; b < p.batch; ++b) rows_new[b] = ends[b + 1] - ends[b];
+  }
+  if (c.k_new.data)
+    for (int b = 0; b < p.batch; ++b)
+      if (cached[b] > p.keys.rows - rows_new[b])
+        return fail(FA3_ERROR_CU_SEQLENS, "cache_seqlens: sequence %d has %d keys and gets %d, but has room for %d", b,
+                    cached[b], rows_new[b], p.keys.rows);
+  auto entries = [&](int) { return c.batch_entries - 1; };
+  if (auto status = check_values(c.cache_batch_idx, p.batch, "cache_batch_idx", entries, stream)) return status;
+  auto length = [&](int b) { return cached[b]; };
+  if (auto status = check_values(c.cache_leftpad, p.batch, "cache_leftpad", length, stream)) return status;
+  if (!c.rotary_cos) return FA3_OK;
+  auto positions = [&](int b) { return c.rotary_rows - rows_new[b]; };
+  if (c.rotary_seqlens) return check_values(c.rotary_seqlens, p.batch, "rotary_seqlens", positions, stream);
+  for (int b = 0; b < p.batch; ++b)
+    if (cached[b] > positions(b))
+      return fail(FA3_ERROR_CU_SEQLENS, "rotary_cos: %d positions, but sequence %d needs %lld", c.rotary_rows, b,
+                  static_cast<long long>(cached[b]) + rows_new[b]);
+  return FA3_OK;
+}
+
 bool wanted() {
   const char* value = std::getenv("FA3_CHECK");
   return value && !std::strcmp(value, "1");
@@ -53,7 +96,8 @@ bool wanted() {
 fa3_status slow_checks(const fa3_forward_params& params, cudaStream_t stream) {
   if (!wanted()) return FA3_OK;
   if (auto status = check_lengths(params.queries, params.batch, "q", stream)) return status;
-  return check_lengths(params.keys, params.batch, "k", stream);
+  if (auto status = check_lengths(params.keys, params.batch, "k", stream)) return status;
+  return check_cache(params, stream);
 }
 
 fa3_status slow_checks(const fa3_backward_params& params, cudaStream_t stream) {

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <initializer_list>
+#include <utility>
 
 #include "status.h"
 
@@ -25,12 +26,6 @@ fa3_status check_features(const fa3_forward_params& p) {
     return fail(FA3_ERROR_NO_QV, "q, v: head_dim %d and 512 (MLA) are not built for the GPU yet", p.head_dim);
   const fa3_cache& c = p.cache;
   if (c.page_table) return fail(FA3_ERROR_NO_PAGED_CACHE, "page_table: a paged cache is not built for the GPU yet");
-  if (c.k_new.data || c.v_new.data)
-    return fail(FA3_ERROR_NO_CACHE_UPDATE, "k, v: appending to a cache is not built for the GPU yet");
-  if (c.rotary_cos || c.rotary_sin)
-    return fail(FA3_ERROR_NO_CACHE_UPDATE, "rotary_cos, rotary_sin: rotary embedding is not built for the GPU yet");
-  if (c.cache_batch_idx) return fail(FA3_ERROR_NO_CACHE_UPDATE, "cache_batch_idx: is not built for the GPU yet");
-  if (c.cache_leftpad) return fail(FA3_ERROR_NO_CACHE_UPDATE, "cache_leftpad: is not built for the GPU yet");
   if (p.dropout_p != 0)
     return fail(FA3_ERROR_NO_DROPOUT, "dropout_p: %g, but dropout is not built yet; needs 0", p.dropout_p);
   return FA3_OK;
@@ -105,6 +100,86 @@ fa3_status check_arrays(const fa3_forward_params& p) {
   if (auto status = check_array(p.out, no_queries, "out")) return status;
   if (auto status = check_array(p.k, no_keys, "k")) return status;
   return check_array(p.v, no_keys, "v");
+}
+
+/// What says which rows of k and v are a sequence's.
+fa3_status check_cache_rows(const fa3_forward_params& p) {
+  const fa3_cache& c = p.cache;
+  if (p.keys.cu_seqlens)
+    for (const auto& [array, name] : {std::pair{static_cast<const void*>(c.k_new.data), "k_new"},
+                                      {c.cache_batch_idx, "cache_batch_idx"},
+                                      {c.cache_leftpad, "cache_leftpad"}})
+      if (array) return fail(FA3_ERROR_SHAPE, "%s: given, but the keys have cu_seqlens and so are no cache", name);
+  if (c.cache_batch_idx && c.page_table)
+    return fail(FA3_ERROR_SHAPE, "cache_batch_idx: given with page_table, but pages have no batch entries");
+  if (c.cache_batch_idx && c.batch_entries < 1)
+    return fail(FA3_ERROR_SHAPE, "batch_entries: %d, but cache_batch_idx needs at least 1", c.batch_entries);
+  return FA3_OK;
+}
+
+fa3_status check_new_keys(const fa3_forward_params& p) {
+  const fa3_cache& c = p.cache;
+  if (p.dtype == FA3_FLOAT8_E4M3 && (c.k_new.data || c.v_new.data))
+    return fail(FA3_ERROR_NO_CACHE_UPDATE, "k, v: appending fp8 to a cache is not built for the GPU yet");
+  if (!c.k_new.data != !c.v_new.data)
+    return fail(FA3_ERROR_NULL, "%s: null data, but the other is given", c.k_new.data ? "v_new" : "k_new");
+  if (!c.k_new.data) {
+    if (c.rows_new) return fail(FA3_ERROR_NULL, "k_new: null data, but rows_new is %d", c.rows_new);
+    return FA3_OK;
+  }
+  if (auto status = check_lengths({c.rows_new, 0, c.cu_seqlens_k_new, nullptr}, "k_new")) return status;
+  const bool empty = p.batch == 0 || c.rows_new == 0;
+  if (auto status = check_array(c.k_new, empty, "k_new")) return status;
+  if (auto status = check_array(c.v_new, empty, "v_new")) return status;
+  if (p.keys.seqused) return FA3_OK;
+  const int least_new = c.cu_seqlens_k_new ? 0 : c.rows_new;
+  if (c.seqlen < 0 || c.seqlen > p.keys.rows - least_new)
+    return fail(FA3_ERROR_SHAPE, "cache.seqlen: %d and %d new keys, but k has room for %d", c.seqlen, least_new,
+                p.keys.rows);
+  return FA3_OK;
+}
+
+fa3_status check_rotary(const fa3_forward_params& p) {
+  const fa3_cache& c = p.cache;
+  if (p.dtype == FA3_FLOAT8_E4M3 && c.rotary_cos)
+    return fail(FA3_ERROR_NO_CACHE_UPDATE, "rotary_cos: turning fp8 is not built for the GPU yet");
+  if (!c.rotary_cos != !c.rotary_sin)
+    return fail(FA3_ERROR_NULL, "%s: null pointer, but the other is given", c.rotary_cos ? "rotary_sin" : "rotary_cos");
+  if (!c.rotary_cos) {
+    if (c.rotary_seqlens) return fail(FA3_ERROR_NULL, "rotary_cos: null pointer, but rotary_seqlens is given");
+    return FA3_OK;
+  }
+  if (c.rotary_dtype != FA3_FLOAT32 && c.rotary_dtype != p.dtype)
+    return fail(FA3_ERROR_DTYPE, "rotary_dtype: %d, but it must be FA3_FLOAT32 or q's %d", c.rotary_dtype, p.dtype);
+  if (c.rotary_dim < 16 || c.rotary_dim % 16 || c.rotary_dim > p.head_dim)
+    return fail(FA3_ERROR_SHAPE, "rotary_dim: %d, but it must be a multiple of 16 from 16 to head_dim %d", c.rotary_dim,
+                p.head_dim);
+  if (c.rotary_interleaved != 0 && c.rotary_interleaved != 1)
+    return fail(FA3_ERROR_SHAPE, "rotary_interleaved: %d, but it must be 0 or 1", c.rotary_interleaved);
+  if (c.rotary_rows < 1 || c.rotary_rows > kMaxRows)
+    return fail(FA3_ERROR_SHAPE, "rotary_rows: %d, but 1 to 2^30 are possible", c.rotary_rows);
+  // Where the first position is in device memory, it is at least 0.
+  const bool known = !c.rotary_seqlens && !p.keys.seqused;
+  const int64_t first = !known ? 0 : c.k_new.data ? c.seqlen : p.keys.rows;
+  if (c.k_new.data && !c.cu_seqlens_k_new && p.batch > 0 && first + c.rows_new > c.rotary_rows)
+    return fail(FA3_ERROR_SHAPE, "rotary_rows: %d positions, but the new keys need %lld", c.rotary_rows,
+                static_cast<long long>(first + c.rows_new));
+  return FA3_OK;
+}
+
+/// Work before attention is counted by heads in 32 bits.
+fa3_status check_cache_sizes(const fa3_forward_params& p) {
+  constexpr int kMaxHeads = 1 << 20;
+  if ((p.cache.k_new.data || p.cache.rotary_cos) && p.num_heads > kMaxHeads)
+    return fail(FA3_ERROR_SHAPE, "num_heads: %d, but at most 2^20 can be appended or turned", p.num_heads);
+  return FA3_OK;
+}
+
+fa3_status check_cache(const fa3_forward_params& p) {
+  if (auto status = check_cache_rows(p)) return status;
+  if (auto status = check_new_keys(p)) return status;
+  if (auto status = check_rotary(p)) return status;
+  return check_cache_sizes(p);
 }
 
 fa3_status check_mask(const fa3_mask& mask) {
@@ -218,6 +293,7 @@ fa3_status validate(const fa3_forward_params* params) {
   if (auto status = check_lengths(p.queries, "q")) return status;
   if (auto status = check_lengths(p.keys, "k")) return status;
   if (auto status = check_arrays(p)) return status;
+  if (auto status = check_cache(p)) return status;
   if (auto status = check_mask(p.mask)) return status;
   return check_scalars(p.softmax_scale, p.softcap);
 }

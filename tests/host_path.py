@@ -141,6 +141,12 @@ def check_cache(gpu):
          cache__rotary_cos=address["rotary_cos"], cache__rotary_sin=address["rotary_sin"],
          cache__rotary_seqlens=address["rotary_seqlens"], cache__rotary_rows=20, cache__rotary_dim=32,
          cache__rotary_dtype=FP16, cache__rotary_interleaved=0)
+    more["cache_seqlens"] = 4
+    fa3.flash_attn_with_kvcache(**call, **more)
+    said(gpu, keys__rows=7, keys__max_seqlen=7, keys__seqused=0, cache__seqlen=4, cache__batch_entries=2)
+    more |= arrays(gpu, k=(2, 0, 2, 64), v=(2, 0, 2, 64))
+    fa3.flash_attn_with_kvcache(**call, **more)
+    said(gpu, keys__rows=4, keys__max_seqlen=4, keys__seqused=0)
     pages = arrays(gpu, k_cache=(6, 4, 2, 64), v_cache=(6, 4, 2, 64), page_table=(torch.int32, 2, 3))
     fa3.flash_attn_with_kvcache(call["q"], **pages)
     said(gpu, cache__page_table=pages["page_table"].data_ptr(), cache__page_table_stride=3, cache__max_pages=3,

@@ -31,6 +31,10 @@ class Lengths(ctypes.Structure):
     _fields_ = [("rows", ctypes.c_int), ("cu_seqlens", ctypes.c_void_p), ("seqused", ctypes.c_void_p)]
 
 
+class KeyRows(ctypes.Structure):
+    _fields_ = [("lengths", Lengths), ("leftpad", ctypes.c_void_p), ("entries", ctypes.c_void_p)]
+
+
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
     return host_library(tmp_path_factory.mktemp("host"), "attention", [HERE / "host" / "attention.cpp"],
@@ -302,3 +306,32 @@ def test_spans_stay_inside(host, batch, rows, ragged, uses, data):
         if seqused is not None:
             expected = min(max(int(seqused[b]), 0), expected)
         assert (begin[b], length[b]) == (first, expected), "sound lengths are taken as they are"
+
+
+@given(st.integers(1, 5), st.integers(0, 200), st.booleans(), st.booleans(), st.data())
+def test_keys_behind_left_padding(host, batch, rows, uses, sound, data):
+    """Padding hides the first rows in use, and no more than there are."""
+    values = st.integers(0, rows) if sound else garbage
+    numbers = st.lists(values, min_size=batch, max_size=batch)
+    seqused = array_or_null(data.draw(numbers) if uses else None)
+    leftpad = array_or_null(data.draw(numbers))
+    out = np.empty((batch, 2), np.int32)
+    host.key_spans(ctypes.byref(KeyRows(Lengths(rows, None, address(seqused)), address(leftpad), None)), batch,
+                   out.ctypes.data_as(ctypes.c_void_p))
+    for (begin, length), hidden, used in zip(out.tolist(), leftpad.tolist(),
+                                             [rows] * batch if seqused is None else seqused.tolist(), strict=True):
+        used = min(max(used, 0), rows)
+        assert begin == min(max(hidden, 0), used) and begin + length == used
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=6), st.integers(0, 3), st.booleans(), st.data())
+def test_every_row_has_its_owner(host, lengths, spare, uses, data):
+    used = [data.draw(st.integers(0, length)) for length in lengths] if uses else lengths
+    ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    seqused = array_or_null(used if uses else None)
+    rows = int(ends[-1]) + spare
+    out = np.empty((rows, 3), np.int32)  # its last byte of three says whether the row is used; the rest is padding
+    host.owners(ctypes.byref(Lengths(rows, address(ends), address(seqused))), len(lengths), ctypes.c_int64(rows),
+                out.ctypes.data_as(ctypes.c_void_p))
+    found = {index: (batch, row) for index, (batch, row, flag) in enumerate(out.tolist()) if flag & 1}
+    assert found == {int(ends[b]) + row: (b, row) for b, length in enumerate(used) for row in range(length)}

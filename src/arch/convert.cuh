@@ -55,16 +55,15 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   return packed;
 }
 
-/// The halves of what pack() made.
+/// The two Elements of a word.
 template <class Element>
-__device__ __forceinline__ float low(uint32_t packed) {
-  if constexpr (std::is_same_v<Element, __nv_bfloat16>) return __uint_as_float(packed << 16);
-  return __half2float(__ushort_as_half(static_cast<unsigned short>(packed)));
-}
-template <class Element>
-__device__ __forceinline__ float high(uint32_t packed) {
-  if constexpr (std::is_same_v<Element, __nv_bfloat16>) return __uint_as_float(packed & 0xffff0000u);
-  return __half2float(__ushort_as_half(static_cast<unsigned short>(packed >> 16)));
+__device__ __forceinline__ float2 unpack(uint32_t pair) {
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
+  } else {
+    static_assert(std::is_same_v<Element, __half>, "unpacks 16-bit floats");
+    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+  }
 }
 
 }  // namespace fa3::arch

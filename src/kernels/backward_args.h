@@ -36,7 +36,7 @@ struct BackwardArgs {
 };
 
 /// What surrounds the main kernel: delta and the zeros that dq starts from before it, dq itself behind it.
-struct PrepareArgs {
+struct PrepareBackwardArgs {
   RowArray out, dout;
   const float *lse, *dlse;                // dlse may be null
   int64_t lse_stride[3], dlse_stride[3];  // elements: batch, head, row

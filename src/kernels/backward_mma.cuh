@@ -219,8 +219,9 @@ class BackwardConsumer {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float* const at = dp + 4 * i + 2 * r;
-        at[0] = arch::low<Element>(p[2 * i + r]) * (at[0] - delta.x);
-        at[1] = arch::high<Element>(p[2 * i + r]) * (at[1] - delta.y);
+        const float2 both = arch::unpack<Element>(p[2 * i + r]);
+        at[0] = both.x * (at[0] - delta.x);
+        at[1] = both.y * (at[1] - delta.y);
       }
     }
   }
@@ -234,8 +235,9 @@ class BackwardConsumer {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float* const at = ds + 4 * i + 2 * r;
-        at[0] *= slope((__log2f(arch::low<Element>(p[2 * i + r])) + lse.x) * to_tanh);
-        at[1] *= slope((__log2f(arch::high<Element>(p[2 * i + r])) + lse.y) * to_tanh);
+        const float2 both = arch::unpack<Element>(p[2 * i + r]);
+        at[0] *= slope((__log2f(both.x) + lse.x) * to_tanh);
+        at[1] *= slope((__log2f(both.y) + lse.y) * to_tanh);
       }
     }
   }

@@ -27,8 +27,9 @@ __device__ __forceinline__ float dot(const uint4& a, const uint4& b) {
   float sum = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    sum = fmaf(arch::low<Element>(x[i]), arch::low<Element>(y[i]), sum);
-    sum = fmaf(arch::high<Element>(x[i]), arch::high<Element>(y[i]), sum);
+    const float2 p = arch::unpack<Element>(x[i]), q = arch::unpack<Element>(y[i]);
+    sum = fmaf(p.x, q.x, sum);
+    sum = fmaf(p.y, q.y, sum);
   }
   return sum;
 }
@@ -40,7 +41,8 @@ __device__ __forceinline__ const uint16_t* row_of(const RowArray& array, int64_t
 
 /// A thread block has a query tile of a head; 8 lanes have a row.
 template <class Element>
-__global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ PrepareArgs args, int dq_shares) {
+__global__ void __launch_bounds__(kThreads)
+    prepare_backward_kernel(const __grid_constant__ PrepareBackwardArgs args, int dq_shares) {
   const int tile = blockIdx.x, head = blockIdx.y, lane = threadIdx.x % kLanes;
   const QueryTiles tiles{args.queries, args.tile_m};
   const int batch = tiles.sequence(tile, args.batch);
@@ -137,12 +139,12 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-cudaError_t prepare_backward(const PrepareArgs& args, int dtype, int dq_shares, cudaStream_t stream) {
+cudaError_t prepare_backward(const PrepareBackwardArgs& args, int dtype, int dq_shares, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(args.scratch.query_tiles), args.num_heads);
   if (dtype == FA3_FLOAT16)
-    prepare_kernel<__half><<<grid, kThreads, 0, stream>>>(args, dq_shares);
+    prepare_backward_kernel<__half><<<grid, kThreads, 0, stream>>>(args, dq_shares);
   else
-    prepare_kernel<__nv_bfloat16><<<grid, kThreads, 0, stream>>>(args, dq_shares);
+    prepare_backward_kernel<__nv_bfloat16><<<grid, kThreads, 0, stream>>>(args, dq_shares);
   return cudaGetLastError();
 }
 

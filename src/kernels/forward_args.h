@@ -6,8 +6,8 @@
 #include <cstdint>
 
 #include "attention/block_range.h"
+#include "attention/cache.h"
 #include "attention/packing.h"
-#include "attention/seqlen.h"
 #include "attention/splits.h"
 #include "attention/tile_scheduler.h"
 
@@ -43,7 +43,8 @@ struct ForwardArgs {
   float* lse;             // or null
   int64_t lse_stride[3];  // elements: batch, head, row
 
-  Lengths queries, keys;
+  Lengths queries;
+  KeyRows keys;
   Visibility visibility;
   int batch, num_heads_kv, head_dim_v;
   Packing packing;  // of the query heads of each KV head

@@ -48,7 +48,7 @@ class Loader {
     int first_row, head, batch;
   };
   __device__ __forceinline__ static Source source(const TmaOperand& operand, const TileHead& work) {
-    return {&operand.map, work.k_begin, work.head_kv * operand.head_step, work.batch * operand.batch_step};
+    return {&operand.map, work.k_begin, work.head_kv * operand.head_step, work.batch_kv * operand.batch_step};
   }
 
   __device__ __forceinline__ void load_q(const TileHead& work) {

@@ -58,6 +58,7 @@ class Scheduler {
       if (lane_ == 0) {
         work.m_block = tile.m_block;
         work.batch = tile.batch;
+        work.batch_kv = args_.keys.entry(tile.batch);
         work.head_kv = tile.head / args_.packing.tiles;
         work.first_head = tile.head % args_.packing.tiles * args_.packing.heads;
         work.q_begin = q.begin;

@@ -83,10 +83,10 @@ struct ForwardTraits {
 
 /// A piece of work: a tile, or its part along the keys.
 struct TileHead {
-  int m_block;  // kNone: there is no more
-  int batch, head_kv;
-  int first_head;        // of those that share the tile, counted from the first query head of head_kv
-  int q_begin, k_begin;  // the sequence's first rows along the row axes
+  int m_block;                   // kNone: there is no more
+  int batch, batch_kv, head_kv;  // batch entries: of q and out, of k and v
+  int first_head;                // of those that share the tile, counted from the first query head of head_kv
+  int q_begin, k_begin;          // the sequence's first rows along the row axes
   int seqlen_q, seqlen_k;
   int first_block, end_block;  // blocks of keys that are loaded for this piece
   int place, part, parts;      // of a split tile; whole ones have parts = 1

@@ -127,13 +127,6 @@ __device__ __forceinline__ void rotate(Values<T>& v, const Lane<T>& lane) {
   }
 }
 
-__device__ __forceinline__ float2 unpacked(uint32_t pair, __half) {
-  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-}
-__device__ __forceinline__ float2 unpacked(uint32_t pair, __nv_bfloat16) {
-  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
-}
-
 /// A thread block's part of a unit's rows, from load to codes.
 template <class T>
 class Share {
@@ -287,7 +280,7 @@ class Share {
         const uint32_t pairs[] = {loaded[0].x, loaded[0].y, loaded[0].z, loaded[0].w};
 #pragma unroll
         for (int i = 0; i < kGroup; i += 2) {
-          const float2 two = unpacked(pairs[i / 2], Element{});
+          const float2 two = arch::unpack<Element>(pairs[i / 2]);
           v[slot][i] = two.x;
           v[slot][i + 1] = two.y;
         }

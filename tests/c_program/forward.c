@@ -95,13 +95,80 @@ static void check_fp8(void) {
 static void check_missing_features(void) {
   static const int32_t* const integers = (const int32_t*)(const void*)memory;
   REFUSES(FA3_ERROR_NO_PAGED_CACHE, "page_table", p.cache.page_table = integers);
-  REFUSES(FA3_ERROR_NO_CACHE_UPDATE, "append", p.cache.k_new = p.k; p.cache.v_new = p.v);
-  REFUSES(FA3_ERROR_NO_CACHE_UPDATE, "rotary", p.cache.rotary_cos = p.cache.rotary_sin = address);
-  REFUSES(FA3_ERROR_NO_CACHE_UPDATE, "cache_batch_idx", p.cache.cache_batch_idx = integers);
-  REFUSES(FA3_ERROR_NO_CACHE_UPDATE, "cache_leftpad", p.cache.cache_leftpad = integers);
   REFUSES(FA3_ERROR_NO_QV, "qv", p.qv = p.q);
   REFUSES(FA3_ERROR_NO_QV, "576", p.head_dim = 576; p.head_dim_v = 512);
   REFUSES(FA3_ERROR_NO_DROPOUT, "dropout_p: 0.1", p.dropout_p = 0.1f);
+}
+
+/* Three new keys a sequence, the cache holding 17 of 20 rows, and all of a head turned. */
+static fa3_forward_params cache_call(void) {
+  fa3_forward_params p = dense_call(2, 10, 20, 4, 2, address);
+  fa3_cache* c = &p.cache;
+  c->k_new = c->v_new = packed(address, 3, 2, 128);
+  c->rows_new = 3;
+  c->seqlen = 17;
+  c->rotary_cos = c->rotary_sin = address;
+  c->rotary_rows = 20;
+  c->rotary_dim = 128;
+  c->rotary_dtype = FA3_FLOAT32;
+  return p;
+}
+
+#define CACHE_REFUSES(code, words, ...)  \
+  do {                                   \
+    fa3_forward_params p = cache_call(); \
+    fa3_cache* const c = &p.cache;       \
+    (void)c;                             \
+    __VA_ARGS__;                         \
+    expect(&p, code, words);             \
+  } while (0)
+
+static void check_cache_arguments(void) {
+  static const int32_t* const integers = (const int32_t*)(const void*)memory;
+  fa3_forward_plan plan;
+  fa3_forward_params p = cache_call();
+  const size_t lengths = 256, turned = 2 * 10 * 4 * 128 * 2;
+  CHECK(fa3_plan_forward(&p, 132, &plan) == FA3_OK, "a call that appends and turns");
+  CHECK(plan.copy_q && !plan.copy_k && plan.workspace == lengths + turned, "%zu bytes", plan.workspace);
+  p.cache.cache_batch_idx = p.cache.cache_leftpad = p.keys.seqused = p.cache.rotary_seqlens = integers;
+  p.cache.batch_entries = 7;
+  CHECK(fa3_plan_forward(&p, 132, &plan) == FA3_OK && plan.workspace == lengths + turned, "entries and padding");
+  p.k.stride[1] += 1;
+  CHECK(fa3_plan_forward(&p, 132, &plan) == FA3_OK && plan.copy_k, "a stride that TMA cannot address");
+  CHECK(plan.workspace == lengths + turned + 7 * 20 * 2 * 128 * 2, "all 7 entries are copied: %zu", plan.workspace);
+  p = cache_call();
+  p.queries.rows = 0;
+  CHECK(fa3_plan_forward(&p, 132, &plan) == FA3_OK, "new keys without queries");
+  p.batch = 64;
+  p.keys.seqused = integers;
+  p.cache.rows_new = p.cache.rotary_rows = 1 << 30;
+  CHECK(fa3_plan_forward(&p, 132, &plan) == FA3_ERROR_SHAPE && strstr(fa3_last_error(), "thread blocks"), "2^36 rows");
+
+  CACHE_REFUSES(FA3_ERROR_NULL, "v_new: null", c->v_new.data = NULL);
+  CACHE_REFUSES(FA3_ERROR_NULL, "k_new: null", c->k_new.data = NULL);
+  CACHE_REFUSES(FA3_ERROR_NULL, "rows_new is 3", c->k_new.data = c->v_new.data = NULL);
+  CACHE_REFUSES(FA3_ERROR_SHAPE, "k_new: -1 rows", c->rows_new = -1);
+  CACHE_REFUSES(FA3_ERROR_SHAPE, "k_new: stride 2", c->k_new.stride[3] = 2);
+  CACHE_REFUSES(FA3_ERROR_SHAPE, "v_new: stride 0", c->v_new.stride[3] = 0);
+  CACHE_REFUSES(FA3_ERROR_SHAPE, "cache.seqlen: 18 and 3", c->seqlen = 18);
+  CACHE_REFUSES(FA3_ERROR_SHAPE, "cache.seqlen: -1", c->seqlen = -1);
+  CACHE_REFUSES(FA3_ERROR_SHAPE, "cache.seqlen: 21 and 0", c->seqlen = 21; c->cu_seqlens_k_new = integers);
+  CACHE_REFUSES(FA3_ERROR_SHAPE, "k_new: given, but", p.keys.cu_seqlens = integers);
+  REFUSES(FA3_ERROR_SHAPE, "cache_leftpad: given, but", p.keys.cu_seqlens = p.cache.cache_leftpad = integers);
+  REFUSES(FA3_ERROR_SHAPE, "cache_batch_idx: given, but", p.keys.cu_seqlens = p.cache.cache_batch_idx = integers);
+  REFUSES(FA3_ERROR_SHAPE, "batch_entries: 0", p.cache.cache_batch_idx = integers);
+  CACHE_REFUSES(FA3_ERROR_NULL, "rotary_sin: null", c->rotary_sin = NULL);
+  CACHE_REFUSES(FA3_ERROR_NULL, "rotary_cos: null", c->rotary_cos = NULL);
+  REFUSES(FA3_ERROR_NULL, "rotary_seqlens", p.cache.rotary_seqlens = integers);
+  CACHE_REFUSES(FA3_ERROR_DTYPE, "rotary_dtype: 1", c->rotary_dtype = FA3_FLOAT16);
+  CACHE_REFUSES(FA3_ERROR_SHAPE, "rotary_dim: 24", c->rotary_dim = 24);
+  CACHE_REFUSES(FA3_ERROR_SHAPE, "rotary_dim: 0", c->rotary_dim = 0);
+  CACHE_REFUSES(FA3_ERROR_SHAPE, "rotary_dim: 144", c->rotary_dim = 144);
+  CACHE_REFUSES(FA3_ERROR_SHAPE, "rotary_interleaved: 2", c->rotary_interleaved = 2);
+  CACHE_REFUSES(FA3_ERROR_SHAPE, "rotary_rows: 0", c->rotary_rows = 0);
+  CACHE_REFUSES(FA3_ERROR_SHAPE, "rotary_rows: 19 positions, but the new keys need 20", c->rotary_rows = 19);
+  CACHE_REFUSES(FA3_ERROR_SHAPE, "rotary_rows: 2 positions", c->rotary_rows = 2; p.keys.seqused = integers);
+  CACHE_REFUSES(FA3_ERROR_SHAPE, "num_heads: 1048578", p.num_heads = (1 << 20) + 2);
 }
 
 static void check_null_results(void) {
@@ -246,6 +313,7 @@ static const struct {
     {"arguments", check_arguments},
     {"fp8", check_fp8},
     {"missing_features", check_missing_features},
+    {"cache_arguments", check_cache_arguments},
     {"null_results", check_null_results},
     {"variants", check_variants},
     {"plans", check_plans},

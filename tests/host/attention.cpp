@@ -1,5 +1,6 @@
 // The host-callable maths of src/attention, as C functions over arrays, for tests/test_host_math.py.
 #include "attention/block_range.h"
+#include "attention/cache.h"
 #include "attention/mask.h"
 #include "attention/seqlen.h"
 #include "attention/tile_scheduler.h"
@@ -72,6 +73,14 @@ void tile_order(const TileOrder* order, int heads, int num_m_blocks, TileOrder::
 
 void spans(const Lengths* lengths, int batch, Span* out) {
   for (int b = 0; b < batch; ++b) out[b] = lengths->span(b);
+}
+
+void key_spans(const KeyRows* keys, int batch, Span* out) {
+  for (int b = 0; b < batch; ++b) out[b] = keys->span(b);
+}
+
+void owners(const Lengths* lengths, int batch, int64_t count, RowOwner* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = lengths->owner(i, batch);
 }
 
 }  // extern "C"

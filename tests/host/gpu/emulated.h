@@ -1,6 +1,6 @@
 // A GPU of threads on the CPU, for kernels without tensor cores: a thread block is a thread of the system, its CUDA
 // threads take turns on it, and a shuffle or a barrier is where they change. Asynchronous copies happen as early or as
-// late as they may. Only what src/kernels/quantize.cu uses is here.
+// late as they may. Only what the tested kernels use is here.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -175,6 +175,9 @@ inline void __pipeline_wait_prior(size_t newest) {
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
 inline int __clz(int value) { return std::countl_zero(static_cast<unsigned>(value)); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1.f / a; }
 inline float __ldcg(const float* from) { return *from; }

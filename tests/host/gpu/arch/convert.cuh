@@ -1,4 +1,4 @@
-// The instructions of src/arch/convert.cuh that quantisation needs, by what PTX says of them.
+// The conversions of src/arch/convert.cuh that the emulated kernels need, by what PTX says of them.
 #pragma once
 #include "emulated.h"
 
@@ -17,5 +17,29 @@ inline uint32_t e4m3(float value) {
 }
 
 inline uint32_t pack_e4m3(float low, float high) { return e4m3(low) | e4m3(high) << 8; }
+
+template <class Element>
+float2 unpack(uint32_t pair) {
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>)
+    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000)};
+  else
+    return __half22float2(std::bit_cast<__half2>(pair));
+}
+
+template <class Element>
+uint32_t rounded(float value) {
+  if (std::isnan(value)) return 0x7fff;
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+    const uint32_t bits = __float_as_uint(value);
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  } else {
+    return std::bit_cast<uint16_t>(static_cast<_Float16>(value));
+  }
+}
+
+template <class Element>
+uint32_t pack(float low, float high) {
+  return rounded<Element>(low) | rounded<Element>(high) << 16;
+}
 
 }  // namespace fa3::arch

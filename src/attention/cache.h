@@ -1,0 +1,71 @@
+// Which rows of a key-value cache a sequence has.
+#pragma once
+#include <cstdint>
+
+#include "attention/seqlen.h"
+
+namespace fa3 {
+
+/// Where attention finds a sequence's keys: its lengths, less what is left padding, in a batch entry of their own.
+struct KeyRows : Lengths {
+  const int* leftpad;  // (batch), or null
+  const int* entries;  // cache_batch_idx (batch), or null: sequence b has batch entry b
+
+  FA3_HOST_DEVICE Span span(int batch) const {
+    Span s = Lengths::span(batch);
+    if (leftpad) {
+      const int hidden = clamped(leftpad[batch], 0, s.length);
+      s.begin += hidden;
+      s.length -= hidden;
+    }
+    return s;
+  }
+  FA3_HOST_DEVICE int entry(int batch) const { return entries ? entries[batch] : batch; }
+};
+
+/// A row of a cache: of a batch entry or of a page. What the cache does not have is kNowhere.
+struct CacheRow {
+  int entry, row;
+  static constexpr int kNone = -1;
+  FA3_HOST_DEVICE bool exists() const { return entry != kNone; }
+};
+
+/// Where the rows of sequences lie in a cache, dense or paged. Whatever the device arrays say, a row that exists is the
+/// cache's.
+struct CacheRows {
+  int rows;                   // that a sequence has room for
+  int entries;                // of the array: batch entries, or pages
+  const int* batch_idx;       // (batch), or null
+  const int* page_table;      // (batch, max_pages), or null: dense
+  int64_t page_table_stride;  // elements between sequences
+  int max_pages, page_size;
+
+  FA3_HOST_DEVICE CacheRow at(int batch, int row) const {
+    CacheRow found{batch, row};
+    bool inside = row >= 0 && row < rows;
+    if (page_table) {
+      const int page = inside ? row / page_size : 0;
+      inside = inside && page < max_pages;
+      if (inside) found = {page_table[batch * page_table_stride + page], row - page * page_size};
+    } else if (batch_idx) {
+      found.entry = batch_idx[batch];
+    }
+    if (!inside || found.entry < 0 || found.entry >= entries) found.entry = CacheRow::kNone;
+    return found;
+  }
+};
+
+/// How much of each sequence's cache is in use.
+struct CachedLengths {
+  int rows;            // room of a sequence
+  int length;          // of all sequences, where there is no
+  const int* seqlens;  // (batch)
+
+  FA3_HOST_DEVICE int at(int batch) const { return clamped(seqlens ? seqlens[batch] : length, 0, rows); }
+  FA3_HOST_DEVICE int with(int new_rows, int batch) const {
+    const int cached = at(batch);
+    return cached + smaller(new_rows, rows - cached);
+  }
+};
+
+}  // namespace fa3

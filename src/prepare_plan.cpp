@@ -1,0 +1,80 @@
+// What comes before attention on a cache: appending and turning, from the call's arguments alone.
+#include "prepare_plan.h"
+
+#include <algorithm>
+
+namespace fa3 {
+namespace {
+
+constexpr int kAlignment = 16;
+
+bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % kAlignment == 0; }
+
+StridedRows rows_of(const fa3_array& array) {
+  StridedRows rows{static_cast<uint16_t*>(array.data), {}, aligned(array.data)};
+  for (int axis = 0; axis < 3; ++axis) {
+    rows.stride[axis] = array.stride[axis];
+    rows.vectors &= array.stride[axis] % (kAlignment / int{sizeof(uint16_t)}) == 0;
+  }
+  return rows;
+}
+
+/// Small rows share a thread block, large ones have one each.
+int rows_per_block(int units) { return std::max(kPrepareThreads / units, 1); }
+
+}  // namespace
+
+bool appends(const fa3_forward_params& params) { return params.cache.k_new.data; }
+bool rotates(const fa3_forward_params& params) { return params.cache.rotary_cos; }
+
+int key_entries(const fa3_forward_params& params) {
+  return params.cache.cache_batch_idx ? params.cache.batch_entries : params.batch;
+}
+
+PrepareArgs plan_prepare(const fa3_forward_params& p) {
+  const fa3_cache& c = p.cache;
+  PrepareArgs args{};
+  args.batch = p.batch;
+  args.num_heads = p.num_heads;
+  args.num_heads_kv = p.num_heads_kv;
+  args.head_dim = p.head_dim;
+  args.head_dim_v = p.head_dim_v;
+  args.queries = {p.queries.rows, p.queries.cu_seqlens, p.queries.seqused};
+  args.new_keys = {c.rows_new, c.cu_seqlens_k_new, nullptr};
+  args.cached = {p.keys.rows, c.k_new.data ? c.seqlen : p.keys.rows, p.keys.seqused};
+  args.cache = {p.keys.rows,         c.page_table ? c.num_pages : key_entries(p),
+                c.cache_batch_idx,   c.page_table,
+                c.page_table_stride, c.max_pages,
+                c.page_size};
+  if (rotates(p)) {
+    const fa3_mask& m = p.mask;
+    args.rotary = {.cos = c.rotary_cos,
+                   .sin = c.rotary_sin,
+                   .seqlens = c.rotary_seqlens,
+                   .rows = c.rotary_rows,
+                   .dim = c.rotary_dim,
+                   .fp32 = c.rotary_dtype == FA3_FLOAT32,
+                   .vectors = aligned(c.rotary_cos) && aligned(c.rotary_sin),
+                   .interleaved = c.rotary_interleaved != 0,
+                   .each_query = m.causal || m.window_left >= 0 || m.window_right >= 0 || m.attention_chunk > 0};
+    args.q = rows_of(p.q);
+    args.query_rows = int64_t{p.queries.rows} * (p.queries.cu_seqlens ? 1 : p.batch);
+    args.query_rows_per_block = rows_per_block(args.units_of_query());
+    args.blocks = (args.query_rows + args.query_rows_per_block - 1) / args.query_rows_per_block;
+  }
+  if (appends(p)) {
+    args.k_new = rows_of(c.k_new);
+    args.v_new = rows_of(c.v_new);
+    args.k = rows_of(p.k);
+    args.v = rows_of(p.v);
+    args.new_rows = int64_t{c.rows_new} * (c.cu_seqlens_k_new ? 1 : p.batch);
+    args.new_rows_per_block = rows_per_block(args.units_of_new_row());
+    args.new_blocks = (args.new_rows + args.new_rows_per_block - 1) / args.new_rows_per_block;
+    args.blocks += args.new_blocks;
+    // Lengths are written by the first threads, one each.
+    args.blocks = std::max<int64_t>(args.blocks, ceil_div(p.batch, kPrepareThreads));
+  }
+  return args;
+}
+
+}  // namespace fa3

@@ -1,0 +1,17 @@
+#pragma once
+#include "fa3.h"
+#include "kernels/prepare_args.h"
+
+namespace fa3 {
+
+/// Whether a call puts new keys into its cache, and whether it turns queries by their positions.
+bool appends(const fa3_forward_params& params);
+bool rotates(const fa3_forward_params& params);
+
+/// Batch entries of k and v.
+int key_entries(const fa3_forward_params& params);
+
+/// What the kernel before a (validated) call's attention is launched with, but for its parts of the workspace.
+PrepareArgs plan_prepare(const fa3_forward_params& params);
+
+}  // namespace fa3
