@@ -21,7 +21,7 @@ def pointers(*names):
 
 Lengths = structure("Lengths", **ints("rows", "max_seqlen"), **pointers("cu_seqlens", "seqused"))
 Mask = structure("Mask", **ints("causal", "window_left", "window_right", "attention_chunk"))
-Descale = structure("Descale", data=ctypes.c_void_p, stride=ctypes.c_int64 * 2)
+Descale = structure("Descale", data=ctypes.c_void_p, stride=ctypes.c_int64 * 2, group=ctypes.c_int32)
 Cache = structure(
     "Cache", k_new=Array, v_new=Array, cu_seqlens_k_new=ctypes.c_void_p, **ints("rows_new", "seqlen"),
     page_table=ctypes.c_void_p, page_table_stride=ctypes.c_int64, **ints("max_pages", "page_size", "num_pages"),

@@ -14,6 +14,7 @@ inline float __fdividef(float a, float b) { return a / b; }
 inline float __log2f(float x) { return std::log2(x); }
 inline float __shfl_xor_sync(unsigned, float value, int) { return value; }
 inline bool __any_sync(unsigned, bool predicate) { return predicate; }
+inline bool __all_sync(unsigned, bool predicate) { return predicate; }
 
 namespace fa3::arch {
 
