@@ -142,8 +142,7 @@ def flash_attn_with_kvcache(
     What `flash_attn_func` says of masks, heads, NaN, strides and determinism holds here too, with seqlen_k
     the length in use: `cache_seqlens` plus the new keys. On the GPU pages raise NotImplementedError, and work
     on the CPU. What only device memory knows is not checked there: new keys that the cache has no room for are
-    dropped, and a position past rotary_cos counts as its last; FA3_CHECK=1 raises. A GPU rounds turned queries
-    to q's dtype.
+    dropped, and a position past rotary_cos counts as its last; FA3_CHECK=1 raises.
 
     Parameters
     ----------
@@ -159,7 +158,8 @@ def flash_attn_with_kvcache(
     rotary_cos, rotary_sin : array (seqlen_rotary, rotary_dim / 2), float32 or q's 16-bit dtype, optional
         Rotary position embedding of q and of the new keys. rotary_dim is a multiple of 16. New key i stands
         at cache_seqlens[b] + i; query i there too if the mask depends on positions (causal, window, chunk),
-        else at cache_seqlens[b]. Needs `k`.
+        else at cache_seqlens[b]. Both are turned in float32 (float64 arrays in float64) and then rounded to
+        their dtype, the queries just as the keys in the cache. Needs `k`.
     rotary_interleaved : bool, default True
         Rotate dimensions 2i and 2i + 1 (GPT-J's way); else i and i + rotary_dim/2 (GPT-NeoX's way).
     rotary_seqlens : array (batch,), int32, optional

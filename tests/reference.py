@@ -222,18 +222,27 @@ def _of_sequence(descale, b, num_heads):
     return np.repeat(descale, num_heads // descale.size) if descale.ndim else float(descale)
 
 
-def rotate(x, cos, sin, position, interleaved):
-    """Rotary embedding of x (rows, heads, dim), row i as at position[i], in float64."""
-    x = x.astype(np.float64)
+def rotate(x, cos, sin, position, interleaved, arithmetic=np.float64):
+    """Rotary embedding of x (rows, heads, dim), row i as at position[i], each operation rounded to `arithmetic`."""
+    x = x.astype(arithmetic)
     half = cos.shape[-1]
     for row, at in enumerate(position):
-        c, s = cos[at].astype(np.float64), sin[at].astype(np.float64)
+        c, s = cos[at].astype(arithmetic), sin[at].astype(arithmetic)
         for pair in range(half):
             a, b = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + half)
             first, second = x[row, :, a].copy(), x[row, :, b].copy()
             x[row, :, a] = first * c[pair] - second * s[pair]
             x[row, :, b] = second * c[pair] + first * s[pair]
     return x
+
+
+def turned_queries(q, cos, sin, position, interleaved):
+    """`rotate` as calls document it for queries: in float32, then rounded to q's dtype.
+
+    Attention is compared on these. One rounding of an element of q moves a score by up to scale * |k| of it, which is
+    more than lse is held to; given the same queries it is not.
+    """
+    return rotate(q, cos, sin, position, interleaved, np.float32).astype(q.dtype)
 
 
 def assert_close(out, ref_out, naive_out, dtype, slack=0.0):

@@ -58,16 +58,16 @@ def test_update(framework, case, padded, num_splits, data):
     for b in range(batch):
         used = int(call.integers["seqused_q"][b]) if c.uses_q else c.seqlens_q[b]
         rows = slice(ends[b], ends[b] + used) if c.varlen_q else (b, slice(used))
-        queries = call.q[rows].astype(np.float64)
+        queries = call.q[rows]
         if c.rotary_dim:
             first = c.cached[b] if c.rotary_seqlens is None else c.rotary_seqlens[b]
             at = first + (np.arange(used) if c.causal else np.zeros(used, int))
-            queries = reference.rotate(queries, call.cos, call.sin, at, c.interleaved)
+            queries = reference.turned_queries(queries, call.cos, call.sin, at, c.interleaved)
         entry = call.integers.get("cache_batch_idx", range(batch))[b]
         seen = slice(leftpad[b] if padded else 0, c.cached[b] + c.new_rows[b])
         options = {"scale": c.head_dim**-0.5, "causal": c.causal}
         exact, exact_lse = reference.attention(queries, k[entry, seen], v[entry, seen], **options)
-        naive = reference.naive(queries.astype(call.dtype), k[entry, seen], v[entry, seen], **options)
+        naive = reference.naive(queries, k[entry, seen], v[entry, seen], **options)
         got_lse = lse[:, ends[b]:ends[b] + used] if c.varlen_q else lse[b, :, :used]
         reference.assert_close(out[rows], exact, naive, call.dtype)
         reference.assert_lse_close(got_lse, exact_lse, call.dtype)

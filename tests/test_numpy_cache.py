@@ -174,10 +174,10 @@ def test_cache(problem, seed):
     first_q = 0
     for b in range(batch):
         offset = p.cached[b] if p.rotary_seqlens is None else p.rotary_seqlens[b]
-        queries = q_rows[b].astype(np.float64)
+        queries = q_rows[b]
         if p.rotary_dim:
             at = offset + (np.arange(len(queries)) if local else np.zeros(len(queries), int))
-            queries = reference.rotate(queries, cos, sin, at, p.interleaved)
+            queries = reference.turned_queries(queries, cos, sin, at, p.interleaved)
         keys, values = (reference.sequence_rows(x, b, seqused=total, **where) for x in (k, v))
         if p.new is not None:
             turned = new_k[b].astype(np.float64)
@@ -190,7 +190,7 @@ def test_cache(problem, seed):
         first_key = p.leftpad[b] if p.leftpad else 0
         inputs = keys[first_key:], values[first_key:]
         exact, exact_lse = reference.attention(queries, *inputs, scale=p.head_dim**-0.5, **mask)
-        naive = reference.naive(queries.astype(q.dtype), *inputs, scale=p.head_dim**-0.5, **mask)
+        naive = reference.naive(queries, *inputs, scale=p.head_dim**-0.5, **mask)
         if p.varlen_q:
             rows = slice(first_q, first_q + p.seqlens_q[b])
             got, got_lse = out[rows], lse[:, rows]
