@@ -15,10 +15,16 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 UNIT_ROUNDOFF = {np.dtype(np.float16): 2.0**-11, BF16: 2.0**-8}
 SMALLEST_SUBNORMAL = {np.dtype(np.float16): 2.0**-24, BF16: 2.0**-133, np.dtype(np.float32): 2.0**-149,
                       np.dtype(np.float64): 2.0**-1074}
-# fp8 probabilities are multiplied by it before they are rounded, so that small ones survive: 272 < 448, the largest.
-# It lies in the middle between two numbers of e4m3. A power of two would round a row's largest probability for nothing,
-# and so ask for more than a kernel can give that rounds relative to a maximum which later keys may exceed.
-FP8_PROBABILITY_SCALE = 272.0
+# fp8 probabilities are multiplied by a number before they are rounded, so that small ones survive. A kernel that rounds
+# relative to a maximum so far, or leaves a sink out of it, has a row's largest probability anywhere between two powers
+# of two, where e4m3 loses nothing of it or up to 1/17. So the formula is tried at four places of that octave, up to 448.
+FP8_PROBABILITY_SCALES = tuple(256 * 2 ** (i / 4) for i in range(4))
+# Of the sum of |q_i k_i|: what Hopper's tensor cores may lose of a score of e4m3. They align the 32 products of a step
+# and the sum so far to the largest of them, and drop what lies below 2^-13 of it. Each loses less than that, half of it
+# on average and towards zero, so signs cancel: on normal values of 16 to 256 dims the whole error has a standard
+# deviation of 0.07 to 0.17 times 2^-13 of the sum, and the worst of 10^5 scores has 2.6 times (tests/test_reference.py
+# has the model). Four times are allowed.
+FP8_SCORE_ERROR = 2.0**-11
 
 
 def visible(seqlen_q, seqlen_k, causal=False, window=(-1, -1), chunk=0):
@@ -67,11 +73,30 @@ def naive(q, k, v, *, scale=None, causal=False, window=(-1, -1), chunk=0, softca
     """The same formula as it comes out in the input dtype: what `assert_close` measures errors against.
 
     Scores, capped scores, probabilities and the result are each rounded to q's dtype. For fp8 the scores stay in
-    fp32, probabilities are scaled and rounded to e4m3 before they are normalised, and the result is bf16.
+    fp32, probabilities are scaled and rounded to e4m3 before they are normalised, and the result is bf16; of the
+    scales that FP8_PROBABILITY_SCALES has, each row has that which is worst for it.
     """
     rounded = _in_fp8 if q.dtype == FP8 else _in_input_dtype
     return _evaluate(q, k, v, scale, causal, window, chunk, softcap, sinks, qv, q_descale, k_descale, v_descale,
                      rounded)[0]
+
+
+def fp8_score_error(q, k, v, *, scale=None, causal=False, window=(-1, -1), chunk=0, softcap=0.0, sinks=None, qv=None,
+                    q_descale=1.0, k_descale=1.0, v_descale=1.0):
+    """What the tensor cores may lose of a score of e4m3, at most over the keys that a query sees: (sq, h, 1).
+
+    lse is off by no more: it is the mean of its keys' errors, weighted by their probabilities.
+    """
+    seqlen_q, num_heads, head_dim = q.shape
+    seqlen_k, num_heads_kv, _ = k.shape
+    sizes_q, sizes_k = (np.abs(x.astype(np.float64)) for x in (q, k))
+    factor = np.abs(np.broadcast_to(q_descale, num_heads) * np.repeat(np.broadcast_to(k_descale, num_heads_kv),
+                                                                      num_heads // num_heads_kv))
+    sees = visible(seqlen_q, seqlen_k, causal, window, chunk)
+    sums = [np.where(sees, sizes_q[:, i] @ sizes_k[:, i * num_heads_kv // num_heads].T, 0).max(axis=1, initial=0)
+            for i in range(num_heads)]
+    scale = head_dim**-0.5 if scale is None else scale
+    return FP8_SCORE_ERROR * abs(scale) * (factor[:, None] * np.array(sums).reshape(num_heads, seqlen_q)).T[..., None]
 
 
 def _evaluate(q, k, v, scale, causal, window, chunk, softcap, sinks, qv, q_descale, k_descale, v_descale, head):
@@ -126,8 +151,13 @@ def _in_fp8(s, values, sees, softcap, sink, dtype):
     largest = np.where(largest == -np.inf, 0.0, largest)
     p = np.exp(s - largest)
     row_sum = p.sum(axis=1, keepdims=True) + np.exp(sink - largest)
-    p = (p * FP8_PROBABILITY_SCALE).astype(FP8).astype(np.float64) / FP8_PROBABILITY_SCALE
-    return _weighted(p / np.where(row_sum == 0, 1.0, row_sum), values, sees), None
+    row_sum = np.where(row_sum == 0, 1.0, row_sum)
+    exact = worst = _weighted(p / row_sum, values, sees)
+    for scale in FP8_PROBABILITY_SCALES:
+        out = _weighted((p * scale).astype(FP8).astype(np.float64) / (scale * row_sum), values, sees)
+        worse = np.abs(out - exact).max(axis=1) > np.abs(worst - exact).max(axis=1)
+        worst = np.where(worse[:, None], out, worst)
+    return worst, None
 
 
 def _softmax(s, sink):
@@ -159,9 +189,9 @@ class Result:
 def forward(q, k, v, *, evaluate=attention, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
             page_table=None, cache_batch_idx=None, cache_leftpad=None, qv=None, q_descale=None, k_descale=None,
             v_descale=None, **formula):
-    """Run `attention` or `naive` over a batch: dense, varlen (cu_seqlens_*) or paged (page_table).
+    """Run `attention`, `naive` or `fp8_score_error` over a batch: dense, varlen (cu_seqlens_*) or paged (page_table).
 
-    Descales are (), (heads,) or (b, heads). With `naive`, lse is left 0. The rest goes to `evaluate`.
+    Descales are (), (heads,) or (b, heads). Only `attention` gives an lse. The rest goes to `evaluate`.
     """
     num_heads = q.shape[-2]
     batch = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
@@ -299,14 +329,14 @@ def assert_close(out, ref_out, naive_out, dtype, slack=0.0):
                              f"error {error[worst]:.3e}, allowed {allowed[worst]:.3e}")
 
 
-def assert_lse_close(lse, ref_lse, dtype=np.float16):
-    """Fail unless lse is within 1e-3 (fp32, fp64: 1e-4) + 1e-5 * |ref|, and infinite or NaN where ref is."""
+def assert_lse_close(lse, ref_lse, dtype=np.float16, slack=0.0):
+    """Fail unless lse is within 1e-3 (fp32, fp64: 1e-4) + 1e-5 * |ref| + slack, and infinite or NaN where ref is."""
     lse, ref_lse = np.asarray(lse).astype(np.float64), np.asarray(ref_lse).astype(np.float64)
     assert lse.shape == ref_lse.shape, (lse.shape, ref_lse.shape)
     absolute = 1e-3 if np.dtype(dtype).itemsize <= 2 else 1e-4
     special = ~np.isfinite(ref_lse)
     with np.errstate(invalid="ignore"):
-        bad = ~(np.abs(lse - ref_lse) <= absolute + 1e-5 * np.abs(ref_lse))
+        bad = ~(np.abs(lse - ref_lse) <= absolute + 1e-5 * np.abs(ref_lse) + slack)
     bad[special] = ~((lse == ref_lse) | (np.isnan(lse) & np.isnan(ref_lse)))[special]
     assert not bad.any(), (
         f"{bad.sum()} of {bad.size} lse are off, first at {_first(bad)}: {lse[bad][0]}, reference {ref_lse[bad][0]}"
