@@ -21,7 +21,8 @@ class Result:
 
     A gradient may be the small difference of large terms, 0 where there is one key, and `out`, which is rounded
     before the backward begins, errs as any of its roundings: twice the root of their squares' sum is allowed, five
-    standard deviations, of the hundred thousand rows of a test.
+    standard deviations, of the hundred thousand rows of a test. So does the tanh of a capped score, rounded too, whose
+    square the derivative has: a backward of 16 bits may take it from probabilities that are rounded to them.
     """
 
     out: np.ndarray  # (sq, h, dv)
@@ -68,10 +69,11 @@ def evaluate(dout, q, k, v, *, scale, keep, p_drop=0.0, causal=False, window=(-1
             j = i * num_heads_kv // num_heads
             queries, keys, values, given = (x.astype(arithmetic) for x in (q[:, i], k[:, j], v[:, j], dout[:, i]))
             s = rounded(queries @ keys.T * arithmetic(scale))
-            slope = 1.0
+            slope, bend = 1.0, 0.0
             if softcap > 0:
-                slope = 1 - np.tanh(s / softcap)**2
-                s = rounded(softcap * np.tanh(s / softcap))
+                tanh = rounded(np.tanh(s / softcap))
+                slope, bend = rounded(1 - tanh**2), 2 * abs(tanh)
+                s = rounded(softcap * tanh)
             sink = -np.inf if sinks is None else float(sinks[i])
             p, lse = reference._softmax(np.where(sees, s.astype(np.float64), -np.inf), sink)
             p = rounded(np.where(sees, p, 0)).astype(arithmetic)
@@ -96,9 +98,11 @@ def evaluate(dout, q, k, v, *, scale, keep, p_drop=0.0, causal=False, window=(-1
             terms = abs(given) @ abs(values).T * keep[i] / (1 - p_drop) + abs(delta)[:, None] + abs(from_lse)[:, None]
             size = lost[:, None] * abs(p) * np.nan_to_num(terms)
             shift = 2 * np.sqrt((moved**2).sum(axis=1))[:, None] * p * slope
-            result.slack_dq[:, i] = abs(scale) * ((size @ abs(keys)) + abs(shift @ keys)).max(axis=1, initial=0)
+            bent = 2 * reference.UNIT_ROUNDOFF.get(q.dtype, 0.0) * bend * p * np.nan_to_num(terms)
+            result.slack_dq[:, i] = abs(scale) * (
+                size @ abs(keys) + abs(shift @ keys) + np.sqrt(bent**2 @ keys**2)).max(axis=1, initial=0)
             result.slack_dk[:, j] += abs(scale) * (
-                size.T @ abs(queries) + np.sqrt((shift**2).T @ queries**2)).max(axis=1, initial=0)
+                size.T @ abs(queries) + np.sqrt((shift**2 + bent**2).T @ queries**2)).max(axis=1, initial=0)
             result.slack_dv[:, j] += ((lost[:, None] * abs(kept)).T @ abs(given)).max(axis=1, initial=0)
             terms = abs(from_lse) + abs(given * out).sum(axis=1)
             least = SMALLEST_NORMAL * (abs(from_lse) + abs(given).sum(axis=1) * abs(values).max(initial=0))
