@@ -364,6 +364,9 @@ cdef class Problem:
         check.fits(self.num_heads, "q", "num_heads")
         check.fits(self.q.c_shape[self.q.ndim - 3], "q", "rows")
         check.fits(self.k.c_shape[self.k.ndim - 3], self.k_name, "rows")
+        if self.page_table is not None:
+            check.fits(self.k.c_shape[0], self.k_name, "pages")
+            check.fits(self.page_table.c_shape[1], "page_table", "pages")
         return check.fits(self.max_seqlen_k, self.k_name, "rows")
 
     cdef dict arrays(self):

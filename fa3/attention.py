@@ -108,7 +108,10 @@ def flash_attn_varlen_func(
         GPU.
     page_table : array (batch, max_pages), int32, optional
         Key j of sequence b is row ``j % page_size`` of page ``page_table[b, j // page_size]``. Lengths come
-        from seqused_k or cu_seqlens_k; with neither, all pages are full. Not on the GPU yet.
+        from seqused_k or cu_seqlens_k; with neither, all pages are full. What it says of pages past a
+        sequence's end does not matter. Pages of a multiple of 8 rows are read at full speed on the GPU, others
+        row by row. A page that does not exist is an error on the CPU; on the GPU its rows count as zeros, and
+        FA3_CHECK=1 raises.
     {options}
 
     Returns
@@ -142,9 +145,9 @@ def flash_attn_with_kvcache(
     """Attention of new queries on a key-value cache, to which new keys may be appended first, in place.
 
     What `flash_attn_func` says of masks, heads, NaN, strides and determinism holds here too, with seqlen_k
-    the length in use: `cache_seqlens` plus the new keys. On the GPU pages raise NotImplementedError, and work
-    on the CPU. What only device memory knows is not checked there: new keys that the cache has no room for are
-    dropped, and a position past rotary_cos counts as its last; FA3_CHECK=1 raises.
+    the length in use: `cache_seqlens` plus the new keys. What only device memory knows is not checked on the
+    GPU: new keys that the cache has no room for are dropped, rows of a page that does not exist count as
+    zeros, and a position past rotary_cos counts as its last; FA3_CHECK=1 raises.
 
     Parameters
     ----------
@@ -173,7 +176,8 @@ def flash_attn_with_kvcache(
     cache_leftpad : array (batch,), int32, optional
         First rows of each sequence's cache to leave out; positions count from there.
     page_table : array (batch, max_pages), int32, optional
-        Key j of sequence b is row ``j % page_size`` of page ``page_table[b, j // page_size]``.
+        Key j of sequence b is row ``j % page_size`` of page ``page_table[b, j // page_size]``. Pages of a
+        multiple of 8 rows are read at full speed on the GPU; others, and any with `cache_leftpad`, row by row.
     cu_seqlens_q, cu_seqlens_k_new : array (batch + 1,), int32, optional
         Where each sequence's rows begin in a ragged q and in ragged new keys.
     max_seqlen_q : int, optional

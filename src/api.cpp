@@ -71,13 +71,16 @@ struct Launch {
                          .box_group = args.packing.heads,
                          .box_rows = args.packing.positions,
                          .swizzle = variant.swizzle_q_k};
+    if (p.cache.page_table) args.pages = {cache_rows(p), page_box_rows(p, plan.tile_n)};
+    const int box_rows = args.pages.box_rows > 0 ? args.pages.box_rows : plan.tile_n;
     const OperandShape k{
-        .head_dim = p.head_dim, .heads = p.num_heads_kv, .box_rows = plan.tile_n, .swizzle = variant.swizzle_q_k};
+        .head_dim = p.head_dim, .heads = p.num_heads_kv, .box_rows = box_rows, .swizzle = variant.swizzle_q_k};
     const OperandShape v{
-        .head_dim = p.head_dim_v, .heads = p.num_heads_kv, .box_rows = plan.tile_n, .swizzle = variant.swizzle_v};
+        .head_dim = p.head_dim_v, .heads = p.num_heads_kv, .box_rows = box_rows, .swizzle = variant.swizzle_v};
     if (auto status = operand(p.q, p.queries, p.batch, plan.copy_q, rotated_q, q, args.q)) return status;
-    if (auto status = operand(p.k, p.keys, key_entries(p), plan.copy_k, nullptr, k, args.k)) return status;
-    if (auto status = operand(p.v, p.keys, key_entries(p), plan.copy_v, nullptr, v, args.v)) return status;
+    const fa3_lengths stored = key_storage(p);
+    if (auto status = operand(p.k, stored, key_entries(p), plan.copy_k, nullptr, k, args.k)) return status;
+    if (auto status = operand(p.v, stored, key_entries(p), plan.copy_v, nullptr, v, args.v)) return status;
     args.out = p.out.data;
     args.out_float16 = p.out_dtype == FA3_FLOAT16;
     args.lse = static_cast<float*>(p.lse.data);
@@ -90,10 +93,12 @@ struct Launch {
     args.queries = {p.queries.rows, p.queries.cu_seqlens, p.queries.seqused};
     args.keys = {{p.keys.rows, p.keys.cu_seqlens, seqlens_k ? seqlens_k : p.keys.seqused},
                  p.cache.cache_leftpad,
-                 p.cache.cache_batch_idx};
+                 p.cache.cache_batch_idx,
+                 p.cache.page_table != nullptr};
     args.visibility = visibility_of(p.mask);
     args.batch = p.batch;
     args.num_heads_kv = p.num_heads_kv;
+    args.head_dim = p.head_dim;
     args.head_dim_v = p.head_dim_v;
     args.q_descale = descale(p.q_descale);
     args.k_descale = descale(p.k_descale);

@@ -89,8 +89,11 @@ typedef struct fa3_cache {
   const int32_t* cu_seqlens_k_new; /* device (batch + 1), or null */
   int32_t rows_new;                /* rows of k_new along its row axis */
   int32_t seqlen;                  /* with k_new and without keys.seqused: rows in use before it, of all sequences */
-  const int32_t* page_table;       /* device (batch, max_pages), or null: contiguous */
-  int64_t page_table_stride;       /* elements between sequences */
+  /* device (batch, max_pages), or null: contiguous. Row j of sequence b is row j % page_size of page
+   * page_table[b][j / page_size]; k and v are (page, row of it, head, dim), keys.rows the rows that a sequence has room
+   * for, and keys.cu_seqlens says lengths only. Rows of pages that do not exist count as zeros. */
+  const int32_t* page_table;
+  int64_t page_table_stride; /* elements between sequences */
   int32_t max_pages, page_size, num_pages;
   const int32_t* cache_batch_idx; /* device (batch), or null: sequence b has batch entry b of k and v */
   int32_t batch_entries;          /* with cache_batch_idx: batch entries of k and v */

@@ -7,6 +7,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
+#include <utility>
 
 #include "attention/block_range.h"
 #include "attention/packing.h"
@@ -33,6 +35,13 @@ int typical_seqlen(const fa3_lengths& lengths, int batch) {
   if (!lengths.max_seqlen) return mean;
   const int longest = std::min(lengths.max_seqlen, lengths.rows);
   return longest - std::max(longest - mean, 0) / 2;
+}
+
+/// The keys' lengths as choosing sees them: in pages each sequence has room for as many, whatever says how many it has.
+fa3_lengths lengths_of_keys(const fa3_forward_params& p) {
+  fa3_lengths keys = p.keys;
+  if (p.cache.page_table && keys.cu_seqlens) keys.seqused = std::exchange(keys.cu_seqlens, nullptr);
+  return keys;
 }
 
 /// Whether all sequences are known to have the length that typical_seqlen gives.
@@ -75,10 +84,10 @@ struct Work {
       : params(p),
         visibility(visibility_of(p.mask)),
         seqlen_q(typical_seqlen(p.queries, p.batch)),
-        seqlen_k(typical_seqlen(p.keys, p.batch)),
+        seqlen_k(typical_seqlen(lengths_of_keys(p), p.batch)),
         num_sms(sms),
-        equal_tiles(visibility.full() && equal_lengths(p.queries, p.batch) && equal_lengths(p.keys, p.batch) &&
-                    !p.cache.cache_leftpad && !appends(p)) {}
+        equal_tiles(visibility.full() && equal_lengths(p.queries, p.batch) &&
+                    equal_lengths(lengths_of_keys(p), p.batch) && !p.cache.cache_leftpad && !appends(p)) {}
 };
 
 /// One way to do it.
@@ -216,6 +225,11 @@ bool tma_addressable(const fa3_array& array, const fa3_lengths& lengths, int ent
   return heads == 1 || step_fits(array.stride[2], true);
 }
 
+int page_box_rows(const fa3_forward_params& params, int tile_n) {
+  const int rows = params.cache.cache_leftpad ? 0 : std::gcd(params.cache.page_size, tile_n);
+  return rows % 8 ? 0 : rows;
+}
+
 Visibility visibility_of(const fa3_mask& mask) {
   auto bound = [](int window) {
     return window < 0 ? Visibility::kUnbounded : std::min(window, Visibility::kUnbounded);
@@ -283,11 +297,12 @@ fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_pl
   // Heads that share a tile need an axis that moves.
   plan.copy_q = !tma_addressable(p.q, p.queries, p.batch, p.num_heads, p.dtype) ||
                 (choice.packed && p.q.stride[2] == 0) || rotates(p);
-  plan.copy_k = !tma_addressable(p.k, p.keys, key_entries(p), p.num_heads_kv, p.dtype);
-  plan.copy_v = !tma_addressable(p.v, p.keys, key_entries(p), p.num_heads_kv, p.dtype);
+  const fa3_lengths stored = key_storage(p);
+  plan.copy_k = !tma_addressable(p.k, stored, key_entries(p), p.num_heads_kv, p.dtype);
+  plan.copy_v = !tma_addressable(p.v, stored, key_entries(p), p.num_heads_kv, p.dtype);
   if (plan.copy_q) plan.workspace += copy_bytes(p.queries, p.batch, p.num_heads, p.head_dim, p.dtype);
-  if (plan.copy_k) plan.workspace += copy_bytes(p.keys, key_entries(p), p.num_heads_kv, p.head_dim, p.dtype);
-  if (plan.copy_v) plan.workspace += copy_bytes(p.keys, key_entries(p), p.num_heads_kv, p.head_dim_v, p.dtype);
+  if (plan.copy_k) plan.workspace += copy_bytes(stored, key_entries(p), p.num_heads_kv, p.head_dim, p.dtype);
+  if (plan.copy_v) plan.workspace += copy_bytes(stored, key_entries(p), p.num_heads_kv, p.head_dim_v, p.dtype);
   const int64_t blocks = appends(p) || rotates(p) ? plan_prepare(p).blocks : 0;
   if (blocks > INT32_MAX)
     return fail(FA3_ERROR_SHAPE, "q, k_new: %lld thread blocks of rows, but at most 2^31 - 1 are possible",

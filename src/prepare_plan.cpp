@@ -28,7 +28,18 @@ bool appends(const fa3_forward_params& params) { return params.cache.k_new.data;
 bool rotates(const fa3_forward_params& params) { return params.cache.rotary_cos; }
 
 int key_entries(const fa3_forward_params& params) {
-  return params.cache.cache_batch_idx ? params.cache.batch_entries : params.batch;
+  const fa3_cache& c = params.cache;
+  return c.page_table ? c.num_pages : c.cache_batch_idx ? c.batch_entries : params.batch;
+}
+
+fa3_lengths key_storage(const fa3_forward_params& params) {
+  return params.cache.page_table ? fa3_lengths{params.cache.page_size, 0, nullptr, nullptr} : params.keys;
+}
+
+CacheRows cache_rows(const fa3_forward_params& params) {
+  const fa3_cache& c = params.cache;
+  return {params.keys.rows,    key_entries(params), c.cache_batch_idx, c.page_table,
+          c.page_table_stride, c.max_pages,         c.page_size};
 }
 
 PrepareArgs plan_prepare(const fa3_forward_params& p) {
@@ -42,10 +53,7 @@ PrepareArgs plan_prepare(const fa3_forward_params& p) {
   args.queries = {p.queries.rows, p.queries.cu_seqlens, p.queries.seqused};
   args.new_keys = {c.rows_new, c.cu_seqlens_k_new, nullptr};
   args.cached = {p.keys.rows, c.k_new.data ? c.seqlen : p.keys.rows, p.keys.seqused};
-  args.cache = {p.keys.rows,         c.page_table ? c.num_pages : key_entries(p),
-                c.cache_batch_idx,   c.page_table,
-                c.page_table_stride, c.max_pages,
-                c.page_size};
+  args.cache = cache_rows(p);
   if (rotates(p)) {
     const fa3_mask& m = p.mask;
     args.rotary = {.cos = c.rotary_cos,

@@ -8,8 +8,14 @@ namespace fa3 {
 bool appends(const fa3_forward_params& params);
 bool rotates(const fa3_forward_params& params);
 
-/// Batch entries of k and v.
+/// Batch entries of k and v, or their pages.
 int key_entries(const fa3_forward_params& params);
+
+/// The rows of one of them.
+fa3_lengths key_storage(const fa3_forward_params& params);
+
+/// Where its sequences' rows lie.
+CacheRows cache_rows(const fa3_forward_params& params);
 
 /// What the kernel before a (validated) call's attention is launched with, but for its parts of the workspace.
 PrepareArgs plan_prepare(const fa3_forward_params& params);

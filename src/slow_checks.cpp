@@ -5,6 +5,7 @@
 #include <cstring>
 #include <vector>
 
+#include "arch/host_device.h"
 #include "status.h"
 
 namespace fa3 {
@@ -17,7 +18,10 @@ fa3_status read_back(const int32_t* device, int count, cudaStream_t stream, std:
   return check_cuda(error, "FA3_CHECK=1: reading lengths", cudaGetErrorString(error));
 }
 
-fa3_status check_lengths(const fa3_lengths& lengths, int batch, const char* which, cudaStream_t stream) {
+/// `shared`: the sequences lie in rows of one array; else each has `rows` of its own, and cu_seqlens only says how
+/// many.
+fa3_status check_lengths(const fa3_lengths& lengths, int batch, const char* which, cudaStream_t stream,
+                         bool shared = true) {
   std::vector<int32_t> ends, used;
   if (lengths.cu_seqlens) {
     if (auto status = read_back(lengths.cu_seqlens, batch + 1, stream, ends)) return status;
@@ -27,7 +31,11 @@ fa3_status check_lengths(const fa3_lengths& lengths, int batch, const char* whic
       if (ends[b + 1] < ends[b])
         return fail(FA3_ERROR_CU_SEQLENS, "cu_seqlens_%s: falls from %d to %d at %d, but must not fall", which, ends[b],
                     ends[b + 1], b + 1);
-    if (ends[batch] > lengths.rows)
+    for (int b = 0; b < batch && !shared; ++b)
+      if (ends[b + 1] - ends[b] > lengths.rows)
+        return fail(FA3_ERROR_CU_SEQLENS, "cu_seqlens_%s: %d rows at %d, but its pages have %d", which,
+                    ends[b + 1] - ends[b], b, lengths.rows);
+    if (shared && ends[batch] > lengths.rows)
       return fail(FA3_ERROR_CU_SEQLENS, "cu_seqlens_%s: ends with %d, but %s has %d rows", which, ends[batch], which,
                   lengths.rows);
   }
@@ -55,9 +63,28 @@ fa3_status check_values(const int32_t* device, int batch, const char* name, Most
   return FA3_OK;
 }
 
+/// The pages of all rows in use, `rows[b]` of sequence b.
+fa3_status check_pages(const fa3_cache& c, const std::vector<int32_t>& rows, cudaStream_t stream) {
+  std::vector<int32_t> pages;
+  for (int b = 0; c.page_table && b < static_cast<int>(rows.size()); ++b) {
+    const int used = ceil_div(rows[b], c.page_size);
+    if (auto status = read_back(c.page_table + b * c.page_table_stride, used, stream, pages)) return status;
+    for (int i = 0; i < used; ++i)
+      if (pages[i] < 0 || pages[i] >= c.num_pages)
+        return fail(FA3_ERROR_SHAPE, "page_table: page %d at [%d, %d], but there are %d pages", pages[i], b, i,
+                    c.num_pages);
+  }
+  return FA3_OK;
+}
+
 fa3_status check_cache(const fa3_forward_params& p, cudaStream_t stream) {
   const fa3_cache& c = p.cache;
   std::vector<int32_t> cached(p.batch, c.k_new.data ? c.seqlen : p.keys.rows), rows_new(p.batch, c.rows_new);
+  if (p.keys.cu_seqlens) {
+    std::vector<int32_t> ends;
+    if (auto status = read_back(p.keys.cu_seqlens, p.batch + 1, stream, ends)) return status;
+    for (int b = 0; b < p.batch; ++b) cached[b] = ends[b + 1] - ends[b];
+  }
   if (p.keys.seqused)
     if (auto status = read_back(p.keys.seqused, p.batch, stream, cached)) return status;
   if (c.cu_seqlens_k_new) {
@@ -72,6 +99,9 @@ fa3_status check_cache(const fa3_forward_params& p, cudaStream_t stream) {
       if (cached[b] > p.keys.rows - rows_new[b])
         return fail(FA3_ERROR_CU_SEQLENS, "cache_seqlens: sequence %d has %d keys and gets %d, but has room for %d", b,
                     cached[b], rows_new[b], p.keys.rows);
+  std::vector<int32_t> in_use = cached;
+  for (int b = 0; b < p.batch && c.k_new.data; ++b) in_use[b] += rows_new[b];
+  if (auto status = check_pages(c, in_use, stream)) return status;
   auto entries = [&](int) { return c.batch_entries - 1; };
   if (auto status = check_values(c.cache_batch_idx, p.batch, "cache_batch_idx", entries, stream)) return status;
   auto length = [&](int b) { return cached[b]; };
@@ -96,7 +126,7 @@ bool wanted() {
 fa3_status slow_checks(const fa3_forward_params& params, cudaStream_t stream) {
   if (!wanted()) return FA3_OK;
   if (auto status = check_lengths(params.queries, params.batch, "q", stream)) return status;
-  if (auto status = check_lengths(params.keys, params.batch, "k", stream)) return status;
+  if (auto status = check_lengths(params.keys, params.batch, "k", stream, !params.cache.page_table)) return status;
   return check_cache(params, stream);
 }
 

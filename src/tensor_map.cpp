@@ -54,6 +54,10 @@ fa3_status encode_operand(const fa3_array& array, const OperandShape& shape, Tma
   operand.batch_step = shape.batch > 1 && array.stride[0] != 0;
   const int64_t head_bytes = operand.head_step ? array.stride[2] * element_bytes : row_bytes;
   const int64_t batch_bytes = operand.batch_step ? array.stride[0] * element_bytes : row_bytes;
+  operand.data = static_cast<const uint8_t*>(array.data);
+  operand.row_bytes = row_bytes;
+  operand.head_bytes = head_bytes;
+  operand.batch_bytes = batch_bytes;
 
   const bool grouped = shape.group > 0;
   const int group = operand.head_step && grouped ? shape.group : 1;

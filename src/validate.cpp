@@ -24,8 +24,6 @@ fa3_status check_features(const fa3_forward_params& p) {
   if (p.qv.data) return fail(FA3_ERROR_NO_QV, "qv: attention with qv is not built for the GPU yet");
   if (p.head_dim_v == 512 && (p.head_dim == 64 || p.head_dim == 576))
     return fail(FA3_ERROR_NO_QV, "q, v: head_dim %d and 512 (MLA) are not built for the GPU yet", p.head_dim);
-  const fa3_cache& c = p.cache;
-  if (c.page_table) return fail(FA3_ERROR_NO_PAGED_CACHE, "page_table: a paged cache is not built for the GPU yet");
   if (p.dropout_p != 0)
     return fail(FA3_ERROR_NO_DROPOUT, "dropout_p: %g, but dropout is not built yet; needs 0", p.dropout_p);
   return FA3_OK;
@@ -95,7 +93,8 @@ fa3_status check_array(const fa3_array& array, bool empty, const char* name) {
 }
 
 fa3_status check_arrays(const fa3_forward_params& p) {
-  const bool no_queries = p.batch == 0 || p.queries.rows == 0, no_keys = p.batch == 0 || p.keys.rows == 0;
+  const bool no_queries = p.batch == 0 || p.queries.rows == 0,
+             no_keys = p.batch == 0 || p.keys.rows == 0 || (p.cache.page_table && p.cache.num_pages == 0);
   if (auto status = check_array(p.q, no_queries, "q")) return status;
   if (auto status = check_array(p.out, no_queries, "out")) return status;
   if (auto status = check_array(p.k, no_keys, "k")) return status;
@@ -114,6 +113,19 @@ fa3_status check_cache_rows(const fa3_forward_params& p) {
     return fail(FA3_ERROR_SHAPE, "cache_batch_idx: given with page_table, but pages have no batch entries");
   if (c.cache_batch_idx && c.batch_entries < 1)
     return fail(FA3_ERROR_SHAPE, "batch_entries: %d, but cache_batch_idx needs at least 1", c.batch_entries);
+  return FA3_OK;
+}
+
+fa3_status check_pages(const fa3_forward_params& p) {
+  const fa3_cache& c = p.cache;
+  if (!c.page_table) return FA3_OK;
+  if (c.page_size < 1 || c.page_size > kMaxRows)
+    return fail(FA3_ERROR_SHAPE, "page_size: %d, but 1 to 2^30 are possible", c.page_size);
+  if (c.num_pages < 0 || c.max_pages < 0)
+    return fail(FA3_ERROR_SHAPE, "num_pages, max_pages: %d, %d, but neither may be negative", c.num_pages, c.max_pages);
+  if (p.keys.rows > int64_t{c.max_pages} * c.page_size)
+    return fail(FA3_ERROR_SHAPE, "k: %d rows of a sequence, but page_table has room for %d pages of %d", p.keys.rows,
+                c.max_pages, c.page_size);
   return FA3_OK;
 }
 
@@ -177,6 +189,7 @@ fa3_status check_cache_sizes(const fa3_forward_params& p) {
 
 fa3_status check_cache(const fa3_forward_params& p) {
   if (auto status = check_cache_rows(p)) return status;
+  if (auto status = check_pages(p)) return status;
   if (auto status = check_new_keys(p)) return status;
   if (auto status = check_rotary(p)) return status;
   return check_cache_sizes(p);

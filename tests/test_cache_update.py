@@ -1,4 +1,4 @@
-"""Calls that append to a contiguous cache, turn, pad and pick entries, on every backend: attention against the float64
+"""Calls that append to a cache, turn, pad, pick entries and pages, on every backend: attention against the float64
 reference, the cache against the CPU's rules bit for bit."""
 
 import dataclasses
@@ -14,7 +14,6 @@ from test_prepare_kernel import Call, Case, as_the_cpu, cases, same
 import fa3
 
 every_backend = pytest.mark.parametrize("framework", frameworks.BACKENDS)
-contiguous = cases(longest=300, layouts=("dense", "indexed"))
 
 
 def pose(framework, call, leftpad, **options):
@@ -25,7 +24,8 @@ def pose(framework, call, leftpad, **options):
     def put(array):
         return framework.put(array, buffers[id(array)])[0]
 
-    for name in ("cu_seqlens_q", "cu_seqlens_k_new", "seqused_q", "cache_batch_idx", "rotary_seqlens"):
+    for name in ("cu_seqlens_q", "cu_seqlens_k_new", "seqused_q", "cache_batch_idx", "page_table",
+                 "rotary_seqlens"):
         if name in call.integers:
             options[name] = framework.put(call.integers[name])[0]
     if c.new is not None:
@@ -42,7 +42,7 @@ def pose(framework, call, leftpad, **options):
 
 
 @every_backend
-@given(contiguous, st.booleans(), st.sampled_from([0, 1, 3]), st.data())
+@given(cases(longest=300, page_sizes=(16, 64, 8, 1, 3, 24, 256)), st.booleans(), st.sampled_from([0, 1, 3]), st.data())
 @example(Case(cached=(200, 3), new=(1, 1), seqlens_q=(1, 1), ratio=3, rotary_dim=64, causal=True), False, 0, None)
 @example(Case(cached=(70,), new=(0,), one_length=True, room=5), False, 0, None)
 def test_update(framework, case, padded, num_splits, data):
@@ -63,11 +63,14 @@ def test_update(framework, case, padded, num_splits, data):
             first = c.cached[b] if c.rotary_seqlens is None else c.rotary_seqlens[b]
             at = first + (np.arange(used) if c.causal else np.zeros(used, int))
             queries = reference.turned_queries(queries, call.cos, call.sin, at, c.interleaved)
-        entry = call.integers.get("cache_batch_idx", range(batch))[b]
-        seen = slice(leftpad[b] if padded else 0, c.cached[b] + c.new_rows[b])
+        keys, values = (
+            reference.sequence_rows(x, b, seqused=[n + m for n, m in zip(c.cached, c.new_rows, strict=True)],
+                                    cache_leftpad=leftpad,
+                                    **{name: call.integers.get(name) for name in ("page_table", "cache_batch_idx")})
+            for x in (k, v))
         options = {"scale": c.head_dim**-0.5, "causal": c.causal}
-        exact, exact_lse = reference.attention(queries, k[entry, seen], v[entry, seen], **options)
-        naive = reference.naive(queries, k[entry, seen], v[entry, seen], **options)
+        exact, exact_lse = reference.attention(queries, keys, values, **options)
+        naive = reference.naive(queries, keys, values, **options)
         got_lse = lse[:, ends[b]:ends[b] + used] if c.varlen_q else lse[b, :, :used]
         reference.assert_close(out[rows], exact, naive, call.dtype)
         reference.assert_lse_close(got_lse, exact_lse, call.dtype)

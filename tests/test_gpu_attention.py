@@ -35,16 +35,7 @@ def dense_call(torch, **changes):
     return fa3.flash_attn_func(**{**call, **changes})
 
 
-def cache_call(torch, **changes):
-    call = {"q": half(torch, 2, 5, 4, 64), "k_cache": half(torch, 2, 7, 2, 64), "v_cache": half(torch, 2, 7, 2, 64)}
-    return fa3.flash_attn_with_kvcache(**{**call, **changes})
-
-
 # Not built yet: each says what.
-
-def pages(torch):
-    return cache_call(torch, page_table=ints(torch, [0], [1]))
-
 
 def latent_queries(torch):
     return dense_call(torch, qv=half(torch, 2, 5, 4, 64))
@@ -67,7 +58,7 @@ def join(torch):
 
 
 @pytest.mark.parametrize(("call", "named"), [
-    (pages, "page_table"), (latent_queries, "qv"), (latent_values, "MLA"),
+    (latent_queries, "qv"), (latent_values, "MLA"),
     (wide_heads, "q: head_dim 264"), (dropout, "dropout_p: 0.5"), (join, "flash_attn_combine")])
 def test_what_is_not_built_says_so(torch, call, named):
     with pytest.raises(NotImplementedError, match=named):

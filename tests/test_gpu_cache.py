@@ -89,3 +89,33 @@ def test_lies_are_told_on_request(torch, monkeypatch, name, values, said):
     call.integers[name][...] = values
     with pytest.raises(ValueError, match=said):
         pose(cuda, call, None)
+
+
+@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("page_size", [3, 16])
+def test_page_tables_that_lie_stay_inside_the_pool(torch, page_size, lie):
+    """The pool is a part of a buffer of NaN: what lies around it is neither read nor written."""
+    case = Case(cached=(40, 44), new=(2, 2), layout="paged", page_size=page_size, seqlens_q=(2, 2), causal=True)
+    call = Call(case, 0)
+    k, v, _, _ = as_the_cpu(call)
+    table = call.integers["page_table"]
+    sound = table[0].copy()
+    table[1, [0, -1]] = lie
+    before = call.k.copy()
+    out, lse, k_after, v_after = pose(cuda, call, None)
+    torch.cuda.synchronize()
+    if lie in range(len(before)):  # it names a page of someone's
+        return
+    assert np.isfinite(out.astype(np.float32)).all() and np.isfinite(lse).all()
+    assert same(k_after[sound], k[sound]) and same(v_after[sound], v[sound])
+    for page in set(range(len(before))) - {int(page) for page in table.reshape(-1)}:
+        assert same(k_after[page], before[page]), "a page that no sequence has"
+
+
+def test_pages_that_lie_are_told_on_request(torch, monkeypatch):
+    monkeypatch.setenv("FA3_CHECK", "1")
+    call = Call(Case(cached=(40, 44), layout="paged", page_size=16), 0)
+    pose(cuda, call, None)
+    call.integers["page_table"][1, 2] = 10**6
+    with pytest.raises(ValueError, match=r"page_table: page 1000000 at \[1, 2\], but there are 8 pages"):
+        pose(cuda, call, None)

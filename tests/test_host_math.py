@@ -32,7 +32,8 @@ class Lengths(ctypes.Structure):
 
 
 class KeyRows(ctypes.Structure):
-    _fields_ = [("lengths", Lengths), ("leftpad", ctypes.c_void_p), ("entries", ctypes.c_void_p)]
+    _fields_ = [("lengths", Lengths), ("leftpad", ctypes.c_void_p), ("entries", ctypes.c_void_p),
+                ("paged", ctypes.c_bool)]
 
 
 @pytest.fixture(scope="module")
@@ -316,12 +317,25 @@ def test_keys_behind_left_padding(host, batch, rows, uses, sound, data):
     seqused = array_or_null(data.draw(numbers) if uses else None)
     leftpad = array_or_null(data.draw(numbers))
     out = np.empty((batch, 2), np.int32)
-    host.key_spans(ctypes.byref(KeyRows(Lengths(rows, None, address(seqused)), address(leftpad), None)), batch,
+    host.key_spans(ctypes.byref(KeyRows(Lengths(rows, None, address(seqused)), address(leftpad), None, False)), batch,
                    out.ctypes.data_as(ctypes.c_void_p))
     for (begin, length), hidden, used in zip(out.tolist(), leftpad.tolist(),
                                              [rows] * batch if seqused is None else seqused.tolist(), strict=True):
         used = min(max(used, 0), rows)
         assert begin == min(max(hidden, 0), used) and begin + length == used
+
+
+@given(st.integers(1, 5), st.integers(0, 200), st.booleans(), st.data())
+def test_keys_in_pages(host, batch, rows, uses, data):
+    """Pages begin with a sequence's first key: cu_seqlens says how many there are, and no more than there is room for."""
+    cu_seqlens = array_or_null(data.draw(st.lists(garbage, min_size=batch + 1, max_size=batch + 1)))
+    seqused = array_or_null(data.draw(st.lists(garbage, min_size=batch, max_size=batch)) if uses else None)
+    out = np.empty((batch, 2), np.int32)
+    keys = KeyRows(Lengths(rows, address(cu_seqlens), address(seqused)), None, None, True)
+    host.key_spans(ctypes.byref(keys), batch, out.ctypes.data_as(ctypes.c_void_p))
+    room = np.clip(np.diff(cu_seqlens.astype(np.int64)), 0, rows)
+    expected = room if seqused is None else np.minimum(np.maximum(seqused, 0), room)
+    assert (out[:, 0] == 0).all() and (out[:, 1] == expected).all()
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=6), st.integers(0, 3), st.booleans(), st.data())

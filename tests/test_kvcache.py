@@ -16,18 +16,46 @@ import fa3
 every_backend = pytest.mark.parametrize("framework", frameworks.BACKENDS)
 
 
+def in_pages(array, lengths, page_size, table, num_pages, placement):
+    """(pages, their buffer): the rows in use of array (batch, rows, heads, dim) where the table says, else NaN."""
+    pages = np.full((num_pages, page_size, *array.shape[2:]), np.nan, array.dtype)
+    for b, length in enumerate(lengths):
+        for j in range(length):
+            pages[table[b, j // page_size], j % page_size] = array[b, j]
+    buffer, view = strategies.place(pages, placement)
+    return view, buffer
+
+
+def put_pages(framework, data, k, v, lengths):
+    """k, v and page_table in the framework. Behind its sequences' ends the table says anything."""
+    page_size = data.draw(st.sampled_from([16, 64, 8, 1, 3, 24, 256]))
+    used = [-(-length // page_size) for length in lengths]
+    max_pages = max(used, default=0) + data.draw(st.integers(0, 2))
+    num_pages = sum(used) + data.draw(st.integers(0, 2))
+    rng = np.random.default_rng(0)
+    order = rng.permutation(num_pages)
+    table = rng.choice([-1, 0, 10**6, 2**31 - 1], (len(lengths), max_pages)).astype(np.int32)
+    for b, count in enumerate(used):
+        table[b, :count] = order[sum(used[:b]):sum(used[:b + 1])]
+    placement = data.draw(st.sampled_from(["contiguous", "sliced", "transposed"]))
+    arrays = [framework.put(*in_pages(x, lengths, page_size, table, num_pages, placement))[0] for x in (k, v)]
+    return *arrays, framework.put(table)[0]
+
+
 @every_backend
 @given(data=st.data())
 def test_cache_that_is_only_read(framework, data):
     problem = data.draw(strategies.problems(dtypes=framework.dtypes))
     seqlen_q, seqlen_k = (max(lengths, default=0) for lengths in (problem.seqlens_q, problem.seqlens_k))
-    ragged_q, one_length = data.draw(st.booleans()), data.draw(st.booleans())
+    ragged_q, one_length, paged = (data.draw(st.booleans()) for _ in range(3))
     problem = dataclasses.replace(
         problem, varlen=False, padding_q=None, seqlens_q=(seqlen_q,) * problem.batch, padding_k=problem.padding_k or 0,
         seqlens_k=(seqlen_k,) * problem.batch if one_length else problem.seqlens_k)
     arrays = strategies.make(problem)
     q, k, v = (framework.put(getattr(arrays, name), arrays.buffers[name][0])[0] for name in ("q", "k", "v"))
     options = framework.options(q)
+    if paged:
+        k, v, options["page_table"] = put_pages(framework, data, arrays.k, arrays.v, problem.seqlens_k)
     if arrays.sinks is not None:
         options["sinks"] = framework.put(arrays.sinks)[0]
     options.update((name, framework.put(array)[0]) for name, array in arrays.descales.items())
@@ -136,25 +164,31 @@ def test_cache_that_grows(problem, seed):
             out[b], reference.attention(q_turned[b], keys, values, causal=problem.causal)[0], rtol=1e-4, atol=1e-5)
 
 
-@given(data=st.data(), lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3), page_size=st.integers(1, 17))
-def test_pages_are_read_like_rows(data, lengths, page_size):
+@every_backend
+@given(lengths=st.lists(st.integers(0, 40) | st.integers(0, 300), min_size=1, max_size=3),
+       page_size=st.integers(1, 17) | st.sampled_from([24, 32, 64, 128]))
+def test_pages_are_read_like_rows(framework, lengths, page_size):
     rng = np.random.default_rng(0)
+    dtype = np.float16 if framework.on_gpu else np.float32
     batch, longest = len(lengths), max(lengths)
     pages = max(1, -(-longest // page_size))
-    k, v = (rng.standard_normal((batch, pages * page_size, 2, 16)).astype(np.float32) for _ in range(2))
+    k, v = (rng.standard_normal((batch, pages * page_size, 2, 16)).astype(dtype) for _ in range(2))
     table = rng.permutation(batch * pages).reshape(batch, pages).astype(np.int32)
-    k_pages, v_pages = (np.empty((batch * pages, page_size, 2, 16), np.float32) for _ in range(2))
+    k_pages, v_pages = (np.empty((batch * pages, page_size, 2, 16), dtype) for _ in range(2))
     for array, paged in ((k, k_pages), (v, v_pages)):
         paged[table.reshape(-1)] = array.reshape(batch * pages, page_size, 2, 16)
-    q = rng.standard_normal((batch, 3, 4, 16)).astype(np.float32)
+    q = rng.standard_normal((batch, 3, 4, 16)).astype(dtype)
     used = np.array(lengths, np.int32)
-    rows = fa3.flash_attn_with_kvcache(q, k, v, cache_seqlens=used, causal=True)
     cu_seqlens_q = np.arange(batch + 1, dtype=np.int32) * 3
     ends = np.concatenate([[0], np.cumsum(used)]).astype(np.int32)
-    flat_q = q.reshape(-1, 4, 16)
+    flat_q, q, k, v, k_pages, v_pages, used, table, cu_seqlens_q, ends = (
+        framework.put(x)[0]
+        for x in (q.reshape(-1, 4, 16), q, k, v, k_pages, v_pages, used, table, cu_seqlens_q, ends))
+    rows = framework.numpy(fa3.flash_attn_with_kvcache(q, k, v, cache_seqlens=used, causal=True))
+    tolerance = 1e-3 if framework.on_gpu else 1e-5
     for result in (
             fa3.flash_attn_with_kvcache(q, k_pages, v_pages, cache_seqlens=used, page_table=table, causal=True),
             fa3.flash_attn_varlen_func(flat_q, k_pages, v_pages, cu_seqlens_q, None, seqused_k=used,
                                        page_table=table, causal=True),
             fa3.flash_attn_varlen_func(flat_q, k_pages, v_pages, cu_seqlens_q, ends, page_table=table, causal=True)):
-        np.testing.assert_allclose(result.reshape(rows.shape), rows, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(framework.numpy(result).reshape(rows.shape), rows, rtol=tolerance, atol=tolerance)

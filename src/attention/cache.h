@@ -10,9 +10,11 @@ namespace fa3 {
 struct KeyRows : Lengths {
   const int* leftpad;  // (batch), or null
   const int* entries;  // cache_batch_idx (batch), or null: sequence b has batch entry b
+  bool paged;          // each sequence has rows from 0 on: cu_seqlens only says how many
 
   FA3_HOST_DEVICE Span span(int batch) const {
-    Span s = Lengths::span(batch);
+    Span s = paged && cu_seqlens ? of_length(int64_t{cu_seqlens[batch + 1]} - cu_seqlens[batch], batch)
+                                 : Lengths::span(batch);
     if (leftpad) {
       const int hidden = clamped(leftpad[batch], 0, s.length);
       s.begin += hidden;
@@ -21,6 +23,12 @@ struct KeyRows : Lengths {
     return s;
   }
   FA3_HOST_DEVICE int entry(int batch) const { return entries ? entries[batch] : batch; }
+
+ private:
+  FA3_HOST_DEVICE Span of_length(int64_t length, int batch) const {
+    const int most = length < 0 ? 0 : length > rows ? rows : static_cast<int>(length);
+    return {0, seqused ? clamped(seqused[batch], 0, most) : most};
+  }
 };
 
 /// A row of a cache: of a batch entry or of a page. What the cache does not have is kNowhere.

@@ -18,6 +18,17 @@ namespace fa3 {
 struct TmaOperand {
   CUtensorMap map;
   int head_step, batch_step;  // 1, or 0 where the axis does not move
+  // The same array without a map, for rows that TMA cannot bring.
+  const uint8_t* data;
+  int64_t row_bytes, head_bytes, batch_bytes;
+};
+
+/// Where the keys of a paged cache are: its pages are what is the batch of k and v else.
+struct KeyPages {
+  CacheRows rows;
+  int box_rows;  // that TMA brings at once: they divide a page and a block of keys; 0: rows are gathered one by one
+
+  FA3_HOST_DEVICE bool used() const { return rows.page_table != nullptr; }
 };
 
 /// Factors of an fp8 operand. A null pointer: 1.
@@ -45,8 +56,9 @@ struct ForwardArgs {
 
   Lengths queries;
   KeyRows keys;
+  KeyPages pages;
   Visibility visibility;
-  int batch, num_heads_kv, head_dim_v;
+  int batch, num_heads_kv, head_dim, head_dim_v;
   Packing packing;  // of the query heads of each KV head
 
   Descale q_descale, k_descale, v_descale;  // of fp8 operands

@@ -36,7 +36,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     // Of 16 bits only two of four have a role, but fewer warps would save no registers.
     const int warp = arch::uniform(threadIdx.x / 32 % 4);
     if (warp == 0) Scheduler<Traits>(args, shared).run();
-    if (warp == 1 && threadIdx.x % 32 == 0) Loader<Traits>(args, shared).run();
+    if (warp == 1) {
+      if (args.pages.used())
+        Loader<Traits, PagedKeys<Traits>>(args, shared).run();
+      else if (threadIdx.x % 32 == 0)
+        Loader<Traits, ContiguousKeys<Traits>>(args, shared).run();
+    }
     if constexpr (Traits::kEightBits)
       if (warp >= 2) Transposer<Traits>(shared, warp - 2).run();
   } else {

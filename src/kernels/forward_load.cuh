@@ -1,12 +1,14 @@
-// The loader: one thread that keeps Q, K and V coming by TMA.
+// The loader: one thread that keeps Q, K and V coming by TMA; with pages, its whole warp.
 #pragma once
 #include "kernels/forward_args.h"
+#include "kernels/forward_keys.cuh"
 #include "kernels/forward_traits.cuh"
 #include "tile/ring.cuh"
 
 namespace fa3 {
 
-template <class Traits>
+/// `Keys` brings blocks of keys and values: ContiguousKeys to one lane, PagedKeys to all of a warp.
+template <class Traits, class Keys>
 class Loader {
  public:
   __device__ __forceinline__ Loader(const ForwardArgs& args, ForwardShared<Traits>& shared)
@@ -18,37 +20,30 @@ class Loader {
       const TileHead& work = shared_.tile[tiles_.stage()];
       if (work.m_block == TileHead::kNone) return;
       load(work);
-      shared_.tile_empty[tiles_.stage()].arrive();
+      Keys::join();
+      if (Keys::leads()) shared_.tile_empty[tiles_.stage()].arrive();
       tiles_.advance();
     }
   }
 
  private:
+  using Source = typename Keys::Source;
   static constexpr int kLead = 2;  // blocks before the last when the scheduler is to find the next piece
 
   /// Blocks come from the last to the first. K runs one block ahead of V: that is the order in which they are used.
   __device__ __forceinline__ void load(const TileHead& work) {
-    const Source k = source(args_.k, work), v = source(args_.v, work);
+    const Source k = Keys::source(args_, args_.k, work), v = Keys::source(args_, args_.v, work);
     int n_block = work.end_block - 1;
     const int first_block = work.first_block;
     if (n_block >= first_block) load_k(k, n_block);
-    load_q(work);
+    if (Keys::leads()) load_q(work);
     const int nearly_last = smaller(n_block, first_block + kLead);
-    if (n_block < first_block) shared_.tile_nearly_loaded.arrive();
+    if (n_block < first_block && Keys::leads()) shared_.tile_nearly_loaded.arrive();
     for (; n_block >= first_block; --n_block) {
-      if (n_block == nearly_last) shared_.tile_nearly_loaded.arrive();
+      if (n_block == nearly_last && Keys::leads()) shared_.tile_nearly_loaded.arrive();
       if (n_block > first_block) load_k(k, n_block - 1);
       load_v(v, n_block);
     }
-  }
-
-  /// Where a sequence's keys or values of one head are.
-  struct Source {
-    const CUtensorMap* map;
-    int first_row, head, batch;
-  };
-  __device__ __forceinline__ static Source source(const TmaOperand& operand, const TileHead& work) {
-    return {&operand.map, work.k_begin, work.head_kv * operand.head_step, work.batch_kv * operand.batch_step};
   }
 
   __device__ __forceinline__ void load_q(const TileHead& work) {
@@ -74,28 +69,25 @@ class Loader {
   }
 
   __device__ __forceinline__ void load_k(const Source& k, int n_block) {
-    load_block<typename Traits::TileK>(k, n_block, shared_.k, shared_.k_full, shared_.k_empty, k_ring_);
+    load_block<typename Traits::TileK>(k, args_.head_dim, n_block, shared_.k, shared_.k_full, shared_.k_empty, k_ring_);
   }
   __device__ __forceinline__ void load_v(const Source& v, int n_block) {
     if constexpr (Traits::kEightBits)
-      load_block<typename Traits::TileLoadedV>(v, n_block, shared_.loaded_v, shared_.loaded_v_full,
+      load_block<typename Traits::TileLoadedV>(v, args_.head_dim_v, n_block, shared_.loaded_v, shared_.loaded_v_full,
                                                shared_.loaded_v_empty, v_ring_);
     else
-      load_block<typename Traits::TileV>(v, n_block, shared_.v, shared_.v_full, shared_.v_empty, v_ring_);
+      load_block<typename Traits::TileV>(v, args_.head_dim_v, n_block, shared_.v, shared_.v_full, shared_.v_empty,
+                                         v_ring_);
   }
 
   template <class Tile>
-  __device__ __forceinline__ void load_block(const Source& from, int n_block,
+  __device__ __forceinline__ void load_block(const Source& from, int columns, int n_block,
                                              uint8_t (&stages)[Traits::kStages][Tile::kBytes], arch::Barrier* full,
                                              arch::Barrier* empty, Ring<Traits::kStages>& ring) {
     const uint32_t stage = ring.stage();
+    const typename Keys::Place place = Keys::place(from, n_block);
     empty[stage].wait(ring.parity() ^ 1);
-    full[stage].arrive_expecting(Tile::kBytes);
-    const int row = from.first_row + n_block * Traits::kTileN;
-#pragma unroll
-    for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
-      arch::load_box(stages[stage] + chunk * Tile::kChunkBytes, from.map,
-                     {chunk * Tile::kChunkColumns, row, from.head, from.batch}, full[stage]);
+    Keys::template load<Tile>(from, columns, place, stages[stage], full[stage]);
     ring.advance();
   }
 

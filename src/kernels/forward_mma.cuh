@@ -280,7 +280,7 @@ class Consumer {
   /// is NaN: what follows, another sequence or unused rows, becomes 0 too. TMA does that at the array's own end. Every
   /// warpgroup clears the whole rest for itself, which spares them waiting for each other.
   __device__ __forceinline__ void clear_values_past(int rows) const {
-    if (rows >= kTileN || !(args_.keys.cu_seqlens || args_.keys.seqused)) return;
+    if (rows >= kTileN || !(args_.keys.cu_seqlens || args_.keys.seqused || args_.pages.used())) return;
     shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());
     constexpr int kVectors = Traits::kSwizzleV / 16;  // of a row's chunk
     for (int chunk = 0; chunk < TileV::kChunks; ++chunk) {

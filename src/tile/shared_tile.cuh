@@ -11,7 +11,8 @@ template <int kRows, int kColumns, int kSwizzle, int kElementBytes = 2>
 struct SharedTile {
   static constexpr int kChunkColumns = kSwizzle / kElementBytes;
   static constexpr int kChunks = ceil_div(kColumns * kElementBytes, kSwizzle);
-  static constexpr int kChunkBytes = kRows * kSwizzle;
+  static constexpr int kRowBytes = kSwizzle;  // from a row of a chunk to the next
+  static constexpr int kChunkBytes = kRows * kRowBytes;
   static constexpr int kBytes = kChunks * kChunkBytes;
   static_assert(kRows % 8 == 0, "the swizzle repeats every 8 rows");
   static_assert(kColumns % 16 == 0, "a product consumes 16 columns or rows at a time");

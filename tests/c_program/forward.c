@@ -93,8 +93,6 @@ static void check_fp8(void) {
 }
 
 static void check_missing_features(void) {
-  static const int32_t* const integers = (const int32_t*)(const void*)memory;
-  REFUSES(FA3_ERROR_NO_PAGED_CACHE, "page_table", p.cache.page_table = integers);
   REFUSES(FA3_ERROR_NO_QV, "qv", p.qv = p.q);
   REFUSES(FA3_ERROR_NO_QV, "576", p.head_dim = 576; p.head_dim_v = 512);
   REFUSES(FA3_ERROR_NO_DROPOUT, "dropout_p: 0.1", p.dropout_p = 0.1f);
@@ -122,6 +120,41 @@ static fa3_forward_params cache_call(void) {
     __VA_ARGS__;                         \
     expect(&p, code, words);             \
   } while (0)
+
+/* Two sequences of at most 5 pages of 16 rows, out of 7 pages. */
+static fa3_forward_params paged_call(void) {
+  fa3_forward_params p = dense_call(2, 10, 80, 4, 2, address);
+  p.cache.page_table = (const int32_t*)(const void*)memory;
+  p.cache.page_table_stride = p.cache.max_pages = 5;
+  p.cache.page_size = 16;
+  p.cache.num_pages = 7;
+  p.k = p.v = packed(address, 16, 2, 128);
+  return p;
+}
+
+#define PAGES_REFUSE(words, ...)         \
+  do {                                   \
+    fa3_forward_params p = paged_call(); \
+    __VA_ARGS__;                         \
+    expect(&p, FA3_ERROR_SHAPE, words);  \
+  } while (0)
+
+static void check_pages(void) {
+  fa3_forward_plan plan;
+  fa3_forward_params p = paged_call();
+  CHECK(fa3_plan_forward(&p, 132, &plan) == FA3_OK && !plan.copy_k && !plan.copy_v, "pages");
+  p.k.stride[0] += 1;
+  CHECK(fa3_plan_forward(&p, 132, &plan) == FA3_OK && plan.copy_k && plan.workspace >= 7 * 16 * 2 * 128 * 2,
+        "all 7 pages are copied: %zu", plan.workspace);
+  p = paged_call();
+  p.cache.num_pages = 0;
+  p.k.data = p.v.data = NULL;
+  CHECK(fa3_plan_forward(&p, 132, &plan) == FA3_OK, "no page at all");
+  PAGES_REFUSE("page_size: 0", p.cache.page_size = 0);
+  PAGES_REFUSE("num_pages, max_pages: -1, 5", p.cache.num_pages = -1);
+  PAGES_REFUSE("num_pages, max_pages: 7, -1", p.cache.max_pages = -1);
+  PAGES_REFUSE("k: 81 rows of a sequence, but page_table has room for 5 pages of 16", p.keys.rows = 81);
+}
 
 static void check_cache_arguments(void) {
   static const int32_t* const integers = (const int32_t*)(const void*)memory;
@@ -313,6 +346,7 @@ static const struct {
     {"arguments", check_arguments},
     {"fp8", check_fp8},
     {"missing_features", check_missing_features},
+    {"pages", check_pages},
     {"cache_arguments", check_cache_arguments},
     {"null_results", check_null_results},
     {"variants", check_variants},

@@ -1,0 +1,134 @@
+// How a block of keys or values comes into shared memory: in one piece, or page by page.
+#pragma once
+#include "arch/gather.cuh"
+#include "kernels/forward_args.h"
+#include "kernels/forward_traits.cuh"
+
+namespace fa3 {
+
+/// Rows one after another: one lane asks for a whole block.
+template <class Traits>
+struct ContiguousKeys {
+  /// Where a sequence's keys or values of one head are.
+  struct Source {
+    const CUtensorMap* map;
+    int first_row, head, batch;
+  };
+
+  __device__ __forceinline__ static bool leads() { return true; }
+  __device__ __forceinline__ static void join() {}
+
+  __device__ __forceinline__ static Source source(const ForwardArgs&, const TmaOperand& operand, const TileHead& work) {
+    return {&operand.map, work.k_begin, work.head_kv * operand.head_step, work.batch_kv * operand.batch_step};
+  }
+
+  using Place = int;  // the block's first row
+  __device__ __forceinline__ static Place place(const Source& from, int n_block) {
+    return from.first_row + n_block * Traits::kTileN;
+  }
+
+  template <class Tile>
+  __device__ __forceinline__ static void load(const Source& from, int, Place row, uint8_t* to, arch::Barrier& full) {
+    full.arrive_expecting(Tile::kBytes);
+#pragma unroll
+    for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
+      arch::load_box(to + chunk * Tile::kChunkBytes, from.map,
+                     {chunk * Tile::kChunkColumns, row, from.head, from.batch}, full);
+  }
+};
+
+/// Rows in pages: every lane of the loader's warp looks up pages and asks for what lies in them. Rows past the
+/// sequence's end, and those of pages that do not exist, are zeros, and nothing is read for them.
+template <class Traits>
+struct PagedKeys {
+  /// A sequence's keys or values of one head. Its numbers stay in shared memory: registers are few here.
+  struct Source {
+    const KeyPages& pages;
+    const TmaOperand& operand;
+    const TileHead& work;
+
+    /// Where a row lies, counted from the sequence's first.
+    __device__ __forceinline__ CacheRow at(int row) const {
+      return row < work.seqlen_k ? pages.rows.at(work.batch_kv, work.k_begin + row) : CacheRow{CacheRow::kNone, 0};
+    }
+    __device__ __forceinline__ int head() const { return work.head_kv * operand.head_step; }
+  };
+
+  __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
+  __device__ __forceinline__ static bool leads() { return lane() == 0; }
+  __device__ __forceinline__ static void join() { __syncwarp(); }
+
+  __device__ __forceinline__ static Source source(const ForwardArgs& args, const TmaOperand& operand,
+                                                  const TileHead& work) {
+    return {args.pages, operand, work};
+  }
+
+  struct Place {
+    int first_row;
+    CacheRow box;  // this lane's
+  };
+
+  /// A page is looked up long before it is used: while the loader waits for a free stage.
+  __device__ __forceinline__ static Place place(const Source& from, int n_block) {
+    const int first_row = n_block * Traits::kTileN;
+    return {first_row, from.at(first_row + lane() * from.pages.box_rows)};
+  }
+
+  /// A block, of whose rows `columns` exist in the array.
+  template <class Tile>
+  __device__ __forceinline__ static void load(const Source& from, int columns, const Place& place, uint8_t* to,
+                                              arch::Barrier& full) {
+    if (from.pages.box_rows > 0)
+      load_boxes<Tile>(from, place.box, to, full);
+    else
+      gather<Tile>(from, columns, place.first_row, to, full);
+  }
+
+ private:
+  /// A lane for each box: no more than tile_n / 8 of them.
+  template <class Tile>
+  __device__ __forceinline__ static void load_boxes(const Source& from, const CacheRow& found, uint8_t* to,
+                                                    arch::Barrier& full) {
+    static_assert(Traits::kTileN <= 8 * 32, "a lane asks for one box");
+    const int first = lane() * from.pages.box_rows;
+    if (leads()) full.arrive_expecting(Tile::kBytes);
+    __syncwarp();  // announced before the first byte can be there
+    if (first >= Traits::kTileN) return;
+    // A box behind a page's last row brings zeros.
+    const int row = found.exists() ? found.row : from.pages.rows.page_size;
+    const int page = found.exists() ? found.entry * from.operand.batch_step : 0;
+#pragma unroll
+    for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
+      arch::load_box(to + chunk * Tile::kChunkBytes + first * Tile::kRowBytes, &from.operand.map,
+                     {chunk * Tile::kChunkColumns, row, from.head(), page}, full);
+  }
+
+  /// Eight lanes for a row, 16 bytes each at a time.
+  template <class Tile>
+  __device__ __forceinline__ static void gather(const Source& from, int columns, int first_row, uint8_t* to,
+                                                arch::Barrier& full) {
+    constexpr int kLanes = 8, kVectorColumns = 16 / Traits::kElementBytes;
+    const uint32_t shared = arch::shared_address(to);
+#pragma unroll 1
+    for (int row = lane() / kLanes; row < Traits::kTileN; row += 32 / kLanes) {
+      const CacheRow found = from.at(first_row + row);
+      const uint8_t* data = from.operand.data;
+      if (found.exists())
+        data += int64_t{found.entry} * from.operand.batch_step * from.operand.batch_bytes +
+                found.row * from.operand.row_bytes + from.head() * from.operand.head_bytes;
+#pragma unroll 1
+      for (int column = lane() % kLanes * kVectorColumns; column < Tile::kChunks * Tile::kChunkColumns;
+           column += kLanes * kVectorColumns) {
+        const bool exists = found.exists() && column < columns;
+        arch::copy_vector(shared + Tile::offset(row, column), exists ? data + column * Traits::kElementBytes : data,
+                          exists);
+      }
+    }
+    arch::wait_for_vectors();
+    arch::fence_async_proxy();
+    __syncwarp();
+    if (leads()) full.arrive();
+  }
+};
+
+}  // namespace fa3
