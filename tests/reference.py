@@ -17,7 +17,7 @@ SMALLEST_SUBNORMAL = {np.dtype(np.float16): 2.0**-24, BF16: 2.0**-133, np.dtype(
                       np.dtype(np.float64): 2.0**-1074}
 # fp8 probabilities are multiplied by a number before they are rounded, so that small ones survive. A kernel that rounds
 # relative to a maximum so far, or leaves a sink out of it, has a row's largest probability anywhere between two powers
-# of two, where e4m3 loses nothing of it or up to 1/17. So the formula is tried at four places of that octave, up to 448.
+# of two, where e4m3 loses nothing of it or up to 1/17. So the formula is tried at four places of that octave.
 FP8_PROBABILITY_SCALES = tuple(256 * 2 ** (i / 4) for i in range(4))
 # Of the sum of |q_i k_i|: what Hopper's tensor cores may lose of a score of e4m3. They align the 32 products of a step
 # and the sum so far to the largest of them, and drop what lies below 2^-13 of it. Each loses less than that, half of it

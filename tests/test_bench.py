@@ -31,7 +31,11 @@ EXPECTED_CASES = {
         "b16 s512 h16 d128", "b1 s2048 h16 d80", "b1 s2048 h16 d128", "b1 s512 h8 d80", "b1 s512 h8 d128",
         "b4 s4096 h4 d80", "b4 s4096 h4 d128", *(f"b1 q{q} k4096 h{heads} d128" for heads in ("32/4", "64/8")
                                                  for q in (1, 4, 16, 64))) for mask in ("full", "causal")],
-    "fp8": _square_cases("e4m3", (4096, 16384)),
+    "fp8": _square_cases("e4m3", (4096, 16384)) + [
+        f"e4m3 {sizes} {mask}" for sizes in (
+            "d64 s1024", "d80 s4096", "d128 s1024", "d192 s4096", "d256 s1024",
+            *(f"d{head_dim} {sizes} h16" for sizes in ("b84 s64", "b16 s512", "b1 s2048") for head_dim in (64, 128)))
+        for mask in ("full", "causal")],
     "backward": _square_cases("bf16", (1024, 4096, 16384)),
     "seed": ["1 fp8 b3 s1680 h16 d80", "1r fp8 b3 s<=1680 h16 d80", "1h fp16 b3 s1680 h16 d80",
              "2 fp8 b84 s64 h16 d80", "2h fp16 b84 s64 h16 d80", "3 fp16 b1 s1285 h16/2 d80 causal",
@@ -91,11 +95,20 @@ def test_flops_and_bytes_of_two_head_dims_and_a_window():
     assert row.bytes_moved == 2 * (7 * 6 * (24 + 16) + 9 * 2 * (24 + 16))
 
 
-@pytest.mark.parametrize("group", ["fp8", "decode", "sideward"])
+@pytest.mark.parametrize("group", ["decode", "sideward"])
 def test_a_group_that_is_not_built_says_which_are(group):
-    built = "forward, sweep, window, short, seed, overhead, backward, tiles, quantize, counters"
+    built = "forward, sweep, window, short, fp8, seed, overhead, backward, tiles, quantize, counters"
     with pytest.raises(ValueError, match=f"there are: {built}$"):
         shapes.rows(group)
+
+
+def test_a_peer_that_is_not_installed_is_left_out(monkeypatch, capsys):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setitem(sys.modules, "cudnn", None)
+    q = torch.zeros(1, 16, 2, 64).to(torch.float8_e4m3fn)
+    row = shapes.Row("fp8", "small", "fp8", (16,), (16,), 2, 2, 64)
+    assert peers.peer_candidates(row, q, q, q, torch.zeros(q.shape)) == []
+    assert "small: cudnn is left out, cudnn (nvidia-cudnn-frontend) is not importable" in capsys.readouterr().err
 
 
 def test_rows_by_pattern():
