@@ -29,12 +29,19 @@ def attention(q, k, v, causal: bool) -> Callable[[], object]:
     UnavailableError
         When the package cannot be imported, or cuDNN does not support the problem.
     """
-    import torch
-
     try:
         import cudnn
     except ImportError as error:
         raise UnavailableError(f"cudnn (nvidia-cudnn-frontend) is not importable: {error}") from None
+    try:
+        return _build(cudnn, q, k, v, causal)
+    except Exception as error:  # of a package whose releases fail in many ways: a row is timed without it then
+        raise UnavailableError(f"cuDNN does not take it: {' '.join(str(error).split())}") from error
+
+
+def _build(cudnn, q, k, v, causal):
+    import torch
+
     types = cudnn.data_type
     handle = cudnn.create_handle()
     graph = cudnn.pygraph(io_data_type=types.FP8_E4M3, intermediate_data_type=types.FLOAT,
@@ -54,14 +61,11 @@ def attention(q, k, v, causal: bool) -> Callable[[], object]:
     result.set_output(True).set_dim(list(out.shape)).set_stride(list(out.stride())).set_data_type(types.FP8_E4M3)
     for tensor in largest_of:
         tensor.set_output(True).set_dim([1, 1, 1, 1]).set_stride([1, 1, 1, 1]).set_data_type(types.FLOAT)
-    try:
-        graph.validate()
-        graph.build_operation_graph()
-        graph.create_execution_plans([cudnn.heur_mode.A])
-        graph.check_support()
-        graph.build_plans()
-    except (cudnn.cudnnGraphNotSupportedError, RuntimeError) as error:
-        raise UnavailableError(f"cuDNN does not support it: {error}") from error
+    graph.validate()
+    graph.build_operation_graph()
+    graph.create_execution_plans([cudnn.heur_mode.A])
+    graph.check_support()
+    graph.build_plans()
     workspace = torch.empty(max(graph.get_workspace_size(), 1), dtype=torch.uint8, device=q.device)
     bound = {arrays["q"]: q, arrays["k"]: k, arrays["v"]: v, result: out}
     bound |= dict.fromkeys(factors.values(), one) | dict(zip(largest_of, largest, strict=True))
