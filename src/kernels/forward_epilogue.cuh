@@ -21,7 +21,7 @@ __device__ __forceinline__ RowScales finish_rows(const ForwardArgs& args, const 
                                                  uint32_t thread, const Softmax& softmax) {
   const RowPlaces places(args, work, consumers, thread / 128);
   RowScales scales;
-  if constexpr (Softmax::kEightBits) scales.descale = args.v_descale.at(work.batch, work.head_kv);
+  if constexpr (Softmax::kEightBits) scales.descale = work.value_descale;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = thread % 128 / 32 * 16 + thread % 32 / 4 + 8 * r;

@@ -12,8 +12,8 @@ namespace fa3 {
 
 /// Warpgroups take turns at issuing products, so that one's softmax runs beside the others' products. Barrier 1 + w is
 /// warpgroup w's turn: its 128 threads wait there, and the 128 of the one before it arrive. Every warpgroup takes the
-/// same number of turns a tile: one less than the blocks that are loaded. A lone warpgroup takes none.
-template <int kConsumers>
+/// same number of turns a tile: one less than the blocks that are loaded. Where they are not `kTaken` nobody waits.
+template <int kConsumers, bool kTaken>
 struct Turns {
   int mine, next;
   bool leads;  // warpgroup 0, the first to go
@@ -23,10 +23,10 @@ struct Turns {
     if (warpgroup == kConsumers - 1) pass();
   }
   __device__ __forceinline__ void take() const {
-    if (kConsumers > 1) arch::barrier_sync(mine, 256);
+    if (kTaken) arch::barrier_sync(mine, 256);
   }
   __device__ __forceinline__ void pass() const {
-    if (kConsumers > 1) arch::barrier_arrive(next, 256);
+    if (kTaken) arch::barrier_arrive(next, 256);
   }
   /// The last warpgroup's last arrival is still under way.
   __device__ __forceinline__ void finish() const {
@@ -188,9 +188,9 @@ class Consumer {
 
   /// The factor of row r's scores. Rows that stand idle have that of a head that exists.
   __device__ __forceinline__ float descale(const Work& work, int r) const {
+    if (args_.packing.heads == 1) return work.score_descale;
     const int head = smaller(work.first_head + args_.packing.head_of(row(r)), args_.packing.ratio - 1);
-    return args_.q_descale.at(work.batch, work.head_kv * args_.packing.ratio + head) *
-           args_.k_descale.at(work.batch, work.head_kv);
+    return score_descale(args_, work, head);
   }
 
   /// A tile's rows: their descales become part of what the scores are multiplied with, before softcap or after it.
@@ -248,7 +248,8 @@ class Consumer {
     const uint8_t* rows = shared_.q[warpgroup_][q_ring().stage()];
 #pragma unroll
     for (int step = 0; step < Traits::kQuerySteps; ++step)
-      arch::load_matrices(queries_[step], rows + TileQ::offset(16 * warp_ + lane_ % 16, 16 * step + lane_ / 16 * 8));
+      arch::load_matrices(queries_[step], rows + TileQ::offset(16 * warp_ + lane_ % 16,
+                                                               (32 * step + lane_ / 16 * 16) / Traits::kElementBytes));
   }
 
   __device__ __forceinline__ void multiply_keys(Scores& s) const {
@@ -331,7 +332,7 @@ class Consumer {
   const ForwardArgs& args_;
   Shared& shared_;
   const int warpgroup_, lane_, warp_;
-  const Turns<Traits::kConsumers> turns_;
+  const Turns<Traits::kConsumers, Traits::kTakesTurns> turns_;
   const uint32_t q_address_, k_address_, v_address_;  // in units of 16 bytes
   uint32_t queries_[larger(Traits::kQuerySteps, 1)][4];
   RowSoftmax softmax_;

@@ -11,6 +11,12 @@ __device__ __forceinline__ int query_of(const ForwardArgs& args, const TileHead&
   return (work.m_block * consumers + warpgroup) * args.packing.positions + args.packing.position_of(row);
 }
 
+/// The factor of fp8 scores of a tile's head, counted from the first query head of its KV head.
+__device__ __forceinline__ float score_descale(const ForwardArgs& args, const TileHead& work, int head) {
+  return args.q_descale.at(work.batch, work.head_kv * args.packing.ratio + head) *
+         args.k_descale.at(work.batch, work.head_kv);
+}
+
 /// A warpgroup's rows in the arrays: a row is a position and a head counted from the first of both, and only those
 /// within the sequence and within the heads of a KV head exist.
 struct RowPlaces {

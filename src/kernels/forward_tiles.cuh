@@ -3,6 +3,7 @@
 #include "arch/counter.cuh"
 #include "attention/seqlen.h"
 #include "kernels/forward_args.h"
+#include "kernels/forward_rows.cuh"
 #include "kernels/forward_traits.cuh"
 #include "tile/ring.cuh"
 
@@ -75,6 +76,10 @@ class Scheduler {
       if (lane_ == 0) {
         work.first_block = first_block;
         work.end_block = end_block;
+        if constexpr (Traits::kEightBits) {
+          work.score_descale = score_descale(args_, work, work.first_head);
+          work.value_descale = args_.v_descale.at(work.batch, work.head_kv);
+        }
       }
       if (lane_ < Traits::kConsumers) {
         const int own_first = first + args_.packing.positions * lane_;

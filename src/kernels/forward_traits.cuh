@@ -31,31 +31,37 @@ struct ForwardTraits {
   static constexpr int kStages = 2;  // of K and of V: a third never helped
   static constexpr int kThreads = 128 * (kConsumers + 1);
 
-  // One warpgroup leaves its multiprocessor half idle while it waits: such blocks are small enough for two on each.
-  static constexpr int kBlocksPerSm = kConsumers == 1 ? 2 : 1;
+  static constexpr int kOutputs = kPromoteEvery ? 2 : 1;  // O, twice where it is promoted
+  static constexpr int kOperands = kTileN / 2 + kTileN * kElementBytes / 8 + kOutputs * kHeadDimV / 2;  // S, P and O
+
+  // One warpgroup leaves its multiprocessor half idle while it waits: such blocks are small enough for two on each, of
+  // 8 bits for three where S, P and O leave 32 of 120 registers.
+  static constexpr int kSmallBlocks = (kEightBits && kOperands <= 88) ? 3 : 2;
+  static constexpr int kBlocksPerSm = kConsumers == 1 ? kSmallBlocks : 1;
+
+  // Products of 16 bits fill the tensor cores only if warpgroups keep out of each other's way. Those of 8 bits wait for
+  // exponentials, which three warpgroups spread better by themselves.
+  static constexpr bool kTakesTurns = kConsumers == 2 || (kConsumers == 3 && !kEightBits);
 
   // A thread block starts with kThreads times the registers that kThreads of them can have each; setmaxnreg deals that
-  // pool out anew, and waits forever for more than there is. 168 and 128 are 65,536 / (kThreads * kBlocksPerSm),
-  // rounded down to 8.
-  static constexpr int kPoolRegisters = kConsumers == 2 ? 168 : 128;
+  // pool out anew, and waits forever for more than there is.
+  static constexpr int kPoolRegisters = 65536 / (kThreads * kBlocksPerSm) / 8 * 8;
   // Turning V takes more than loading it, and P of 8 bits less than of 16.
-  static constexpr int kConsumerRegisters = (kConsumers == 1   ? 216
-                                             : kConsumers == 2 ? 232
-                                                               : 160) -
-                                            (kEightBits ? 8 : 0);
+  static constexpr int kMostRegisters = kConsumers == 1 ? 216 : kConsumers == 2 ? 232 : 160;
+  static constexpr int kConsumerRegisters = kBlocksPerSm == 3 ? 120 : kMostRegisters - (kEightBits ? 8 : 0);
   static constexpr int kProducerRegisters = (kConsumers + 1) * kPoolRegisters - kConsumers * kConsumerRegisters;
   static_assert(kConsumers >= 1 && kConsumers <= 3, "registers are split for one to three consumer warpgroups");
-  static constexpr int kOutputs = kPromoteEvery ? 2 : 1;  // O, twice where it is promoted
-  static_assert(kTileN / 2 + kTileN * kElementBytes / 8 + kOutputs * kHeadDimV / 2 <=
-                    (kConsumers == 3 ? (kEightBits ? 124 : 128) : kConsumerRegisters - 24),
-                "S, P and O must fit in a consumer's registers, or ptxas serialises wgmma");
+  static constexpr int kMostOperands = kConsumers == 3 ? (kEightBits ? 124 : 128) : kConsumerRegisters - 24;
+  static_assert(kOperands <= kMostOperands, "S, P and O must fit in a consumer's registers, or ptxas serialises wgmma");
   static_assert(kEightBits || !kPromoteEvery, "sums of 16-bit products are fp32");
 
-  // A product of 64 columns with Q in shared memory takes all that shared memory gives. Where registers are left, they
-  // hold the first of Q's columns, 32 bytes a step.
-  static constexpr int kRegistersLeft =
-      kConsumers == 2 && !kEightBits ? kConsumerRegisters - 40 - (kTileN / 2 + kTileN / 4 + kHeadDimV / 2) : 0;
-  static constexpr int kQuerySteps = smaller(larger(kRegistersLeft / 4, 0), kHeadDim / 16);
+  // A product of 64 columns with Q in shared memory takes all that shared memory gives, one of 8 bits and 96 columns
+  // five sixths. Where registers are left, they hold the first of Q's columns, 32 bytes a step.
+  static constexpr int kRegistersLeft = kConsumers == 2                 ? kConsumerRegisters - 40 - kOperands
+                                        : kConsumers == 3 && kEightBits ? kMostOperands - kOperands
+                                                                        : 0;
+  static constexpr int kColumnSteps = ceil_div(kElementBytes * kHeadDim, 32);
+  static constexpr int kQuerySteps = smaller(larger(kRegistersLeft / 4, 0), kColumnSteps);
 
   static constexpr int kSwizzleQK = swizzle_for(kElementBytes * kHeadDim);
   static constexpr int kSwizzleV = swizzle_for(kElementBytes * kHeadDimV);
@@ -90,6 +96,8 @@ struct TileHead {
   int seqlen_q, seqlen_k;
   int first_block, end_block;  // blocks of keys that are loaded for this piece
   int place, part, parts;      // of a split tile; whole ones have parts = 1
+  // Of fp8: what the tile's first head's scores and outputs are multiplied with. Read ahead, as global memory is far.
+  float score_descale, value_descale;
   static constexpr int kNone = -1;
 };
 
