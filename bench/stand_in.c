@@ -91,8 +91,10 @@ const char* stand_in_describe(void) {
   DESCALE(q_descale);
   DESCALE(k_descale);
   DESCALE(v_descale);
-  REAL(dropout_p);
-  INT(dropout_seed);
+  REAL(dropout.p);
+  INT(dropout.seed);
+  POINTER(dropout.seed_data);
+  INT(dropout.seed_type);
   ARRAY(cache.k_new);
   ARRAY(cache.v_new);
   POINTER(cache.cu_seqlens_k_new);

@@ -18,6 +18,7 @@ cdef extern from "<dlfcn.h>" nogil:
 
 cdef dict DTYPES = {"float16": c.FA3_FLOAT16, "bfloat16": c.FA3_BFLOAT16, "float8_e4m3fn": c.FA3_FLOAT8_E4M3,
                     "float32": c.FA3_FLOAT32}
+cdef dict SEED_TYPES = {"int64": c.FA3_INT64, "uint64": c.FA3_INT64, "int32": c.FA3_INT32, "uint32": c.FA3_UINT32}
 cdef dict DTYPE_NAMES = {code: name for name, code in DTYPES.items()}
 
 
@@ -128,6 +129,16 @@ cdef void fill_mask(c.fa3_mask *mask, const Options *options) noexcept:
     mask.attention_chunk = options.attention_chunk
 
 
+cdef int fill_dropout(c.fa3_dropout *dropout, Problem problem) except -1:
+    cdef ArrayView seed = problem.dropout_seed
+    dropout.p = problem.options.dropout_p
+    dropout.seed = problem.options.dropout_seed
+    if seed is not None and dropout.p > 0:
+        dropout.seed_data = <const void *>seed.data
+        dropout.seed_type = SEED_TYPES[seed.dtype]
+    return 0
+
+
 cdef int fill(c.fa3_forward_params *p, Problem problem, ArrayView out, ArrayView lse) except -1:
     """The struct, in the header's order. `Problem.finish` has seen that its sizes fit."""
     cdef Options *options = &problem.options
@@ -159,6 +170,7 @@ cdef int fill(c.fa3_forward_params *p, Problem problem, ArrayView out, ArrayView
     set_descale(&p.q_descale, problem.q_descale, problem.num_heads)
     set_descale(&p.k_descale, problem.k_descale, problem.num_heads_kv)
     set_descale(&p.v_descale, problem.v_descale, problem.num_heads_kv)
+    fill_dropout(&p.dropout, problem)
     fill_cache(&p.cache, problem)
     p.num_splits = options.num_splits
     p.batch_invariant = options.batch_invariant
@@ -240,8 +252,7 @@ cdef int backward(Problem problem, ArrayView dout, ArrayView out, ArrayView lse,
     if dsinks is not None:
         p.sinks = <const float *>problem.sinks.data
         p.dsinks = <float *>dsinks.data
-    p.dropout_p = options.dropout_p
-    p.dropout_seed = options.dropout_seed
+    fill_dropout(&p.dropout, problem)
     p.deterministic = deterministic
     check(c.fa3_backward_workspace(&p, &nbytes))
     if nbytes > 0:

@@ -51,7 +51,7 @@ sm_margin : int, default 0
     "dropout_p": """\
 dropout_p : float, default 0.0
     Drop each weight of the softmax with this probability, in steps of 2**-16, and multiply the others by
-    ``1 / (1 - dropout_p)``; lse is that of all. Above 0 it needs a seed. Not on the GPU yet.
+    ``1 / (1 - dropout_p)``; lse is that of all. Above 0 it needs a seed.
 dropout_seed : int or array () or (1,), optional
     Which weights are dropped: the same with the same seed, in forward and backward, on every device, by
     Philox4x32-10 of the seed at (batch, head, query, key). From 0 to 2**64 - 1, or an array of int64, uint64,

@@ -9,6 +9,9 @@ cdef extern from "fa3.h" nogil:
         FA3_BFLOAT16
         FA3_FLOAT8_E4M3
         FA3_FLOAT32
+        FA3_INT64
+        FA3_INT32
+        FA3_UINT32
 
     ctypedef struct fa3_array:
         void *data
@@ -53,6 +56,12 @@ cdef extern from "fa3.h" nogil:
         int64_t stride[2]
         int32_t group
 
+    ctypedef struct fa3_dropout:
+        float p
+        int32_t seed_type
+        uint64_t seed
+        const void *seed_data
+
     ctypedef struct fa3_forward_params:
         size_t struct_size
         int32_t device
@@ -78,8 +87,7 @@ cdef extern from "fa3.h" nogil:
         fa3_descale q_descale
         fa3_descale k_descale
         fa3_descale v_descale
-        float dropout_p
-        uint64_t dropout_seed
+        fa3_dropout dropout
         fa3_cache cache
         int32_t num_splits
         int32_t batch_invariant
@@ -114,8 +122,7 @@ cdef extern from "fa3.h" nogil:
         float softmax_scale
         float softcap
         const float *sinks
-        float dropout_p
-        uint64_t dropout_seed
+        fa3_dropout dropout
         int32_t deterministic
 
     ctypedef struct fa3_quantize_params:

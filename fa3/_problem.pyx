@@ -332,12 +332,7 @@ cdef class Problem:
                     number = int(self.dropout_seed.numpy().reshape(-1)[0]) % 2**64
             if number is not None:
                 options.dropout_seed = <uint64_t>number
-        if options.dropout_p == 0:
-            return 0
-        if self.on_gpu:
-            raise NotImplementedError(f"dropout_p: {options.dropout_p}, but dropout is not built for the GPU yet; "
-                                      "needs 0.0, or CPU arrays")
-        if seed is None:
+        if options.dropout_p > 0 and seed is None:
             raise ValueError(f"dropout_seed: got None, but dropout_p is {options.dropout_p} and needs one: an int, "
                              "or an array that holds one")
         return 0

@@ -30,7 +30,8 @@ FEATURES = (
     ("flash_attn_combine", "not yet", "yes"),
     ("qv, absorbed MLA", "not yet", "yes"),
     ("quantize_fp8, hadamard rotation", "yes", "yes"),
-    ("backward, dropout", "not yet", "yes"),
+    ("backward", "yes", "yes"),
+    ("dropout", "yes", "yes"),
 )
 _FRAMEWORKS = (
     ("NumPy", ("numpy",)),

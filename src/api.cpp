@@ -109,6 +109,8 @@ struct Launch {
     args.softcap_scale = p.softcap > 0 ? scale / p.softcap : 0;
     args.hidden = args.score_scale_log2 < 0 ? INFINITY : -INFINITY;
     args.sinks = p.sinks;
+    args.dropout = dropout_of(p.dropout);
+    args.plain_blocks = p.softcap == 0 && !args.dropout.active;
     args.exact_max = p.batch_invariant;
     args.most_tiles = static_cast<int>(most_tiles(p, plan));
     args.order = {plan.heads_per_section, plan.short_m_blocks};

@@ -111,8 +111,10 @@ struct BackwardLaunch {
     args.score_scale_log2 = (p.softcap > 0 ? p.softcap : p.softmax_scale) * kLog2e;
     args.softcap_scale = p.softcap > 0 ? p.softmax_scale / p.softcap : 0;
     args.softmax_scale = p.softmax_scale;
+    args.dropout = dropout_of(p.dropout);
     args.order = plan.order;
-    return checked(v.launch(args, plan.grid, p.device, stream), v.name);
+    const auto launch = args.dropout.active ? v.launch_dropout : v.launch;
+    return checked(launch(args, plan.grid, p.device, stream), v.name);
   }
 
   /// dQ, and the sinks' gradients.

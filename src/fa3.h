@@ -51,6 +51,9 @@ typedef enum fa3_status {
 
 typedef enum fa3_dtype { FA3_FLOAT16 = 1, FA3_BFLOAT16 = 2, FA3_FLOAT8_E4M3 = 3, FA3_FLOAT32 = 4 } fa3_dtype;
 
+/* FA3_INT64: or unsigned, which has the same bits. */
+typedef enum fa3_integer { FA3_INT64 = 0, FA3_INT32 = 1, FA3_UINT32 = 2 } fa3_integer;
+
 /* A strided device array. Strides count elements and may be 0 or negative, except the last axis of q, k, v and out,
  * which must be contiguous. Axes are (batch, row, head, dim) for q, k, v, out and (batch, head, row, -) for lse;
  * a ragged batch (cu_seqlens) has no batch axis: its stride[0] is ignored. 16-byte aligned addresses and strides are
@@ -115,6 +118,15 @@ typedef struct fa3_descale {
   int32_t group;
 } fa3_descale;
 
+/* Each probability is kept with 1 - p, rounded to 16 bits, and then divided by it. Which are kept is Philox4x32-10 of
+ * the seed at (batch, head, query, key), counted within the call and the sequence: fa3/_philox.py has the layout. */
+typedef struct fa3_dropout {
+  float p;               /* from 0, none, to below 1 */
+  int32_t seed_type;     /* of seed_data: fa3_integer */
+  uint64_t seed;         /* where seed_data is null */
+  const void* seed_data; /* device: one integer, read by the kernels; negative ones count modulo 2^64; or null */
+} fa3_dropout;
+
 typedef struct fa3_forward_params {
   size_t struct_size; /* sizeof(fa3_forward_params): lets the struct grow */
   int32_t device;     /* CUDA ordinal of every array */
@@ -134,8 +146,7 @@ typedef struct fa3_forward_params {
   float softcap;      /* 0: none; else scores become softcap * tanh(scores / softcap) */
   const float* sinks; /* device (num_heads), or null: a logit that joins each row's denominator */
   fa3_descale q_descale, k_descale, v_descale;
-  float dropout_p;
-  uint64_t dropout_seed;
+  fa3_dropout dropout;
 
   fa3_cache cache;
   int32_t num_splits;      /* 0: chosen; 1: none; n: that many */
@@ -164,9 +175,8 @@ typedef struct fa3_backward_params {
   fa3_mask mask;
   float softmax_scale;
   float softcap;
-  const float* sinks; /* device (num_heads), or null */
-  float dropout_p;
-  uint64_t dropout_seed;
+  const float* sinks;  /* device (num_heads), or null */
+  fa3_dropout dropout; /* the forward's */
 
   int32_t deterministic; /* 1: dq is summed in one order, and bitwise repeatable; dk and dv always are */
 } fa3_backward_params;

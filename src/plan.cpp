@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "attention/block_range.h"
+#include "attention/dropout.h"
 #include "attention/packing.h"
 #include "attention/splits.h"
 #include "prepare_plan.h"
@@ -182,7 +183,9 @@ Choice choose(const Work& work) {
   Choice best;
   if (least_dims == INT_MAX) return best;
 
-  const bool may_pack = p.pack_gqa != 0 && p.num_heads > p.num_heads_kv && (p.pack_gqa > 0 || !p.batch_invariant);
+  // Dropout's numbers are drawn for 16 queries of one head at a time.
+  const bool may_pack =
+      p.dropout.p == 0 && p.pack_gqa != 0 && p.num_heads > p.num_heads_kv && (p.pack_gqa > 0 || !p.batch_invariant);
   const bool may_not_pack = p.pack_gqa <= 0 || !may_pack;
   for (int i = 0; i < static_cast<int>(variants.size()); ++i) {
     const ForwardVariant& v = variants[i];
@@ -237,6 +240,18 @@ Visibility visibility_of(const fa3_mask& mask) {
   const int right = bound(mask.window_right);
   return {bound(mask.window_left), mask.causal ? std::min(right, 0) : right,
           std::min(mask.attention_chunk, Visibility::kUnbounded)};
+}
+
+Dropout dropout_of(const fa3_dropout& given) {
+  using SeedType = Dropout::SeedType;
+  constexpr SeedType kTypes[] = {SeedType::kInt64, SeedType::kInt32, SeedType::kUint32};  // in fa3_integer's order
+  const uint32_t threshold = std::min(static_cast<uint32_t>(std::nearbyint(given.p * 65536)), 65535u);
+  return {.active = given.p > 0,
+          .threshold = threshold * 0x10001,
+          .scale = static_cast<float>(1 / (1 - double{given.p})),
+          .number = given.seed,
+          .seed_array = given.seed_data,
+          .seed_type = kTypes[given.seed_type]};
 }
 
 Packing packing_of(const fa3_forward_params& params, bool packed) {

@@ -12,6 +12,9 @@ void log_plan(const fa3_forward_params& params, const fa3_forward_plan& plan);
 /// The mask of the arguments as the kernels take it.
 struct Visibility visibility_of(const fa3_mask& mask);
 
+/// Dropout as the kernels take it.
+struct Dropout dropout_of(const fa3_dropout& dropout);
+
 /// Bytes that TMA wants addresses and strides to be multiples of.
 inline constexpr int kTmaAlignment = 16;
 /// Parts of the workspace begin at multiples of this.

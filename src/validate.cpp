@@ -24,8 +24,6 @@ fa3_status check_features(const fa3_forward_params& p) {
   if (p.qv.data) return fail(FA3_ERROR_NO_QV, "qv: attention with qv is not built for the GPU yet");
   if (p.head_dim_v == 512 && (p.head_dim == 64 || p.head_dim == 576))
     return fail(FA3_ERROR_NO_QV, "q, v: head_dim %d and 512 (MLA) are not built for the GPU yet", p.head_dim);
-  if (p.dropout_p != 0)
-    return fail(FA3_ERROR_NO_DROPOUT, "dropout_p: %g, but dropout is not built yet; needs 0", p.dropout_p);
   return FA3_OK;
 }
 
@@ -210,6 +208,17 @@ fa3_status check_scalars(float softmax_scale, float softcap) {
   return FA3_OK;
 }
 
+fa3_status check_dropout(const fa3_dropout& dropout) {
+  if (!(dropout.p >= 0 && dropout.p < 1))
+    return fail(FA3_ERROR_SHAPE, "dropout_p: %g, but it must be from 0 to below 1", dropout.p);
+  if (dropout.seed_type < FA3_INT64 || dropout.seed_type > FA3_UINT32)
+    return fail(FA3_ERROR_DTYPE, "dropout_seed: type %d is no fa3_integer", dropout.seed_type);
+  const int bytes = dropout.seed_type == FA3_INT64 ? 8 : 4;
+  if (reinterpret_cast<uintptr_t>(dropout.seed_data) % bytes)
+    return fail(FA3_ERROR_SHAPE, "dropout_seed: its address is not a multiple of its %d bytes", bytes);
+  return FA3_OK;
+}
+
 fa3_status check_backward_struct(const fa3_backward_params& p) {
   if (p.struct_size == sizeof(fa3_backward_params)) return FA3_OK;
   return fail(FA3_ERROR_SHAPE, "struct_size: %zu, but this library's fa3_backward_params has %zu bytes", p.struct_size,
@@ -219,8 +228,6 @@ fa3_status check_backward_struct(const fa3_backward_params& p) {
 fa3_status check_backward_kinds(const fa3_backward_params& p) {
   if (p.dtype != FA3_FLOAT16 && p.dtype != FA3_BFLOAT16)
     return fail(FA3_ERROR_DTYPE, "dtype: %d is no fa3_dtype that q, k, v can have", p.dtype);
-  if (p.dropout_p != 0)
-    return fail(FA3_ERROR_NO_DROPOUT, "dropout_p: %g, but dropout is not built yet; needs 0", p.dropout_p);
   return FA3_OK;
 }
 
@@ -308,7 +315,8 @@ fa3_status validate(const fa3_forward_params* params) {
   if (auto status = check_arrays(p)) return status;
   if (auto status = check_cache(p)) return status;
   if (auto status = check_mask(p.mask)) return status;
-  return check_scalars(p.softmax_scale, p.softcap);
+  if (auto status = check_scalars(p.softmax_scale, p.softcap)) return status;
+  return check_dropout(p.dropout);
 }
 
 fa3_status validate(const fa3_backward_params* params) {
@@ -322,7 +330,8 @@ fa3_status validate(const fa3_backward_params* params) {
   if (auto status = check_lengths(p.keys, "k")) return status;
   if (auto status = check_backward_arrays(p)) return status;
   if (auto status = check_mask(p.mask)) return status;
-  return check_scalars(p.softmax_scale, p.softcap);
+  if (auto status = check_scalars(p.softmax_scale, p.softcap)) return status;
+  return check_dropout(p.dropout);
 }
 
 }  // namespace fa3

@@ -33,6 +33,7 @@ struct BackwardVariant {
   int dq_shares;  // what a query tile's dQ is added in, each with a turn of its own
   int swizzle_q_k, swizzle_v;
   cudaError_t (*launch)(const BackwardArgs& args, int grid, int device, cudaStream_t stream);  // device: the current
+  cudaError_t (*launch_dropout)(const BackwardArgs& args, int grid, int device, cudaStream_t stream);
   cudaError_t (*convert)(const ConvertArgs& args, cudaStream_t stream);
 };
 

@@ -22,6 +22,8 @@ def pointers(*names):
 Lengths = structure("Lengths", **ints("rows", "max_seqlen"), **pointers("cu_seqlens", "seqused"))
 Mask = structure("Mask", **ints("causal", "window_left", "window_right", "attention_chunk"))
 Descale = structure("Descale", data=ctypes.c_void_p, stride=ctypes.c_int64 * 2, group=ctypes.c_int32)
+Dropout = structure(
+    "Dropout", p=ctypes.c_float, seed_type=ctypes.c_int32, seed=ctypes.c_uint64, seed_data=ctypes.c_void_p)
 Cache = structure(
     "Cache", k_new=Array, v_new=Array, cu_seqlens_k_new=ctypes.c_void_p, **ints("rows_new", "seqlen"),
     page_table=ctypes.c_void_p, page_table_stride=ctypes.c_int64, **ints("max_pages", "page_size", "num_pages"),
@@ -33,7 +35,7 @@ Params = structure(
     **ints("device", "dtype", "out_dtype", "batch", "num_heads", "num_heads_kv", "head_dim", "head_dim_v"),
     q=Array, k=Array, v=Array, out=Array, lse=Array, qv=Array, queries=Lengths, keys=Lengths, mask=Mask,
     softmax_scale=ctypes.c_float, softcap=ctypes.c_float, sinks=ctypes.c_void_p,
-    q_descale=Descale, k_descale=Descale, v_descale=Descale, dropout_p=ctypes.c_float, dropout_seed=ctypes.c_uint64,
+    q_descale=Descale, k_descale=Descale, v_descale=Descale, dropout=Dropout,
     cache=Cache, **ints("num_splits", "batch_invariant", "pack_gqa", "sm_margin", "tile_m", "tile_n"))
 
 

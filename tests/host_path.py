@@ -199,30 +199,35 @@ def check_nothing_to_do(gpu):
     assert gpu.state.calls == calls
 
 
-def check_what_is_not_built_is_refused(gpu):
-    """Dropout, forward and backward, once the arguments are right: no launch, and the error says what is missing."""
+def check_dropout(gpu):
+    """A seed in an array is not read, but handed on; without dropout neither is."""
     import torch
 
     import fa3
 
-    calls, call = gpu.state.calls, dense(gpu)
-    more = arrays(gpu, dout=(2, 5, 4, 64), out=(2, 5, 4, 64), lse=(torch.float32, 2, 4, 5), seed=(torch.int64, 1))
-    seed = more.pop("seed")
-    for function, options, words in (
-            (fa3.flash_attn_func, {"dropout_p": 0.5, "dropout_seed": seed}, "dropout_p: 0.5, but dropout is not built"),
-            (fa3.flash_attn_backward, {**more, "dropout_p": 0.1}, "dropout_p: 0.1, but dropout is not built")):
-        try:
-            function(**call, **options)
-        except NotImplementedError as error:
-            assert words in str(error), error
-        else:
-            raise AssertionError(f"{words}: not raised")
+    call = dense(gpu)
+    for dtype, kind in ((torch.int64, 0), (torch.int32, 1)):
+        seed = arrays(gpu, seed=(dtype, 1))["seed"]
+        fa3.flash_attn_func(**call, dropout_p=0.5, dropout_seed=seed)
+        said(gpu, dropout__p=0.5, dropout__seed=0, dropout__seed_data=seed.data_ptr(), dropout__seed_type=kind)
+        fa3.flash_attn_func(**call, dropout_seed=seed)
+        said(gpu, dropout__p=0, dropout__seed_data=0)
+    fa3.flash_attn_func(**call, dropout_p=0.5, dropout_seed=2**63 - 1)
+    said(gpu, dropout__seed=2**63 - 1, dropout__seed_data=0)
+
+
+def check_the_backward_looks_at_lse(gpu):
+    import torch
+
+    import fa3
+
+    more = arrays(gpu, dout=(2, 5, 4, 64), out=(2, 5, 4, 64), lse=(torch.float32, 2, 4, 5))
     try:
-        fa3.flash_attn_backward(**call, **{**more, "lse": more["out"]})
+        fa3.flash_attn_backward(**dense(gpu), **{**more, "lse": more["out"]})
     except TypeError as error:
         assert str(error) == "lse: dtype float16, needs float32", error
-    fa3.flash_attn_func(**call, dropout_seed=seed)  # without dropout a seed changes nothing, and is not read
-    assert gpu.state.calls == calls + 1
+    else:
+        raise AssertionError("no TypeError")
 
 
 def check_failure(gpu):

@@ -113,7 +113,7 @@ def test_gradients(framework, data):
     else:
         drawn = strategies.problems(dtypes=(*framework.dtypes[:2], "float32"), total_work=2**20)
     problem = data.draw(drawn)
-    dropout_p = data.draw(st.sampled_from([0.0] if framework.on_gpu else [0.0, 0.2]))
+    dropout_p = data.draw(st.sampled_from([0.0, 0.2]))
     case = Case(framework, problem, dropout_p, 9, data.draw(st.booleans()), data.draw(st.booleans()))
     case.check(case.gradients())
 
@@ -209,10 +209,11 @@ def test_autograd_of_torch(softcap):
 @pytest.mark.parametrize("how", [
     {}, {"causal": True}, {"window": (100, 30)}, {"chunk": 150, "causal": True}, {"softcap": 3.0}])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_tiles_of_the_gpu(dtype, head_dim, how, deterministic):
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_tiles_of_the_gpu(dtype, head_dim, how, deterministic, dropout_p):
     problem = Problem(seqlens_q=(300, 128, 1), seqlens_k=(400, 128, 70), num_heads_kv=2, ratio=3, dtype=dtype,
                       head_dim=head_dim, head_dim_v=head_dim, varlen=True, **how)
-    case = Case(frameworks.TorchCuda(), problem, deterministic=deterministic)
+    case = Case(frameworks.TorchCuda(), problem, dropout_p, 2**33 + 1, deterministic=deterministic)
     case.check(case.gradients())
 
 
@@ -254,7 +255,7 @@ def test_an_lse_that_is_the_sink_hands_its_gradient_on():
 
 # The cases of every day.
 
-@every_cpu_framework
+@every_framework
 @pytest.mark.parametrize(("shape", "causal"), [
     ((1, 512, 8, 64), True),
     *(((batch, seqlen, heads, dim), causal) for batch, seqlen, heads, dim in

@@ -19,6 +19,11 @@ class Mask(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in ("causal", "window_left", "window_right", "attention_chunk")]
 
 
+class Dropout(ctypes.Structure):
+    _fields_ = [("p", ctypes.c_float), ("seed_type", ctypes.c_int32), ("seed", ctypes.c_uint64),
+                ("seed_data", ctypes.c_void_p)]
+
+
 class Params(ctypes.Structure):
     _fields_ = [("struct_size", ctypes.c_size_t),
                 *((name, ctypes.c_int32) for name in ("device", "dtype", "batch", "num_heads", "num_heads_kv",
@@ -26,7 +31,7 @@ class Params(ctypes.Structure):
                 *((name, Array) for name in ("dout", "q", "k", "v", "out", "lse", "dlse", "dq", "dk", "dv")),
                 ("dsinks", ctypes.c_void_p), ("queries", Lengths), ("keys", Lengths), ("mask", Mask),
                 ("softmax_scale", ctypes.c_float), ("softcap", ctypes.c_float), ("sinks", ctypes.c_void_p),
-                ("dropout_p", ctypes.c_float), ("dropout_seed", ctypes.c_uint64), ("deterministic", ctypes.c_int32)]
+                ("dropout", Dropout), ("deterministic", ctypes.c_int32)]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,9 @@ def workspace(library, filled):
 @pytest.mark.parametrize(("changes", "status", "words"), [
     ({"struct_size": 8}, -5, "struct_size: 8, but this library's fa3_backward_params has "),
     ({"dtype": 3}, -4, "dtype: 3 is no fa3_dtype that q, k, v can have"),
-    ({"dropout_p": 0.5}, -16, "dropout_p: 0.5"), ({"batch": -1}, -5, "batch: -1 is negative"),
+    ({"dropout__p": 1.0}, -5, "dropout_p: 1, but it must be from 0 to below 1"),
+    ({"dropout__seed_type": 3}, -4, "dropout_seed: type 3"),
+    ({"dropout__seed_data": 4}, -5, "dropout_seed: its address is not a multiple of its 8 bytes"), ({"batch": -1}, -5, "batch: -1 is negative"),
     ({"num_heads_kv": 3}, -5, "num_heads: 4, not a multiple of num_heads_kv 3"),
     ({"head_dim": 12}, -2, "head_dim: 12"), ({"head_dim": 256}, -15, "no kernel for head_dim 256 and 128"),
     ({"keys__rows": -1}, -5, "k: -1 rows"), ({"mask__window_left": -2}, -5, "window_size: (-2, -1)"),

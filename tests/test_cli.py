@@ -66,12 +66,8 @@ def test_cases(name, capsys):
     assert out.startswith(f"problem   {SMALL_CASES[name].split()[0][2:]}, ")
 
 
-NOT_ON_THE_GPU = ("--backward", "--dropout_p")  # yet
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [
-    name for name, flags in SMALL_CASES.items() if not any(flag in flags for flag in NOT_ON_THE_GPU)])
+@pytest.mark.parametrize("name", SMALL_CASES)
 def test_cases_on_the_gpu(name, capsys):
     pytest.importorskip("torch")
     assert cli.main(["run", "--device", "gpu", *SMALL_CASES[name].split()]) == 0

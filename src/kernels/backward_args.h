@@ -1,5 +1,6 @@
 // What the backward kernels are launched with.
 #pragma once
+#include "attention/dropout.h"
 #include "attention/query_tiles.h"
 #include "kernels/forward_args.h"
 
@@ -32,6 +33,7 @@ struct BackwardArgs {
   float score_scale_log2;  // P = 2^(score * score_scale_log2 - lse)
   float softcap_scale;     // softmax_scale / softcap, or 0: no softcap
   float softmax_scale;
+  Dropout dropout;
   TileOrder order;
 };
 

@@ -8,7 +8,7 @@
 
 namespace fa3 {
 
-template <class Traits>
+template <class Traits, bool kDropout>
 __global__ void __launch_bounds__(Traits::kThreads, 1) backward_kernel(const __grid_constant__ BackwardArgs args) {
   using Shared = BackwardShared<Traits>;
   extern __shared__ __align__(1024) uint8_t dynamic_shared[];
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) backward_kernel(const __g
     }
   } else {
     arch::grow_registers<Traits::kConsumerRegisters>();
-    BackwardConsumer<Traits>(args, shared, work, warpgroup).run();
+    BackwardConsumer<Traits, kDropout>(args, shared, work, warpgroup).run();
   }
 }
 
@@ -68,19 +68,19 @@ __global__ void __launch_bounds__(128) convert_dq_kernel(const __grid_constant__
 }
 
 /// Launch on `device`, the current one, whose shared memory limit is raised the first time.
-template <class Traits>
+template <class Traits, bool kDropout>
 cudaError_t launch_backward(const BackwardArgs& args, int grid, int device, cudaStream_t stream) {
   constexpr int kSharedBytes = sizeof(BackwardShared<Traits>);
   static_assert(kSharedBytes <= 227 * 1024, "a thread block has at most 227 KB of shared memory");
   static std::atomic<uint64_t> raised;  // a bit for each of the first 64 devices
   const uint64_t mine = device < 64 ? uint64_t{1} << device : 0;
   if (!(raised.load(std::memory_order_relaxed) & mine)) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(backward_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    const cudaError_t error = cudaFuncSetAttribute(backward_kernel<Traits, kDropout>,
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
     if (error != cudaSuccess) return error;
     raised.fetch_or(mine, std::memory_order_relaxed);
   }
-  backward_kernel<Traits><<<grid, Traits::kThreads, kSharedBytes, stream>>>(args);
+  backward_kernel<Traits, kDropout><<<grid, Traits::kThreads, kSharedBytes, stream>>>(args);
   return cudaGetLastError();
 }
 
@@ -105,7 +105,8 @@ BackwardVariant describe_backward(const char* name, int dtype) {
           Traits::kConsumers,
           Traits::kSwizzleQK,
           Traits::kSwizzleV,
-          launch_backward<Traits>,
+          launch_backward<Traits, false>,
+          launch_backward<Traits, true>,
           launch_convert<Traits>};
 }
 

@@ -4,6 +4,7 @@
 #include "arch/convert.cuh"
 #include "arch/fragments.cuh"
 #include "arch/warpgroup.cuh"
+#include "attention/dropout.cuh"
 #include "attention/mask.h"
 #include "attention/softmax.cuh"
 #include "kernels/backward_traits.cuh"
@@ -14,8 +15,9 @@ namespace fa3 {
 
 /// A consumer's rows are its 64 keys, and its columns queries: P^T and dS^T are then A operands as they are. Only dQ
 /// needs all keys' dS. It is worked on half a step late, so that no consumer has to wait for another at once, and one's
-/// exponentials fall beside the other's products.
-template <class Traits>
+/// exponentials fall beside the other's products. With dropout it is a kernel of its own: beside the other steps ptxas
+/// finds no registers for it.
+template <class Traits, bool kDropout>
 class BackwardConsumer {
   using Element = typename Traits::Element;
   using Shared = BackwardShared<Traits>;
@@ -28,6 +30,7 @@ class BackwardConsumer {
   using Scores = float[kTileM / 2];     // element 4 i + 2 r + e: key r of a thread's two, query 8 i + e from its first
   using Packed = uint32_t[kTileM / 4];  // the same order, packed: already wgmma's A operand
   using QueryGradient = float[Traits::kDqCount];
+  using Kept = uint32_t[kTileM / 64];  // see draw_for_keys
 
  public:
   __device__ __forceinline__ BackwardConsumer(const BackwardArgs& args, Shared& shared, const KeyTile& work,
@@ -59,14 +62,14 @@ class BackwardConsumer {
       const bool all_plain = args_.softcap_scale == 0 && own_first + 63 < work_.k.length;
       const int plain_begin = arch::uniform(all_plain ? own.plain_begin : work_.blocks.end);
       const int plain_end = arch::uniform(own.plain_end);
-      int m_block = work_.blocks.begin;
+      QueryStep at{work_.blocks.begin, 0};
 #pragma unroll 1
-      for (int i = 0; i < steps; ++i) {
-        if (m_block >= plain_begin && m_block < plain_end)
-          step<true>(m_block);
+      for (int i = 0; i < steps; ++i, at.advance(work_.blocks)) {
+        const bool plain = at.m_block >= plain_begin && at.m_block < plain_end;
+        if (!kDropout && plain)
+          step<true>(at, false);
         else
-          step<false>(m_block);
-        if (++m_block == work_.blocks.end) m_block = work_.blocks.begin;
+          step<false>(at, !kDropout || !plain);
       }
       QueryGradient dq;
       wait_for_ds();
@@ -81,21 +84,25 @@ class BackwardConsumer {
   }
 
  private:
+  /// A plain one has neither mask nor softcap.
   template <bool kPlain>
-  __device__ __forceinline__ void step(int m_block) {
+  __device__ __forceinline__ void step(const QueryStep& at, bool masked) {
+    const int m_block = at.m_block;
     Scores s, dp;
     Packed p, ds;
     QueryGradient dq;
+    Kept kept;
     const uint32_t stage = ring_.stage();
     shared_.q_full[stage].wait(ring_.parity());
     clear_queries(m_block);
     arch::wgmma_fence();
     multiply_keys(s);
+    if constexpr (kDropout) draw(kept, at);
     arch::wgmma_wait<0>();
     arch::wgmma_wrote(s);
     if (!kPlain && args_.softcap_scale != 0) squash(s, {args_.softcap_scale});
     exponentiate(s);
-    if (!kPlain) hide(s, m_block);
+    if (masked) hide(s, m_block);
 #pragma unroll
     for (int i = 0; i < kTileM / 4; ++i) p[i] = arch::pack<Element>(s[2 * i], s[2 * i + 1]);
 
@@ -105,22 +112,23 @@ class BackwardConsumer {
     arch::wgmma_fence();
     multiply_ds(dq);  // of the step before; in the first one of nothing, which costs less than a branch here
     multiply_values(dp);
-    add_dv(p);
-    arch::wgmma_wait<2>();
+    if constexpr (!kDropout) add_dv(p);
+    arch::wgmma_wait<kDropout ? 1 : 2>();
     arch::wgmma_wrote(dq);
     hand_over(dq);
-    arch::wgmma_wait<1>();
+    arch::wgmma_wait<kDropout ? 0 : 1>();
     arch::wgmma_wrote(dp);
+    if constexpr (kDropout) keep(dp, kept);
     differentiate(p, dp);
-    if (!kPlain) {
-      if (args_.softcap_scale != 0) unsquash(p, dp);
-      hide(dp, m_block);
-    }
+    if (!kPlain && args_.softcap_scale != 0) unsquash(p, dp);
+    if (masked) hide(dp, m_block);
 #pragma unroll
     for (int i = 0; i < kTileM / 4; ++i) ds[i] = arch::pack<Element>(dp[2 * i], dp[2 * i + 1]);
     put_ds(ds);
+    if constexpr (kDropout) drop(p, kept);  // only now: dS has the probabilities that are dropped, too
 
     arch::wgmma_fence();
+    if constexpr (kDropout) add_dv(p);
     add_dk(ds);
     arch::wgmma_wait<0>();
     arch::wgmma_wrote(dk_);
@@ -246,6 +254,35 @@ class BackwardConsumer {
     return fmaf(-tanh, tanh, 1.f);
   }
 
+  // ---- dropout ----------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void draw(Kept& kept, const QueryStep& at) const {
+    const Philox philox = philox_of(args_.dropout, work_.head_kv * args_.group + at.head, work_.batch);
+#pragma unroll
+    for (int i = 0; i < kTileM / 64; ++i) {
+      const uint32_t own = draw_for_keys<4>(philox, args_.dropout.threshold, first_key() + 16 * warp_,
+                                            at.m_block * kTileM + 64 * i, lane_);
+      kept[i] = kept_of_keys(own, __shfl_xor_sync(~0u, own, 4), lane_);
+    }
+  }
+
+  /// The gradient of what was dropped is 0, and that of the rest was scaled.
+  __device__ __forceinline__ void keep(Scores& dp, const Kept& kept) const {
+#pragma unroll
+    for (int i = 0; i < kTileM / 4; ++i) {
+      const uint32_t pair = kept_pair(kept, i);
+      dp[2 * i] = pair & 1 ? dp[2 * i] * args_.dropout.scale : 0.f;
+      dp[2 * i + 1] = pair >> 16 ? dp[2 * i + 1] * args_.dropout.scale : 0.f;
+    }
+  }
+
+  __device__ __forceinline__ static void drop(Packed& p, const Kept& kept) {
+#pragma unroll
+    for (int i = 0; i < kTileM / 4; ++i) p[i] &= kept_pair(kept, i) * 0xffff;
+  }
+
+  // ---- masks ------------------------------------------------------------------------------------------
+
   /// 0 where a key is hidden from a query, whatever was there: an lse or a dP that is NaN too.
   __device__ __forceinline__ void hide(Scores& x, int m_block) const {
     const int first_query = m_block * kTileM + 2 * (lane_ % 4);
@@ -341,7 +378,7 @@ class BackwardConsumer {
 
   __device__ __forceinline__ void store() {
     store(args_.dk, dk_, args_.softmax_scale, args_.head_dim);
-    store(args_.dv, dv_, 1.f, args_.head_dim_v);
+    store(args_.dv, dv_, args_.dropout.scale, args_.head_dim_v);
   }
 
   template <int kCount>

@@ -7,6 +7,7 @@
 
 #include "attention/block_range.h"
 #include "attention/cache.h"
+#include "attention/dropout.h"
 #include "attention/packing.h"
 #include "attention/splits.h"
 #include "attention/tile_scheduler.h"
@@ -67,7 +68,9 @@ struct ForwardArgs {
   float hidden;            // what a masked score becomes: minus infinity once scaled
   float softcap_scale;     // softmax_scale / softcap, or 0: no softcap
   const float* sinks;      // (num_heads), or null
-  bool exact_max;          // take each row's true maximum in every block (batch_invariant)
+  bool plain_blocks;       // neither softcap nor dropout: a block without a mask takes the short way
+  Dropout dropout;
+  bool exact_max;  // take each row's true maximum in every block (batch_invariant)
 
   int most_tiles;  // of a ragged batch: sequences that overlap would make more, and the workspace has no room for them
   TileOrder order;

@@ -28,7 +28,7 @@ __device__ __forceinline__ RowScales finish_rows(const ForwardArgs& args, const 
     const int position = args.packing.position_of(row), head = args.packing.head_of(row);
     const bool exists = places.exist(position, head);
     const auto result = softmax.finish(r, args.sinks && exists ? args.sinks[places.first_head + head] : -INFINITY);
-    scales.scale[r] = result.scale;
+    scales.scale[r] = result.scale * args.dropout.scale;
     if (args.lse && exists && thread % 4 == 0)
       args.lse[places.batch * args.lse_stride[0] + (places.first_head + head) * args.lse_stride[1] +
                (places.first_row + position) * args.lse_stride[2]] = result.lse;

@@ -3,6 +3,7 @@
 #include "arch/barrier.cuh"
 #include "arch/fragments.cuh"
 #include "arch/warpgroup.cuh"
+#include "attention/dropout.cuh"
 #include "attention/mask.h"
 #include "attention/softmax.cuh"
 #include "kernels/forward_rows.cuh"
@@ -100,7 +101,8 @@ class Consumer {
       Probabilities p;
       load_queries();
 
-      // A plain block has neither mask nor softcap. Its code stands apart: jumping over them cost 4% at head dim 256.
+      // A plain block has no mask, softcap or dropout. Its code stands apart: jumping over them cost 4% at head dim
+      // 256.
       auto step = [&](int n_block, bool plain) {
         shared_.k_full[k_ring_.stage()].wait(k_ring_.parity());
         shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());
@@ -121,6 +123,7 @@ class Consumer {
           softmax_.update(s, p, exact, o, sums);
         else
           softmax_.update(s, p, exact, o);
+        if (!plain) take_dropped(p, work, n_block);
       };
 
       int n_block = blocks.end - 1;
@@ -132,10 +135,11 @@ class Consumer {
       release_k();
       shape_scores(s, work, n_block, blocks.needs_mask(n_block));
       softmax_.first(s, p, args_.exact_max);
+      take_dropped(p, work, n_block);
       if constexpr (!Traits::kEightBits) clear_values_past(work.seqlen_k - n_block * kTileN);  // else when turned
 #pragma unroll 1
       while (--n_block >= blocks.begin) {
-        if (n_block < blocks.settled && n_block >= blocks.plain_begin && args_.softcap_scale == 0)
+        if (n_block < blocks.settled && n_block >= blocks.plain_begin && args_.plain_blocks)
           step(n_block, true);
         else
           step(n_block, false);
@@ -313,6 +317,14 @@ class Consumer {
       if constexpr (Traits::kEightBits) hidden = copysignf(INFINITY, -softmax_.scale(r));  // descales have signs
       hide_columns(s, r, seen.begin - first_column, seen.end - first_column, hidden);
     }
+  }
+
+  /// Zeros for the probabilities that dropout takes; the softmax has counted them. Only tiles of one head come here.
+  __device__ __forceinline__ void take_dropped(Probabilities& p, const Work& work, int n_block) const {
+    if (!args_.dropout.active) return;
+    const Philox philox = philox_of(args_.dropout, work.head_kv * args_.packing.ratio + work.first_head, work.batch);
+    drop(p, philox, args_.dropout.threshold, query_of(args_, work, Traits::kConsumers, warpgroup_, 16 * warp_),
+         n_block * kTileN, lane_, Traits::kEightBits);
   }
 
   /// Each warp gives back what it has finished reading.
