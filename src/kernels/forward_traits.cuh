@@ -34,9 +34,9 @@ struct ForwardTraits {
   static constexpr int kOutputs = kPromoteEvery ? 2 : 1;  // O, twice where it is promoted
   static constexpr int kOperands = kTileN / 2 + kTileN * kElementBytes / 8 + kOutputs * kHeadDimV / 2;  // S, P and O
 
-  // One warpgroup leaves its multiprocessor half idle while it waits: such blocks are small enough for two on each, of
-  // 8 bits for three where S, P and O leave 32 of 120 registers.
-  static constexpr int kSmallBlocks = (kEightBits && kOperands <= 88) ? 3 : 2;
+  // One warpgroup leaves its multiprocessor half idle while it waits: such blocks are small enough for two on each, or
+  // for three where S, P and O leave 32 of 120 registers.
+  static constexpr int kSmallBlocks = kOperands <= 88 ? 3 : 2;
   static constexpr int kBlocksPerSm = kConsumers == 1 ? kSmallBlocks : 1;
 
   // Products of 16 bits fill the tensor cores only if warpgroups keep out of each other's way. Those of 8 bits wait for
