@@ -85,8 +85,10 @@ void share_units(const QuantizePlan& plan, int64_t steps, int num_sms, QuantizeA
 }  // namespace
 
 QuantizeKind quantize_kind(const fa3_quantize_params& p) {
-  // The rotation of a power of two is half in the lanes' own registers: fewer shuffles, which would be what limits it.
-  const bool halved = p.hadamard && p.head_dim >= 16 && p.head_dim <= 256 && (p.head_dim & (p.head_dim - 1)) == 0;
+  // Two groups of a row in each lane share the counting of rows and places, which is half of the instructions. The
+  // rotation of a power of two is then half in the lanes' own registers, too; others cannot be cut in halves.
+  const bool power = (p.head_dim & (p.head_dim - 1)) == 0;
+  const bool halved = p.head_dim % 16 == 0 && p.head_dim <= 256 && (power || !p.hadamard);
   return {p.dtype, p.hadamard != 0, halved ? 2 : (p.head_dim / 8 + 31) / 32};
 }
 

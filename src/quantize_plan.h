@@ -13,7 +13,7 @@ struct QuantizeKind {
   int slots;      // groups of 8 elements that a thread has of a row: 1 to 3
 
   /// Resident on a multiprocessor: 64 or 128 registers a thread.
-  constexpr int blocks_per_sm() const { return slots == 1 ? 8 : 4; }
+  constexpr int blocks_per_sm() const { return slots == 1 || (slots == 2 && !hadamard) ? 8 : 4; }
   /// Bytes that 8 elements take in shared memory.
   constexpr int group_bytes() const { return hadamard || dtype == FA3_FLOAT32 ? 32 : 16; }
   constexpr int place_bytes() const { return group_bytes() * slots * kQuantizeThreads; }

@@ -23,6 +23,19 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
   return larger;
 }
 
+/// Of two pairs of Elements the larger ones; NaN where one of them is.
+template <class Element>
+__device__ __forceinline__ uint32_t max_pair_or_nan(uint32_t a, uint32_t b) {
+  uint32_t larger;
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  } else {
+    static_assert(std::is_same_v<Element, __half>, "compares 16-bit floats");
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  }
+  return larger;
+}
+
 /// Two floats rounded to e4m3, to nearest even and at most 448, `low` in the low byte. NaN stays NaN.
 __device__ __forceinline__ uint32_t pack_e4m3(float low, float high) {
   uint16_t packed;

@@ -36,6 +36,8 @@ struct Traits {
   static_assert(kKind.max_places() >= kQuantizeRing, "the ring must fit in shared memory");
   static constexpr int kLoadedWords = kGroup * sizeof(Element) / sizeof(uint4);
   static constexpr int kWords = kKind.group_bytes() / sizeof(uint4);
+  // amax of 16 bits needs no fp32: a pair is one instruction, and instructions bound this kernel, not memory.
+  static constexpr bool kPairs = !kHadamard && sizeof(Element) == 2;
 };
 
 /// Which elements of a step's rows are this lane's: a group of 8 in each slot, and how they take part in the rotation.
@@ -182,15 +184,19 @@ class Share {
   __device__ __forceinline__ float scan(int step, int place) {
     const bool valid = row_of(step) < end_;
     Values<T> v;
-    unpack(v, place, valid);
-    if constexpr (T::kHadamard) rotate<T>(v, lane_);
     float largest = 0;
+    if constexpr (T::kPairs) {
+      largest = largest_of_pairs(place, valid);
+    } else {
+      unpack(v, place, valid);
+      if constexpr (T::kHadamard) rotate<T>(v, lane_);
 #pragma unroll
-    for (int slot = 0; slot < T::kSlots; ++slot) {
-      float of_slot = 0;
+      for (int slot = 0; slot < T::kSlots; ++slot) {
+        float of_slot = 0;
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) of_slot = arch::max_or_nan(of_slot, fabsf(v[slot][i]));
-      largest = arch::max_or_nan(largest, T::kHadamard ? of_slot * lane_.norm[slot] : of_slot);
+        for (int i = 0; i < kGroup; ++i) of_slot = arch::max_or_nan(of_slot, fabsf(v[slot][i]));
+        largest = arch::max_or_nan(largest, T::kHadamard ? of_slot * lane_.norm[slot] : of_slot);
+      }
     }
     if (__any_sync(kAllLanes, !(largest <= args_.limit))) largest = scan_wild(v, place, valid);
     if constexpr (T::kHadamard) {
@@ -265,6 +271,21 @@ class Share {
     v[2] = __uint_as_float(word.z), v[3] = __uint_as_float(word.w);
   }
 
+  /// amax of a step's 16-bit elements as they were loaded.
+  __device__ __forceinline__ float largest_of_pairs(int place, bool valid) const {
+    uint32_t largest = 0;
+#pragma unroll
+    for (int slot = 0; slot < T::kSlots; ++slot) {
+      if (!valid || !lane_.has[slot]) continue;
+      const uint4 loaded = *word(place, slot, 0);
+#pragma unroll
+      for (uint32_t pair : {loaded.x, loaded.y, loaded.z, loaded.w})
+        largest = arch::max_pair_or_nan<Element>(largest, pair & 0x7fff7fff);
+    }
+    const float2 two = arch::unpack<Element>(largest);
+    return arch::max_or_nan(two.x, two.y);
+  }
+
   /// What was loaded, or zeros where this lane has nothing.
   __device__ __forceinline__ void unpack(Values<T>& v, int place, bool valid) const {
 #pragma unroll
@@ -299,8 +320,8 @@ class Share {
 
   /// The rare part of scan(), for warps with a NaN or what counts as infinite.
   __device__ __forceinline__ float scan_wild(Values<T>& v, int place, bool valid) {
+    unpack(v, place, valid);
     if constexpr (T::kHadamard) {
-      unpack(v, place, valid);
       clip(v, kHuge, kHuge);
       rotate<T>(v, lane_);
     }

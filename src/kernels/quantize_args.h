@@ -96,7 +96,7 @@ struct QuantizeArgs {
   float limit;  // what is larger counts as infinite
 
   int groups, blocks_per_group;  // thread blocks of a group share each of its units; group g has units g, g + groups …
-  int row_lanes;                 // lanes that have a row; with more than one slot, a power of two
+  int row_lanes;                 // lanes that have a row; of a rotation with more than one slot, a power of two
   int step_rows;                 // of a thread block
   int places;
   bool x_vectors, out_vectors;  // addresses and strides are multiples of 16 and 8 bytes

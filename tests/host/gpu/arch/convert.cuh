@@ -6,6 +6,22 @@ namespace fa3::arch {
 
 inline float max_or_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b); }
 
+template <class Element>
+uint32_t max_pair_or_nan(uint32_t a, uint32_t b) {
+  const auto larger = [](auto x, auto y) { return std::isnan(x) || std::isnan(y) ? x + y : std::max(x, y); };
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+    const float low = larger(__uint_as_float(a << 16), __uint_as_float(b << 16));
+    const float high = larger(__uint_as_float(a & 0xffff0000), __uint_as_float(b & 0xffff0000));
+    return __float_as_uint(low) >> 16 | (__float_as_uint(high) & 0xffff0000);
+  } else {
+    const auto half = [](uint32_t bits) { return std::bit_cast<_Float16>(static_cast<uint16_t>(bits)); };
+    const auto bits = [&](uint32_t x, uint32_t y) {
+      return uint32_t{std::bit_cast<uint16_t>(static_cast<_Float16>(larger(float(half(x)), float(half(y)))))};
+    };
+    return bits(a, b) | bits(a >> 16, b >> 16) << 16;
+  }
+}
+
 /// To nearest even on the grid of e4m3, whose steps are 2^-9 up to 2^-6 and an eighth of each power of two above.
 inline uint32_t e4m3(float value) {
   const uint32_t sign = std::signbit(value) ? 0x80 : 0;
