@@ -35,7 +35,7 @@ def dense(
     q, k, v,
     softmax_scale, causal, window_size, attention_chunk, softcap, sinks,
     qv, q_descale, k_descale, v_descale, seqused_q, seqused_k,
-    num_splits, batch_invariant, pack_gqa, sm_margin, dropout_p, dropout_seed,
+    num_splits, batch_invariant, pack_gqa, sm_margin, fp8_accumulate, dropout_p, dropout_seed,
     return_lse, out, out_dtype, stream, dtype,
 ):
     """`fa3.flash_attn_func`."""
@@ -44,7 +44,7 @@ def dense(
     problem.dense_k()
     problem.extend(qv, q_descale, k_descale, v_descale, sinks, seqused_q, seqused_k)
     problem.settle(softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, batch_invariant, pack_gqa,
-                   sm_margin)
+                   sm_margin, fp8_accumulate)
     problem.drop(dropout_p, dropout_seed)
     return forward(problem, out, out_dtype, return_lse)
 
@@ -54,7 +54,7 @@ def varlen(
     page_table,
     softmax_scale, causal, window_size, attention_chunk, softcap, sinks,
     qv, q_descale, k_descale, v_descale, seqused_q, seqused_k,
-    num_splits, batch_invariant, pack_gqa, sm_margin, dropout_p, dropout_seed,
+    num_splits, batch_invariant, pack_gqa, sm_margin, fp8_accumulate, dropout_p, dropout_seed,
     return_lse, out, out_dtype, stream, dtype,
 ):
     """`fa3.flash_attn_varlen_func`."""
@@ -69,7 +69,7 @@ def varlen(
     problem.cumulative_k(cu_seqlens_k)
     problem.extend(qv, q_descale, k_descale, v_descale, sinks, seqused_q, seqused_k)
     problem.settle(softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, batch_invariant, pack_gqa,
-                   sm_margin)
+                   sm_margin, fp8_accumulate)
     problem.drop(dropout_p, dropout_seed)
     return forward(problem, out, out_dtype, return_lse)
 
@@ -81,7 +81,7 @@ def kvcache(
     cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q, scheduler_metadata,
     softmax_scale, causal, window_size, attention_chunk, softcap, sinks,
     qv, q_descale, k_descale, v_descale, seqused_q,
-    num_splits, batch_invariant, pack_gqa, sm_margin,
+    num_splits, batch_invariant, pack_gqa, sm_margin, fp8_accumulate,
     return_lse, out, out_dtype, stream, dtype,
 ):
     """`fa3.flash_attn_with_kvcache`."""
@@ -108,7 +108,7 @@ def kvcache(
     problem.rotate(rotary_cos, rotary_sin, rotary_seqlens)
     problem.extend(qv, q_descale, k_descale, v_descale, sinks, seqused_q)
     problem.settle(softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, batch_invariant, pack_gqa,
-                   sm_margin)
+                   sm_margin, fp8_accumulate)
     problem.options.rotary_interleaved = check.flag(rotary_interleaved, "rotary_interleaved")
     return forward(problem, out, out_dtype, return_lse)
 

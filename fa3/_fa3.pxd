@@ -95,6 +95,7 @@ cdef extern from "fa3.h" nogil:
         int32_t sm_margin
         int32_t tile_m
         int32_t tile_n
+        int32_t fp8_accumulate
 
     ctypedef struct fa3_backward_params:
         size_t struct_size
@@ -168,6 +169,7 @@ cdef extern from "fa3.h" nogil:
         int32_t threads
         int32_t shared_memory
         int32_t blocks_per_sm
+        int32_t promotes
 
     ctypedef struct fa3_device:
         char name[256]

@@ -31,7 +31,8 @@ def forward(
     rotary_cos=None, rotary_sin=None, rotary_seqlens=None, rotary_interleaved=True,
     q_descale=None, k_descale=None, v_descale=None, sinks=None,
     batch, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_left, window_right,
-    attention_chunk, softcap, num_splits, batch_invariant, pack_gqa, sm_margin, dropout_p=0.0, dropout_seed=0,
+    attention_chunk, softcap, num_splits, batch_invariant, pack_gqa, sm_margin, fp8_accumulate=0, dropout_p=0.0,
+    dropout_seed=0,
 ):
     """Compute attention into `out` and `lse` (which may be None), appending new keys to k and v in place.
 
@@ -40,7 +41,7 @@ def forward(
     q, k, v, out, lse, … : numpy.ndarray
         In the shapes in which the public functions take them; bf16 and fp8 as ml_dtypes types. Shapes and
         dtypes are checked by the caller; values (lengths, offsets, pages) are checked here.
-    max_seqlen_k, pack_gqa, sm_margin
+    max_seqlen_k, pack_gqa, sm_margin, fp8_accumulate
         Change nothing in the result: a sequence is always computed by itself, its query heads packed.
     batch_invariant
         Keeps the keys in one part: `num_splits` is cut to the batch's longest sequence before it comes here.

@@ -15,6 +15,7 @@ cdef struct Options:                  # the numbers of a call, their defaults se
     bint batch_invariant
     int pack_gqa                      # -1: chosen
     int sm_margin
+    int fp8_accumulate                # 0: chosen; -1: all keys
     bint rotary_interleaved
     double dropout_p
     uint64_t dropout_seed             # 0 where an array on a GPU holds it
@@ -73,7 +74,7 @@ cdef class Problem:
     cdef int use_cache(self, cache_seqlens, cache_batch_idx, cache_leftpad) except -1
     cdef int rotate(self, cos, sin, seqlens) except -1
     cdef int settle(self, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, batch_invariant,
-                    pack_gqa, sm_margin) except -1
+                    pack_gqa, sm_margin, fp8_accumulate=*) except -1
     cdef int drop(self, probability, seed) except -1
     cpdef int finish(self) except -1
     cdef dict arrays(self)

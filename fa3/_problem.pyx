@@ -297,7 +297,7 @@ cdef class Problem:
     # ---- numbers ----------------------------------------------------------------------------------------
 
     cdef int settle(self, softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, batch_invariant,
-                    pack_gqa, sm_margin) except -1:
+                    pack_gqa, sm_margin, fp8_accumulate=None) except -1:
         """Check the options that are numbers, and settle their defaults."""
         cdef Options *options = &self.options
         cdef int64_t depth = self.head_dim + (0 if self.qv is None else self.head_dim_v)
@@ -317,6 +317,12 @@ cdef class Problem:
         options.batch_invariant = check.flag(batch_invariant, "batch_invariant")
         options.pack_gqa = -1 if pack_gqa is None else check.flag(pack_gqa, "pack_gqa")
         options.sm_margin = <int>check.integer(sm_margin, "sm_margin", 0)
+        options.fp8_accumulate = 0
+        if fp8_accumulate is not None:
+            if self.q.dtype != FP8:
+                raise ValueError(f"fp8_accumulate: {fp8_accumulate}, needs None with q of dtype {self.q.dtype}")
+            keys = check.integer(fp8_accumulate, "fp8_accumulate", 0)
+            options.fp8_accumulate = <int>min(keys, max(self.max_seqlen_k, 1)) if keys else -1
         options.rotary_interleaved = True
         return 0
 

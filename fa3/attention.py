@@ -9,7 +9,8 @@ def flash_attn_func(
     q, k, v, *,
     softmax_scale=None, causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, sinks=None,
     qv=None, q_descale=None, k_descale=None, v_descale=None, seqused_q=None, seqused_k=None,
-    num_splits=0, batch_invariant=False, pack_gqa=None, sm_margin=0, dropout_p=0.0, dropout_seed=None,
+    num_splits=0, batch_invariant=False, pack_gqa=None, sm_margin=0, fp8_accumulate=None, dropout_p=0.0,
+    dropout_seed=None,
     return_lse=False, out=None, out_dtype=None, stream=None, dtype=None,
 ):
     """Exact attention of a batch of sequences: ``softmax(softmax_scale·q·kᵀ + mask)·v``.
@@ -72,7 +73,7 @@ def flash_attn_func(
         q, k, v,
         softmax_scale, causal, window_size, attention_chunk, softcap, sinks,
         qv, q_descale, k_descale, v_descale, seqused_q, seqused_k,
-        num_splits, batch_invariant, pack_gqa, sm_margin, dropout_p, dropout_seed,
+        num_splits, batch_invariant, pack_gqa, sm_margin, fp8_accumulate, dropout_p, dropout_seed,
         return_lse, out, out_dtype, stream, dtype)
 
 
@@ -82,7 +83,8 @@ def flash_attn_varlen_func(
     page_table=None,
     softmax_scale=None, causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, sinks=None,
     qv=None, q_descale=None, k_descale=None, v_descale=None, seqused_q=None, seqused_k=None,
-    num_splits=0, batch_invariant=False, pack_gqa=None, sm_margin=0, dropout_p=0.0, dropout_seed=None,
+    num_splits=0, batch_invariant=False, pack_gqa=None, sm_margin=0, fp8_accumulate=None, dropout_p=0.0,
+    dropout_seed=None,
     return_lse=False, out=None, out_dtype=None, stream=None, dtype=None,
 ):
     """Exact attention of sequences of any lengths, stored one after another.
@@ -127,7 +129,7 @@ def flash_attn_varlen_func(
         page_table,
         softmax_scale, causal, window_size, attention_chunk, softcap, sinks,
         qv, q_descale, k_descale, v_descale, seqused_q, seqused_k,
-        num_splits, batch_invariant, pack_gqa, sm_margin, dropout_p, dropout_seed,
+        num_splits, batch_invariant, pack_gqa, sm_margin, fp8_accumulate, dropout_p, dropout_seed,
         return_lse, out, out_dtype, stream, dtype)
 
 
@@ -139,7 +141,7 @@ def flash_attn_with_kvcache(
     cu_seqlens_q=None, cu_seqlens_k_new=None, max_seqlen_q=None, scheduler_metadata=None,
     softmax_scale=None, causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, sinks=None,
     qv=None, q_descale=None, k_descale=None, v_descale=None, seqused_q=None,
-    num_splits=0, batch_invariant=False, pack_gqa=None, sm_margin=0,
+    num_splits=0, batch_invariant=False, pack_gqa=None, sm_margin=0, fp8_accumulate=None,
     return_lse=False, out=None, out_dtype=None, stream=None, dtype=None,
 ):
     """Attention of new queries on a key-value cache, to which new keys may be appended first, in place.
@@ -201,7 +203,7 @@ def flash_attn_with_kvcache(
         cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q, scheduler_metadata,
         softmax_scale, causal, window_size, attention_chunk, softcap, sinks,
         qv, q_descale, k_descale, v_descale, seqused_q,
-        num_splits, batch_invariant, pack_gqa, sm_margin,
+        num_splits, batch_invariant, pack_gqa, sm_margin, fp8_accumulate,
         return_lse, out, out_dtype, stream, dtype)
 
 

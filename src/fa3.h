@@ -154,6 +154,9 @@ typedef struct fa3_forward_params {
   int32_t pack_gqa;        /* -1: chosen; 0, 1 */
   int32_t sm_margin;       /* multiprocessors to leave free */
   int32_t tile_m, tile_n;  /* 0: chosen; else a tile of fa3_forward_variant, for measurements */
+  /* Of fp8. Keys whose weighted values tensor cores add up, which keep some 14 bits, before the sum moves on to one in
+   * fp32: so many, or fewer, a power of two of blocks of keys and at least one. 0: chosen; -1: all keys. */
+  int32_t fp8_accumulate;
 } fa3_forward_params;
 
 /* Gradients of q, k, v and the sinks, from that of the forward's result and from what the forward was given and gave.
@@ -225,6 +228,7 @@ typedef struct fa3_variant {
   int32_t dtype, head_dim, head_dim_v, tile_m, tile_n;
   int32_t threads, shared_memory; /* threads, bytes of a thread block */
   int32_t blocks_per_sm;          /* thread blocks that share a multiprocessor */
+  int32_t promotes;               /* 1: for fp8_accumulate */
 } fa3_variant;
 
 typedef struct fa3_device {

@@ -2,6 +2,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <bit>
 #include <climits>
 #include <cmath>
 #include <cstdio>
@@ -170,12 +171,16 @@ Choice estimate(const Work& work, int index, bool packed) {
   return choice;
 }
 
+/// Whether sums of fp8 products are to move on to fp32. Unless the caller says so they are not, as is to be measured.
+bool promotes(const fa3_forward_params& p) { return p.dtype == FA3_FLOAT8_E4M3 && p.fp8_accumulate > 0; }
+
 /// The variants that waste least on padded head dims, and of those the way that is estimated to be fastest.
 Choice choose(const Work& work) {
   const fa3_forward_params& p = work.params;
   const auto variants = forward_variants();
   auto dims_if_fit = [&](const ForwardVariant& v) {
-    const bool fits = v.dtype == p.dtype && v.head_dim >= p.head_dim && v.head_dim_v >= p.head_dim_v;
+    const bool fits =
+        v.dtype == p.dtype && v.promotes == promotes(p) && v.head_dim >= p.head_dim && v.head_dim_v >= p.head_dim_v;
     return fits ? v.head_dim + v.head_dim_v : INT_MAX;
   };
   int least_dims = INT_MAX;
@@ -263,6 +268,10 @@ size_t copy_bytes(const fa3_lengths& lengths, int entries, int heads, int head_d
   return workspace_aligned(rows * heads * head_dim * element_bytes(dtype));
 }
 
+int promotion_mask(int keys, int tile_n) {
+  return static_cast<int>(std::bit_floor(static_cast<unsigned>(std::max(keys / tile_n, 1)))) - 1;
+}
+
 int64_t most_tiles(const fa3_forward_params& params, const fa3_forward_plan& plan) {
   return count_tiles(params, forward_variants()[plan.variant], packing_of(params, plan.pack_gqa > 1));
 }
@@ -287,8 +296,8 @@ fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_pl
   const Choice choice = choose(work);
   if (choice.variant < 0)
     return fail(p.dtype == FA3_FLOAT8_E4M3 ? FA3_ERROR_HEAD_DIM_FP8 : FA3_ERROR_HEAD_DIM,
-                "head_dim: (%d, %d) has no kernel of this dtype%s in this build", p.head_dim, p.head_dim_v,
-                p.tile_m ? " and tile" : "");
+                "head_dim: (%d, %d) has no kernel of this dtype%s%s in this build", p.head_dim, p.head_dim_v,
+                promotes(p) ? " and with fp8_accumulate" : "", p.tile_m ? " and tile" : "");
   const ForwardVariant& variant = forward_variants()[choice.variant];
   const Packing packing = packing_of(p, choice.packed);
   plan.variant = choice.variant;

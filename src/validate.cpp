@@ -52,6 +52,8 @@ fa3_status check_choices(const fa3_forward_params& p) {
   if (p.num_splits < 0) return fail(FA3_ERROR_SHAPE, "num_splits: %d is negative", p.num_splits);
   if (p.pack_gqa < -1 || p.pack_gqa > 1)
     return fail(FA3_ERROR_SHAPE, "pack_gqa: %d, but it must be -1 (chosen), 0 or 1", p.pack_gqa);
+  if (p.fp8_accumulate < -1 || (p.fp8_accumulate && p.dtype != FA3_FLOAT8_E4M3))
+    return fail(FA3_ERROR_SHAPE, "fp8_accumulate: %d, but of fp8 it must be at least -1, else 0", p.fp8_accumulate);
   if (p.sm_margin < 0) return fail(FA3_ERROR_SHAPE, "sm_margin: %d is negative", p.sm_margin);
   return FA3_OK;
 }

@@ -36,7 +36,7 @@ Params = structure(
     q=Array, k=Array, v=Array, out=Array, lse=Array, qv=Array, queries=Lengths, keys=Lengths, mask=Mask,
     softmax_scale=ctypes.c_float, softcap=ctypes.c_float, sinks=ctypes.c_void_p,
     q_descale=Descale, k_descale=Descale, v_descale=Descale, dropout=Dropout,
-    cache=Cache, **ints("num_splits", "batch_invariant", "pack_gqa", "sm_margin", "tile_m", "tile_n"))
+    cache=Cache, **ints("num_splits", "batch_invariant", "pack_gqa", "sm_margin", "tile_m", "tile_n", "fp8_accumulate"))
 
 
 def address(array):

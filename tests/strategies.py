@@ -52,6 +52,7 @@ class Problem:
     num_splits: int = 0  # from here on: what must not change more than rounding
     pack_gqa: bool | None = None
     sm_margin: int = 0
+    fp8_accumulate: int | None = None
 
     def __repr__(self):
         """What is not as in the simplest problem: a failure reads as what it takes."""
@@ -78,7 +79,8 @@ class Problem:
     @property
     def how(self):
         """The keywords that steer how the library goes about it."""
-        return dict(num_splits=self.num_splits, pack_gqa=self.pack_gqa, sm_margin=self.sm_margin)
+        return dict(num_splits=self.num_splits, pack_gqa=self.pack_gqa, sm_margin=self.sm_margin,
+                    fp8_accumulate=self.fp8_accumulate)
 
     @property
     def formula(self):
@@ -289,6 +291,7 @@ def problems(draw, dtypes=("float16", "bfloat16"), head_dims=HEAD_DIMS, ratios=R
     if not varlen and batch:  # dense sequences without seqused are of one length
         seqlens_q = seqlens_q if padding_q is not None else (min(seqlens_q),) * batch
         seqlens_k = seqlens_k if padding_k is not None else (min(seqlens_k),) * batch
+    accumulate = [0, 1, 192, 10**9] if max(head_dim, head_dim_v) <= 128 else [0]  # what the GPU has kernels for
     return Problem(
         seqlens_q=seqlens_q, seqlens_k=seqlens_k, num_heads_kv=num_heads_kv, ratio=ratio, head_dim=head_dim,
         head_dim_v=head_dim_v, dtype=dtype, varlen=varlen, padding_q=padding_q, padding_k=padding_k,
@@ -299,4 +302,5 @@ def problems(draw, dtypes=("float16", "bfloat16"), head_dims=HEAD_DIMS, ratios=R
         placement_out=draw(st.sampled_from([p for p in placements if p != "broadcast"])),
         num_splits=draw(st.sampled_from([0, 0, 1, 2, 3, 7, 1000])), pack_gqa=draw(st.sampled_from([None, False, True])),
         sm_margin=draw(st.sampled_from([0, 0, 500])),  # 500: one multiprocessor has to do it all
+        fp8_accumulate=draw(st.none() | st.sampled_from(accumulate)) if fp8 else None,
     )

@@ -15,7 +15,7 @@ BUILT = ["flash_attn_backward", "flash_attn_combine", "flash_attn_func", "flash_
 def test_every_parameter_is_described(name):
     function = getattr(fa3, name)
     text = inspect.getdoc(function)
-    lines = re.findall(r"^([a-z_, ]+) : ", text, re.MULTILINE)
+    lines = re.findall(r"^([a-z0-9_, ]+) : ", text, re.MULTILINE)
     described = {word.strip() for line in lines for word in line.split(",")}
     assert set(inspect.signature(function).parameters) <= described
     assert not re.search(r"\{[a-z]+\}", text)

@@ -170,6 +170,7 @@ RULES = [
     (dense, {"batch_invariant": 2}, TypeError, "batch_invariant: got int, needs True or False"),
     (dense, {"pack_gqa": "auto"}, TypeError, "pack_gqa: got str, needs True or False"),
     (dense, {"sm_margin": -1}, ValueError, "sm_margin: -1, needs at least 0"),
+    (dense, {"fp8_accumulate": 0}, ValueError, "fp8_accumulate: 0, needs None with q of dtype float32"),
     (dense, {"dropout_p": 1.0}, ValueError, "dropout_p: 1.0, needs 0 ≤ dropout_p < 1"),
     (dense, {"dropout_p": -0.1}, ValueError, "dropout_p: -0.1, needs 0 ≤ dropout_p < 1"),
     (dense, {"dropout_p": 0.1}, ValueError,

@@ -2,6 +2,7 @@
 
 import csv
 import ctypes
+import itertools
 
 import numpy as np
 import plan_choices
@@ -352,6 +353,17 @@ def test_strides_of_one_operand(strides, copied):
     plan = _core.plan(dtype="bfloat16", batch=3, seqlen_q=9, seqlen_k=9, num_heads=2, num_heads_kv=2, head_dim=128,
                       head_dim_v=128, k_strides=strides)
     assert (plan["copy_q"], plan["copy_k"], plan["copy_v"]) == (0, copied, 0)
+
+
+@pytest.mark.skipif(not any(variant["promotes"] for variant in VARIANTS), reason="no such kernel in this build")
+def test_fp8_accumulate_takes_kernels_that_promote():
+    call = {"dtype": "float8_e4m3fn", "batch": 4, "seqlen_q": 4096, "seqlen_k": 4096, "num_heads": 16,
+            "num_heads_kv": 16}
+    for accumulate, head_dim in itertools.product((-1, 0, 1, 384), (64, 80, 128)):
+        plan = _core.plan(**call, head_dim=head_dim, head_dim_v=head_dim, fp8_accumulate=accumulate)
+        assert VARIANTS[plan["variant"]]["promotes"] == (accumulate > 0)
+    with pytest.raises(NotImplementedError, match=r"\(192, 192\) has no kernel of this dtype and with fp8_accumulate"):
+        _core.plan(**call, head_dim=192, head_dim_v=192, fp8_accumulate=96)
 
 
 # What needs no built package: the plan's own C++, compiled here.

@@ -96,6 +96,7 @@ ForwardVariant describe_forward(const char* name, int dtype) {
           Traits::kThreads,
           static_cast<int>(sizeof(ForwardShared<Traits>)),
           Traits::kBlocksPerSm,
+          Traits::kPromotes,
           PartRows<Traits>::kBytes,
           Traits::kSwizzleQK,
           Traits::kSwizzleV,

@@ -166,7 +166,7 @@ class Consumer {
   __device__ __forceinline__ RowSoftmax& softmax() { return softmax_; }
 
  private:
-  static constexpr bool kPromotes = Traits::kPromoteEvery > 0;
+  static constexpr bool kPromotes = Traits::kPromotes;
 
   /// What products add to.
   __device__ __forceinline__ static Output& sums_of(Output& o, Output& recent) {
@@ -178,9 +178,9 @@ class Consumer {
 
   /// Whether a block's product goes on with the sums of the blocks after it. Which do not depends on the block alone,
   /// so that a sequence's bits do not depend on how its tile is scheduled.
-  __device__ __forceinline__ static bool goes_on(int n_block) {
+  __device__ __forceinline__ bool goes_on(int n_block) const {
     if constexpr (kPromotes)
-      return (n_block + 1) % Traits::kPromoteEvery != 0;
+      return (n_block + 1) & args_.promotion_mask;
     else
       return true;
   }

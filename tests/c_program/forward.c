@@ -89,6 +89,8 @@ static void check_fp8(void) {
   REFUSES(FA3_ERROR_HEAD_DIM_FP8, "head_dim: 72, but of fp8 it must be a multiple of 16", p.dtype = FA3_FLOAT8_E4M3;
           p.head_dim = 72);
   REFUSES(FA3_ERROR_DTYPE, "descale: given", p.k_descale.data = &factor);
+  REFUSES(FA3_ERROR_SHAPE, "fp8_accumulate: -2, but", p.dtype = FA3_FLOAT8_E4M3; p.fp8_accumulate = -2);
+  REFUSES(FA3_ERROR_SHAPE, "fp8_accumulate: 96, but", p.fp8_accumulate = 96);
   REFUSES(FA3_ERROR_SHAPE, "descale: a group of -1, 0 or 0", p.dtype = FA3_FLOAT8_E4M3; p.q_descale.group = -1);
 }
 
