@@ -25,7 +25,7 @@ def main(argv=None) -> int:
 
 def bench(args) -> int:
     """Run one group, write its results, print and draw them."""
-    from . import backward, counters, quantize, records, runner, shapes, tiles, timing
+    from . import accuracy, backward, counters, quantize, records, runner, shapes, tiles, timing
 
     rows = shapes.rows(args.group, args.rows)
     if not rows:
@@ -33,7 +33,7 @@ def bench(args) -> int:
     budgets = {"sweep": timing.SWEEP, "tiles": timing.TILES}
     budget = timing.QUICK if args.quick else budgets.get(args.group, timing.Budget())
     prepares = {"backward": backward.prepare, "tiles": tiles.prepare, "quantize": quantize.prepare,
-                "counters": counters.prepare}
+                "accuracy": accuracy.prepare, "counters": counters.prepare}
     prepare = prepares.get(args.group, runner.prepare)
     run_row = prepare(budget, args.commit or runner.current_commit())
     results, wrong, path = [], False, None
@@ -80,9 +80,10 @@ def _recorded(folder):
 
 def _described(entries):
     """The table of a group, and below it what stands out."""
-    from . import counters, quantize, report, tiles
+    from . import accuracy, counters, quantize, report, tiles
 
-    module = {"tiles": tiles, "quantize": quantize, "counters": counters}.get(entries[0]["group"], report)
+    modules = {"tiles": tiles, "quantize": quantize, "accuracy": accuracy, "counters": counters}
+    module = modules.get(entries[0]["group"], report)
     return f"{module.table(entries)}\n{module.summary(entries)}".rstrip()
 
 
@@ -99,8 +100,8 @@ def _draw(path):
 
 def _parser():
     parser = argparse.ArgumentParser(prog="python -m bench", description="Time fa3 beside cuDNN and FlashAttention-2.")
-    parser.add_argument("group", help="forward, sweep, window, short, fp8, seed, overhead, backward, tiles, quantize "
-                                      "or counters; or report or plot, to show what is recorded")
+    parser.add_argument("group", help="forward, sweep, window, short, fp8, seed, overhead, backward, tiles, "
+                                      "quantize, accuracy or counters; or report or plot, to show what is recorded")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="folder of the results")
     parser.add_argument("--rows", default="", metavar="REGEX", help="only the rows whose name matches")
     parser.add_argument("--quick", action="store_true", help="a short look: one round, 20 ms of launches")

@@ -23,6 +23,8 @@ def draw(path: Path) -> list[Path]:
     if not entries:
         raise ValueError(f"{path}: no results in it")
     group = entries[0]["group"]
+    if group == "accuracy":
+        return [_save(_errors_figure(entries), path.with_suffix(".png"))]
     if group not in TIMED:
         return []
     if group != "sweep":
@@ -32,6 +34,30 @@ def draw(path: Path) -> list[Path]:
     return [_save(_curves_figure([(rows[entry["case"]], entry) for entry in entries
                                   if rows[entry["case"]].dtype == dtype], dtype),
                   path.with_name(f"{path.stem}-{dtype}.png")) for dtype in dtypes]
+
+
+def _errors_figure(entries):
+    """Errors by the number of keys, a curve for each interval: values of mean 0 to the left, of mean 1 to the right."""
+    rows = {row.case: row for row in GROUPS["accuracy"]}
+    figure = _figure((10, 4))
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, values in zip(axes, (0, 1), strict=True):
+        shown = [(rows[entry["case"]].seqlens_k[0], entry["errors"]) for entry in entries
+                 if entry["case"].endswith(f"mean{values}") and not entry["times"]]
+        for name in entries[0]["errors"]:
+            label = name if name in ("none", "once") else f"every {name}"
+            axis.plot([keys for keys, _ in shown], [errors[name] for _, errors in shown], marker="o", markersize=3.5,
+                      label=label)
+        axis.set_title(f"values of mean {values}", loc="left", fontsize=10)
+        axis.set_xlabel("keys")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.grid(axis="y", color="#e5e5e5", linewidth=0.8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("relative error (RMS)")
+    axes[1].legend(frameon=False, title="sums move on to fp32")
+    _title(figure, entries, "Errors of fp8")
+    return figure
 
 
 def _figure(size):

@@ -13,10 +13,11 @@ _TIMED = ("group", "case", "us", "tflops", "gbs", "peers", "device", "date", "co
 _FIELDS = {
     "tiles": ("group", "case", "plan", "times", "loss", "device", "date", "commit"),
     "quantize": ("group", "case", "us", "gbs", "copy_us", "share", "device", "date", "commit"),
+    "accuracy": ("group", "case", "errors", "times", "device", "date", "commit"),
     "counters": ("group", "case", "kernel", "figures", "stalls", "device", "date", "commit"),
 }
 # How a CSV column is called that holds one value of a field with several.
-_COLUMN = {"peers": "{}_us", "times": "{}_us", "figures": "{}", "stalls": "stall_{}"}
+_COLUMN = {"peers": "{}_us", "times": "{}_us", "errors": "error_{}", "figures": "{}", "stalls": "stall_{}"}
 
 
 def fields(group: str) -> tuple[str, ...]:

@@ -186,9 +186,9 @@ def _fp8_rows():
 
 def _tile_rows():
     """What the plan's constants are fitted to: grids that fill the machine many times over, and small ones."""
-    def row(batch, seqlen, heads, head_dim, mask):
+    def row(batch, seqlen, heads, head_dim, mask, dtype="bf16"):
         lengths = (seqlen,) * batch
-        return Row("tiles", f"bf16 d{head_dim} b{batch} s{seqlen} h{heads} {mask}", "bf16", lengths, lengths, heads,
+        return Row("tiles", f"{dtype} d{head_dim} b{batch} s{seqlen} h{heads} {mask}", dtype, lengths, lengths, heads,
                    heads, head_dim, causal=mask == "causal")
 
     rows = []
@@ -196,7 +196,20 @@ def _tile_rows():
         rows += [row(TOKENS // seqlen, seqlen, MODEL_DIM // head_dim, head_dim, mask)
                  for seqlen in (64 << i for i in range(9)) for mask in MASKS]
         rows += [row(1, seqlen, 8, head_dim, mask) for seqlen in (512 << i for i in range(5)) for mask in MASKS]
-    return rows
+    rows += [row(batch, seqlen, 16, head_dim, "full", "fp8")
+             for head_dim in (64, 80, 128) for batch, seqlen in ((84, 64), (16, 512), (3, 1680))]
+    return rows + [row(TOKENS // seqlen, seqlen, MODEL_DIM // head_dim, head_dim, mask, "fp8")
+                   for head_dim in (64, 128) for seqlen in (1024, 4096) for mask in MASKS]
+
+
+def _accuracy_rows():
+    """Few queries on many keys for what sums lose, and two rows that fill the machine for what promotion costs."""
+    def row(batch, queries, keys, heads, values):
+        name = f"e4m3 d128 b{batch} q{queries} k{keys} h{heads} mean{values}"
+        return Row("accuracy", name, "fp8", (queries,) * batch, (keys,) * batch, heads, heads, 128)
+
+    rows = [row(1, 128, 1024 << i, 4, values) for values in (0, 1) for i in range(9)]
+    return [*rows, row(4, 4096, 4096, 16, 0), row(1, 16384, 16384, 16, 0)]
 
 
 def _counter_rows():
@@ -271,6 +284,7 @@ GROUPS: dict[str, list[Row]] = {
     "overhead": _overhead_rows(),
     "tiles": _tile_rows(),
     "quantize": _quantize_rows(),
+    "accuracy": _accuracy_rows(),
     "counters": _counter_rows(),
     "fp8": _FP8 + _fp8_rows(),
     "backward": _BACKWARD,
@@ -278,7 +292,7 @@ GROUPS: dict[str, list[Row]] = {
 }
 # What is timed beside peers, and what looks into fa3 alone. The other groups wait for the kernels that they time.
 TIMED = ("forward", "sweep", "window", "short", "fp8", "seed", "overhead")
-BUILT = (*TIMED, "backward", "tiles", "quantize", "counters")
+BUILT = (*TIMED, "backward", "tiles", "quantize", "accuracy", "counters")
 
 
 def rows(group: str, pattern: str = "") -> list[Row]:

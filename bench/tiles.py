@@ -13,7 +13,7 @@ from . import report, timing
 from .peers import TOLERANCE
 from .runner import WrongAnswerError, import_torch, problem, provenance
 
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp8": "float8_e4m3fn"}
 
 
 def prepare(budget: timing.Budget, commit: str):
@@ -43,7 +43,7 @@ def prepare(budget: timing.Budget, commit: str):
 def fitting(core, row) -> list[tuple[int, int]]:
     """(tile_m, tile_n) of the variants that the plan chooses from: those that waste least on padded head dims."""
     fits = [v for v in core.variants() if v["dtype"] == _DTYPES[row.dtype] and v["head_dim"] >= row.head_dim
-            and v["head_dim_v"] >= row.dim_v]
+            and v["head_dim_v"] >= row.dim_v and not v.get("promotes")]
     least = min((v["head_dim"] + v["head_dim_v"] for v in fits), default=0)
     if not fits:
         raise NotImplementedError(f"this build of fa3 has no kernel for {row.dtype} and head dim {row.head_dim}")
@@ -120,6 +120,6 @@ def _measure(torch, core, clock, row, budget):
     for choice in choices:
         with choice.context():
             difference = (choice.call() - expected).abs().max().item()
-        if not difference <= TOLERANCE:
+        if not difference <= TOLERANCE[row.dtype]:
             raise WrongAnswerError(f"WRONG: {choice.name} differs by {difference:.2e} from the plan's choice")
     return timing.measure(choices, clock, budget)

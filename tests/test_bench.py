@@ -97,7 +97,7 @@ def test_flops_and_bytes_of_two_head_dims_and_a_window():
 
 @pytest.mark.parametrize("group", ["decode", "sideward"])
 def test_a_group_that_is_not_built_says_which_are(group):
-    built = "forward, sweep, window, short, fp8, seed, overhead, backward, tiles, quantize, counters"
+    built = "forward, sweep, window, short, fp8, seed, overhead, backward, tiles, quantize, accuracy, counters"
     with pytest.raises(ValueError, match=f"there are: {built}$"):
         shapes.rows(group)
 
