@@ -13,8 +13,7 @@ def flash_attn_backward(
 ):
     """Gradients of `flash_attn_func`: what ``sum(dout·out)`` changes by with q, k, v and the sinks [1]_.
 
-    The forward's options are given again, those that changed its result. On the GPU head dims
-    up to 128.
+    The forward's options are given again, those that changed its result.
 
     Parameters
     ----------

@@ -44,8 +44,9 @@ fa3_status plan_backward(const fa3_backward_params& p, BackwardPlan& plan) {
   plan = {};
   plan.variant = find_variant(p);
   if (plan.variant < 0)
-    return fail(FA3_ERROR_NO_BACKWARD, "q, v: the backward has no kernel for head_dim %d and %d on the GPU yet",
-                p.head_dim, p.head_dim_v);
+    return fail(FA3_ERROR_NO_BACKWARD,
+                "q, v: the backward has no kernel of this dtype for head_dim %d and %d in this build", p.head_dim,
+                p.head_dim_v);
   const BackwardVariant& variant = backward_variants()[plan.variant];
   const Lengths queries{p.queries.rows, p.queries.cu_seqlens, p.queries.seqused};
   plan.query_tiles = p.queries.rows > 0 ? QueryTiles{queries, variant.tile_m}.count(p.batch) : 0;

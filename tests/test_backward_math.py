@@ -9,9 +9,8 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from test_host_math import INT_MAX, MAX_ROWS, Lengths, Visibility, huge_lengths, masks, visible
 
-TILE_N, CONSUMER_KEYS = 128, 64
 lengths = st.one_of(st.integers(1, 20), st.integers(1, 700))
-tile_ms = st.sampled_from([64, 128])
+tile_ms = tile_ns = st.sampled_from([64, 128])
 
 
 class QueryBlockRange(ctypes.Structure):
@@ -76,7 +75,7 @@ def test_query_intervals_of_huge_problems(host, mask, seqlen_q, seqlen_k, data):
     assert np.array_equal(in_range, visible(mask, rows, seqlen_q, [key], seqlen_k).T)
 
 
-@given(masks(), lengths, lengths, tile_ms, st.sampled_from([TILE_N, CONSUMER_KEYS]))
+@given(masks(), lengths, lengths, tile_ms, tile_ns)
 def test_query_block_ranges(host, mask, seqlen_q, seqlen_k, tile_m, keys):
     """Blocks outside are seen by no key; plain ones show each key all of their queries."""
     seen = visible(mask, range(seqlen_q), seqlen_q, range(seqlen_k), seqlen_k)
@@ -91,15 +90,15 @@ def test_query_block_ranges(host, mask, seqlen_q, seqlen_k, tile_m, keys):
                 assert part.all() and mine.shape[1] == keys
 
 
-@given(masks(), lengths, lengths, tile_ms)
-@example((-1, 0, 0), 700, 300, 64)  # causal, whose first queries see nothing
-def test_turns(host, mask, seqlen_q, seqlen_k, tile_m):
+@given(masks(), lengths, lengths, tile_ms, tile_ns)
+@example((-1, 0, 0), 700, 300, 64, 128)  # causal, whose first queries see nothing
+def test_turns(host, mask, seqlen_q, seqlen_k, tile_m, tile_n):
     """Blocks of keys that work on a query tile have its turns 0, 1, ... in their own order, none left out."""
     tiles = -(-seqlen_q // tile_m)
     first = np.empty(tiles, np.int32)
-    host.first_key_blocks(tile_m, ctypes.byref(as_visibility(host, mask)), seqlen_q, seqlen_k, tiles,
+    host.first_key_blocks(tile_m, tile_n, ctypes.byref(as_visibility(host, mask)), seqlen_q, seqlen_k, tiles,
                           first.ctypes.data_as(ctypes.c_void_p))
-    blocks = block_ranges(host, tile_m, mask, seqlen_q, seqlen_k, TILE_N)
+    blocks = block_ranges(host, tile_m, mask, seqlen_q, seqlen_k, tile_n)
     for m in range(tiles):
         turns = [n - first[m] for n, block in enumerate(blocks) if block.begin <= m < block.end]
         assert turns == list(range(len(turns)))

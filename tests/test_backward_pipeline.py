@@ -3,6 +3,8 @@ deadlock, and leaving out any one wait goes wrong.
 
 The roles do what src/kernels/backward_load.cuh and backward_mma.cuh do, barrier by barrier; a consumer warpgroup is one
 actor. What a product or the copy engine reads is held from its issue until the wait that ends it.
+
+Consumers have keys of their own, or, apart, the same: then the first makes P and dV, the second dS and dK.
 """
 
 import random
@@ -10,6 +12,7 @@ import random
 import pytest
 
 CONSUMERS, STAGES = 2, 2
+PARTS = 2  # in which dQ is handed over, apart
 
 
 class Wrong(AssertionError):
@@ -50,14 +53,17 @@ class Buffer:
 
 
 class Model:
-    def __init__(self, steps, without=None):
-        self.steps, self.without = steps, without
-        self.q, self.dout = ([Buffer() for _ in range(STAGES)] for _ in range(2))
-        self.ds = [Buffer(CONSUMERS) for _ in range(2)]
+    def __init__(self, steps, without=None, apart=False):
+        self.steps, self.without, self.apart = steps, without, apart
+        self.stages = {"q": STAGES, "dout": 1 if apart else STAGES}
+        self.parts = PARTS if apart else 1
+        self.q, self.dout = ([Buffer() for _ in range(self.stages[name])] for name in ("q", "dout"))
+        self.ds = [Buffer(1 if apart else CONSUMERS) for _ in range(2)]
+        self.p, self.p_full, self.p_empty = Buffer(), Barrier(1), Barrier(1)
         self.dq = [Buffer() for _ in range(CONSUMERS)]
-        self.full = {name: [Barrier(1) for _ in range(STAGES)] for name in ("q", "dout")}
-        self.empty = {name: [Barrier(CONSUMERS) for _ in range(STAGES)] for name in ("q", "dout")}
-        self.ds_full = [Barrier(CONSUMERS) for _ in range(2)]
+        self.full = {name: [Barrier(1) for _ in range(stages)] for name, stages in self.stages.items()}
+        self.empty = {name: [Barrier(CONSUMERS) for _ in range(stages)] for name, stages in self.stages.items()}
+        self.ds_full = [Barrier(1 if apart else CONSUMERS) for _ in range(2)]
         self.dq_full, self.dq_empty = ([Barrier(1) for _ in range(CONSUMERS)] for _ in range(2))
         self.asked = {"q": [], "dout": []}
         self.added = [[] for _ in range(CONSUMERS)]
@@ -67,10 +73,23 @@ class Model:
             yield barrier
         yield None
 
+    def place(self, name, step):
+        """Stage and parity."""
+        return step % self.stages[name], step // self.stages[name] % 2
+
+    def full_at(self, name, step):
+        stage, parity = self.place(name, step)
+        yield from self.wait(f"{name}_full", self.full[name][stage], parity)
+
+    def release(self, name, buffers, step):
+        stage, _ = self.place(name, step)
+        buffers[stage].done()
+        self.empty[name][stage].arrive()
+
     def loader(self):
         for step in range(self.steps):
-            stage, parity = step % STAGES, step // STAGES % 2
             for name, buffers in (("q", self.q), ("dout", self.dout)):
+                stage, parity = self.place(name, step)
                 yield from self.wait(f"{name}_empty", self.empty[name][stage], parity ^ 1)
                 buffers[stage].write(None)
                 self.asked[name].append(step)
@@ -81,58 +100,101 @@ class Model:
             while step not in self.asked[name]:
                 yield "nothing asked for"
             yield None
-            buffers[step % STAGES].write(step)
-            self.full[name][step % STAGES].arrive()
+            stage, _ = self.place(name, step)
+            buffers[stage].write(step)
+            self.full[name][stage].arrive()
 
-    def consumer(self, w):
-        def multiply_ds(step):
-            """dQ of the step before, and its way to the adder."""
-            buffer = self.ds[(step + 1) % 2]
-            if step > 0:
-                yield from self.wait("ds_full", self.ds_full[(step - 1) % 2], (step - 1) // 2 % 2)
-            yield from self.wait("dq_empty", self.dq_empty[w], step % 2 ^ 1)
-            if step > 0:
-                buffer.read(step - 1)
-            yield None
-            if step > 0:
-                buffer.done()
-            self.dq[w].write(step - 1)
+    def multiply_ds(self, w, step, call):
+        """dQ of a step, and its way to the adder; a consumer that lags has none of it in its first call."""
+        buffer = self.ds[step % 2]
+        if step >= 0:
+            yield from self.wait("ds_full", self.ds_full[step % 2], step // 2 % 2)
+        yield from self.wait("dq_empty", self.dq_empty[w], call * self.parts % 2 ^ 1)
+        if step >= 0:
+            buffer.read(step)
+        yield None
+        if step >= 0:
+            buffer.done()
+        for part in range(self.parts):
+            if part > 0:
+                yield from self.wait("dq_empty", self.dq_empty[w], (call * self.parts + part) % 2 ^ 1)
+            self.dq[w].write(step)
             self.dq_full[w].arrive()
 
+    def consumer(self, w):
         for step in range(self.steps):
-            stage, parity = step % STAGES, step // STAGES % 2
-            yield from self.wait("q_full", self.full["q"][stage], parity)
-            self.q[stage].read(step)  # S
+            yield from self.full_at("q", step)
+            self.q[step % STAGES].read(step)  # S
             yield None
-            yield from multiply_ds(step)
-            yield from self.wait("dout_full", self.full["dout"][stage], parity)
-            self.dout[stage].read(step)  # dP and dV
+            yield from self.multiply_ds(w, step - 1, step)
+            yield from self.full_at("dout", step)
+            self.dout[step % STAGES].read(step)  # dP and dV
             yield None
             self.ds[step % 2].write(step, w)
             self.ds_full[step % 2].arrive()
             yield None
-            self.q[stage].done()  # dK
-            self.empty["q"][stage].arrive()
+            self.release("q", self.q, step)  # dK
             yield None
-            self.dout[stage].done()
-            self.empty["dout"][stage].arrive()
-        yield from multiply_ds(self.steps)
+            self.release("dout", self.dout, step)
+        yield from self.multiply_ds(w, self.steps - 1, self.steps)
+
+    def values_consumer(self):
+        for step in range(self.steps):
+            yield from self.full_at("q", step)
+            self.q[step % STAGES].read(step)  # S
+            yield None
+            self.release("q", self.q, step)
+            yield from self.wait("p_empty", self.p_empty, step % 2 ^ 1)
+            self.p.write(step)
+            self.p_full.arrive()
+            yield None
+            yield from self.full_at("dout", step)
+            self.dout[0].read(step)  # dV
+            yield from self.multiply_ds(0, step - 1, step)
+            yield None
+            self.release("dout", self.dout, step)
+        yield from self.multiply_ds(0, self.steps - 1, self.steps)
+
+    def keys_consumer(self):
+        for step in range(self.steps):
+            yield from self.full_at("q", step)
+            yield from self.full_at("dout", step)
+            self.dout[0].read(step)  # dP
+            yield None
+            yield from self.wait("p_full", self.p_full, step % 2)
+            self.p.read(step)
+            yield None
+            self.p.done()
+            self.p_empty.arrive()
+            yield None
+            self.release("dout", self.dout, step)
+            self.ds[step % 2].write(step)
+            self.ds_full[step % 2].arrive()
+            self.q[step % STAGES].read(step)  # dK
+            yield from self.multiply_ds(1, step, step)
+            yield None
+            self.release("q", self.q, step)
 
     def adder(self, w):
-        yield from self.wait("dq_full", self.dq_full[w], 0)
-        self.dq_empty[w].arrive()
-        for step in range(self.steps):
-            yield from self.wait("dq_full", self.dq_full[w], (step + 1) % 2)
-            self.dq[w].read(step)
-            yield None
-            self.dq[w].done()
-            self.added[w].append(step)
+        lags = not self.apart or w == 0
+        for part in range(self.parts if lags else 0):
+            yield from self.wait("dq_full", self.dq_full[w], part % 2)
             self.dq_empty[w].arrive()
+        for step in range(self.steps):
+            for part in range(self.parts):
+                yield from self.wait("dq_full", self.dq_full[w], ((step + lags) * self.parts + part) % 2)
+                self.dq[w].read(step)
+                yield None
+                self.dq[w].done()
+                self.added[w].append(step)
+                self.dq_empty[w].arrive()
 
     def run(self, seed):
         rng = random.Random(seed)
         actors = [self.loader(), self.copy_engine("q", self.q), self.copy_engine("dout", self.dout),
-                  *(role(w) for role in (self.consumer, self.adder) for w in range(CONSUMERS))]
+                  *(self.adder(w) for w in range(CONSUMERS))]
+        actors += ([self.values_consumer(), self.keys_consumer()] if self.apart else
+                   [self.consumer(w) for w in range(CONSUMERS)])
         idle = 0
         while actors:
             actor = rng.choice(actors)
@@ -146,17 +208,22 @@ class Model:
                 idle = idle + 1 if blocked else 0
                 if idle > 5000:
                     raise Wrong("deadlock")
-        assert self.added == [list(range(self.steps))] * CONSUMERS
+        assert self.added == [[step for step in range(self.steps) for _ in range(self.parts)]] * CONSUMERS
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 9])
-def test_every_order_is_right(steps):
+def test_every_order_is_right(steps, apart):
     for seed in range(150):
-        Model(steps).run(seed)
+        Model(steps, apart=apart).run(seed)
 
 
-@pytest.mark.parametrize("wait", ["q_empty", "dout_empty", "q_full", "dout_full", "ds_full", "dq_full", "dq_empty"])
-def test_each_wait_is_needed(wait):
+WAITS = ["q_empty", "dout_empty", "q_full", "dout_full", "ds_full", "dq_full", "dq_empty"]
+
+
+@pytest.mark.parametrize(("wait", "apart"), [
+    *((wait, False) for wait in WAITS), *((wait, True) for wait in [*WAITS, "p_full", "p_empty"])])
+def test_each_wait_is_needed(wait, apart):
     with pytest.raises(AssertionError):
         for seed in range(300):
-            Model(9, without=wait).run(seed)
+            Model(9, without=wait, apart=apart).run(seed)

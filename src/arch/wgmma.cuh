@@ -23,6 +23,13 @@ __device__ __forceinline__ void wgmma_wrote(float (&accumulator)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(accumulator[i])::"memory");
 }
 
+/// A product's operand in registers: keeps the compiler from making it between products, whose order it would break.
+template <int kCount>
+__device__ __forceinline__ void wgmma_reads(uint32_t (&operand)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(operand[i])::"memory");
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

@@ -25,6 +25,7 @@ class BackwardLoader {
 #pragma unroll 1
     for (int step = 0; step < steps; ++step, ring_.advance(), at.advance(work_.blocks)) {
       const uint32_t stage = ring_.stage();
+      const Ring<Traits::kDoutStages> dout{ring_.count};
       const int head = work_.head_kv * args_.group + at.head, row = work_.q.begin + at.m_block * Traits::kTileM;
       const float* stats = args_.scratch.stats +
                            (head * args_.scratch.query_tiles + work_.first_tile + at.m_block) * (2 * Traits::kTileM);
@@ -32,9 +33,10 @@ class BackwardLoader {
       load<typename Traits::TileQ>(args_.q, shared_.q[stage], row, head, shared_.q_full[stage], kStatBytes);
       arch::load_bytes(shared_.lse[stage], stats, kStatBytes, shared_.q_full[stage]);
       if (step == 0) load<typename Traits::TileV>(args_.v, shared_.v, key, work_.head_kv, shared_.v_full, 0);
-      shared_.dout_empty[stage].wait(ring_.parity() ^ 1);
-      load<typename Traits::TileDo>(args_.dout, shared_.dout[stage], row, head, shared_.dout_full[stage], kStatBytes);
-      arch::load_bytes(shared_.delta[stage], stats + Traits::kTileM, kStatBytes, shared_.dout_full[stage]);
+      arch::Barrier& dout_full = shared_.dout_full[dout.stage()];
+      shared_.dout_empty[dout.stage()].wait(dout.parity() ^ 1);
+      load<typename Traits::TileDo>(args_.dout, shared_.dout[dout.stage()], row, head, dout_full, kStatBytes);
+      arch::load_bytes(shared_.delta[dout.stage()], stats + Traits::kTileM, kStatBytes, dout_full);
     }
   }
 
@@ -63,31 +65,40 @@ template <class Traits>
 __device__ __forceinline__ void add_dq(const BackwardArgs& args, BackwardShared<Traits>& shared, const KeyTile& work,
                                        int consumer) {
   const int steps = work.steps(args.group);
-  QueryStep at{work.blocks.begin, 0};
   if (steps == 0) return;
-  shared.dq_full[consumer].wait(0);  // in the first step a consumer has none yet
-  shared.dq_empty[consumer].arrive();
-  Ring<1> ring{1};
+  constexpr int kPartFloats = Traits::kDqFloats / Traits::kDqParts;
+  const float* const given = &shared.dq[consumer][0][0].x;
+  Ring<1> ring;
+  if (Traits::lags(consumer)) {  // in the first step it has none yet
+    for (int part = 0; part < Traits::kDqParts; ++part, ring.advance()) {
+      shared.dq_full[consumer].wait(ring.parity());
+      shared.dq_empty[consumer].arrive();
+    }
+  }
+  QueryStep at{work.blocks.begin, 0};
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step, ring.advance(), at.advance(work.blocks)) {
+  for (int step = 0; step < steps; ++step, at.advance(work.blocks)) {
     const int64_t head = work.head_kv * args.group + at.head;
     const int64_t tile =
         (head * args.scratch.query_tiles + work.first_tile + at.m_block) * Traits::kConsumers + consumer;
     float* const sum = args.scratch.dq + tile * Traits::kDqFloats;
-    const float* const given = &shared.dq[consumer][0][0].x;
-    shared.dq_full[consumer].wait(ring.parity());
-    if (args.scratch.dq_turns) {
-      const int first =
-          first_key_block<Traits::kTileN>(args.visibility, at.m_block * Traits::kTileM, work.q.length, work.k.length);
-      arch::wait_for_turn(args.scratch.dq_turns + tile, work.n_block - first);
-      arch::add_floats(sum, given, Traits::kDqFloats * sizeof(float));
-      arch::wait_until_added();
-      arch::pass_turn(args.scratch.dq_turns + tile);
-    } else {
-      arch::add_floats(sum, given, Traits::kDqFloats * sizeof(float));
-      arch::wait_until_read();
+#pragma unroll
+    for (int part = 0; part < Traits::kDqParts; ++part, ring.advance()) {
+      shared.dq_full[consumer].wait(ring.parity());
+      if (part == 0 && args.scratch.dq_turns) {
+        const int first =
+            first_key_block<Traits::kTileN>(args.visibility, at.m_block * Traits::kTileM, work.q.length, work.k.length);
+        arch::wait_for_turn(args.scratch.dq_turns + tile, work.n_block - first);
+      }
+      arch::add_floats(sum + part * kPartFloats, given, kPartFloats * sizeof(float));
+      if (part == Traits::kDqParts - 1 && args.scratch.dq_turns) {
+        arch::wait_until_added();
+        arch::pass_turn(args.scratch.dq_turns + tile);
+      } else {
+        arch::wait_until_read();
+      }
+      shared.dq_empty[consumer].arrive();
     }
-    shared.dq_empty[consumer].arrive();
   }
   arch::wait_until_added();  // shared memory must outlive the copy engine's reads
 }

@@ -1,5 +1,7 @@
 // The consumer warpgroups: P^T = exp(K Q^T - lse), dV = P^T dO, dS^T = P^T (V dO^T - delta), dK = dS^T Q, dQ = dS K.
 #pragma once
+#include <type_traits>
+
 #include "arch/barrier.cuh"
 #include "arch/convert.cuh"
 #include "arch/fragments.cuh"
@@ -15,8 +17,8 @@ namespace fa3 {
 
 /// A consumer's rows are its 64 keys, and its columns queries: P^T and dS^T are then A operands as they are. Only dQ
 /// needs all keys' dS. It is worked on half a step late, so that no consumer has to wait for another at once, and one's
-/// exponentials fall beside the other's products. With dropout it is a kernel of its own: beside the other steps ptxas
-/// finds no registers for it.
+/// exponentials fall beside the other's products. With dropout it is a kernel of its own: ptxas finds
+/// no registers for more kinds of step in one.
 template <class Traits, bool kDropout>
 class BackwardConsumer {
   using Element = typename Traits::Element;
@@ -48,10 +50,35 @@ class BackwardConsumer {
         ds_address_(arch::shared_address(shared.ds) >> 4) {}
 
   __device__ __forceinline__ void run() {
+    if constexpr (Traits::kApart) {
+      if (warpgroup_ == 0) {
+        clear(dv_);
+        take_steps([&](auto plain, const QueryStep& at) { values_step<plain.value>(at); });
+        store(args_.dv, dv_, args_.dropout.scale, args_.head_dim_v);
+      } else {
+        clear(dk_);
+        take_steps([&](auto plain, const QueryStep& at) { keys_step<plain.value>(at); });
+        store(args_.dk, dk_, args_.softmax_scale, args_.head_dim);
+      }
+    } else {
+      clear(dk_);
+      clear(dv_);
+      take_steps([&](auto plain, const QueryStep& at) { step<plain.value>(at); });
+      store(args_.dk, dk_, args_.softmax_scale, args_.head_dim);
+      store(args_.dv, dv_, args_.dropout.scale, args_.head_dim_v);
+    }
+  }
+
+ private:
+  template <int kCount>
+  __device__ __forceinline__ static void clear(float (&x)[kCount]) {
 #pragma unroll
-    for (float& x : dk_) x = 0.f;
-#pragma unroll
-    for (float& x : dv_) x = 0.f;
+    for (int i = 0; i < kCount; ++i) x[i] = 0.f;
+  }
+
+  /// Every step, plain or not, and the dQ that a consumer that lags still owes.
+  template <class Step>
+  __device__ __forceinline__ void take_steps(const Step& step) {
     if (const int steps = work_.steps(args_.group)) {
       shared_.k_full.wait(0);
       shared_.v_full.wait(0);
@@ -65,31 +92,31 @@ class BackwardConsumer {
       QueryStep at{work_.blocks.begin, 0};
 #pragma unroll 1
       for (int i = 0; i < steps; ++i, at.advance(work_.blocks)) {
-        const bool plain = at.m_block >= plain_begin && at.m_block < plain_end;
-        if (!kDropout && plain)
-          step<true>(at, false);
+        if (at.m_block >= plain_begin && at.m_block < plain_end)
+          step(std::true_type(), at);
         else
-          step<false>(at, !kDropout || !plain);
+          step(std::false_type(), at);
       }
-      QueryGradient dq;
-      wait_for_ds();
-      wait_for_adder();
-      arch::wgmma_fence();
-      multiply_ds(dq);
-      arch::wgmma_wait<0>();
-      arch::wgmma_wrote(dq);
-      hand_over(dq);
+      if (Traits::lags(warpgroup_)) {
+        QueryGradient dq;
+        wait_for_ds(ring_.count - 1);
+        wait_for_adder();
+        arch::wgmma_fence();
+        multiply_ds(dq, ring_.count - 1);
+        arch::wgmma_wait<0>();
+        arch::wgmma_wrote(dq);
+        hand_over(dq);
+        ring_.advance();
+      }
     }
-    store();
   }
 
- private:
   /// A plain one has neither mask nor softcap.
   template <bool kPlain>
-  __device__ __forceinline__ void step(const QueryStep& at, bool masked) {
+  __device__ __forceinline__ void step(const QueryStep& at) {
     const int m_block = at.m_block;
     Scores s, dp;
-    Packed p, ds;
+    Packed p, left, ds;
     QueryGradient dq;
     Kept kept;
     const uint32_t stage = ring_.stage();
@@ -102,33 +129,48 @@ class BackwardConsumer {
     arch::wgmma_wrote(s);
     if (!kPlain && args_.softcap_scale != 0) squash(s, {args_.softcap_scale});
     exponentiate(s);
-    if (masked) hide(s, m_block);
+    if (!kPlain) hide(s, m_block);
 #pragma unroll
     for (int i = 0; i < kTileM / 4; ++i) p[i] = arch::pack<Element>(s[2 * i], s[2 * i + 1]);
+    drop(p, kept, left);
 
-    if (ring_.count > 0) wait_for_ds();
+    if (ring_.count > 0) wait_for_ds(ring_.count - 1);
     wait_for_adder();
     shared_.dout_full[stage].wait(ring_.parity());
+    arch::wgmma_reads(left);
     arch::wgmma_fence();
-    multiply_ds(dq);  // of the step before; in the first one of nothing, which costs less than a branch here
-    multiply_values(dp);
-    if constexpr (!kDropout) add_dv(p);
-    arch::wgmma_wait<kDropout ? 1 : 2>();
-    arch::wgmma_wrote(dq);
-    hand_over(dq);
-    arch::wgmma_wait<kDropout ? 0 : 1>();
-    arch::wgmma_wrote(dp);
-    if constexpr (kDropout) keep(dp, kept);
+    // dQ is of the step before; in the first one of nothing, which costs less than a branch here.
+    multiply_ds(dq, ring_.count - 1);
+    if constexpr (kDropout) {  // registers do not hold both P, with what is dropped and without, beside dP
+      add_dv(left);
+      arch::wgmma_wait<0>();
+      arch::wgmma_wrote(dq);
+      arch::wgmma_wrote(dv_);
+      arch::wgmma_fence();
+      multiply_values(dp);
+      hand_over(dq);
+      arch::wgmma_wait<0>();
+      arch::wgmma_wrote(dp);
+      keep(dp, kept);
+    } else {
+      multiply_values(dp);
+      add_dv(left);
+      arch::wgmma_wait<2>();
+      arch::wgmma_wrote(dq);
+      hand_over(dq);
+      arch::wgmma_wait<1>();
+      arch::wgmma_wrote(dp);
+    }
     differentiate(p, dp);
-    if (!kPlain && args_.softcap_scale != 0) unsquash(p, dp);
-    if (masked) hide(dp, m_block);
+    if (!kPlain) {
+      if (args_.softcap_scale != 0) unsquash(p, dp);
+      hide(dp, m_block);
+    }
 #pragma unroll
     for (int i = 0; i < kTileM / 4; ++i) ds[i] = arch::pack<Element>(dp[2 * i], dp[2 * i + 1]);
     put_ds(ds);
-    if constexpr (kDropout) drop(p, kept);  // only now: dS has the probabilities that are dropped, too
 
     arch::wgmma_fence();
-    if constexpr (kDropout) add_dv(p);
     add_dk(ds);
     arch::wgmma_wait<0>();
     arch::wgmma_wrote(dk_);
@@ -138,13 +180,96 @@ class BackwardConsumer {
     ring_.advance();
   }
 
-  __device__ __forceinline__ int first_key() const { return work_.n_block * Traits::kTileN + 64 * warpgroup_; }
+  /// The first of two consumers of the same keys: P, for both, and dV.
+  template <bool kPlain>
+  __device__ __forceinline__ void values_step(const QueryStep& at) {
+    Scores s;
+    Packed p, left;
+    QueryGradient dq;
+    Kept kept;
+    const uint32_t stage = ring_.stage();
+    shared_.q_full[stage].wait(ring_.parity());
+    clear_queries(at.m_block);
+    arch::wgmma_fence();
+    multiply_keys(s);
+    if constexpr (kDropout) draw(kept, at);
+    arch::wgmma_wait<0>();
+    arch::wgmma_wrote(s);
+    if (!kPlain && args_.softcap_scale != 0) squash(s, {args_.softcap_scale});
+    exponentiate(s);
+    release(shared_.q_empty[stage]);
+    if (!kPlain) hide(s, at.m_block);
+#pragma unroll
+    for (int i = 0; i < kTileM / 4; ++i) p[i] = arch::pack<Element>(s[2 * i], s[2 * i + 1]);
+    give_p(p, kept);
+    drop(p, kept, left);
+
+    if (ring_.count > 0) wait_for_ds(ring_.count - 1);
+    wait_for_adder();
+    shared_.dout_full[dout_ring().stage()].wait(dout_ring().parity());
+    arch::wgmma_fence();
+    multiply_ds(dq, ring_.count - 1);  // of nothing in the first step, as above
+    add_dv(left);
+    arch::wgmma_wait<1>();
+    arch::wgmma_wrote(dq);
+    hand_over(dq);
+    arch::wgmma_wait<0>();
+    arch::wgmma_wrote(dv_);
+    release(shared_.dout_empty[dout_ring().stage()]);
+    ring_.advance();
+  }
+
+  /// The second: dS, for both, and dK.
+  template <bool kPlain>
+  __device__ __forceinline__ void keys_step(const QueryStep& at) {
+    Scores dp;
+    Packed p, ds;
+    QueryGradient dq;
+    Kept kept;
+    const uint32_t stage = ring_.stage();
+    shared_.q_full[stage].wait(ring_.parity());
+    shared_.dout_full[dout_ring().stage()].wait(dout_ring().parity());
+    clear_queries(at.m_block);
+    arch::wgmma_fence();
+    multiply_values(dp);
+    arch::wgmma_wait<0>();
+    arch::wgmma_wrote(dp);
+    take_p(p, kept);
+    if constexpr (kDropout) keep(dp, kept);
+    differentiate(p, dp);
+    release(shared_.dout_empty[dout_ring().stage()]);
+    if (!kPlain) {
+      if (args_.softcap_scale != 0) unsquash(p, dp);
+      hide(dp, at.m_block);
+    }
+#pragma unroll
+    for (int i = 0; i < kTileM / 4; ++i) ds[i] = arch::pack<Element>(dp[2 * i], dp[2 * i + 1]);
+    put_ds(ds);
+
+    wait_for_ds(ring_.count);
+    wait_for_adder();
+    arch::wgmma_fence();
+    multiply_ds(dq, ring_.count);
+    add_dk(ds);
+    arch::wgmma_wait<1>();
+    arch::wgmma_wrote(dq);
+    hand_over(dq);
+    arch::wgmma_wait<0>();
+    arch::wgmma_wrote(dk_);
+    release(shared_.q_empty[stage]);
+    ring_.advance();
+  }
+
+  __device__ __forceinline__ Ring<Traits::kDoutStages> dout_ring() const { return {ring_.count}; }
+  /// This consumer's first row of a block of keys.
+  __device__ __forceinline__ int first_row() const { return Traits::kOwnKeys * warpgroup_; }
+  __device__ __forceinline__ int first_key() const { return work_.n_block * Traits::kTileN + first_row(); }
   __device__ __forceinline__ int own_barrier() const { return 1 + warpgroup_; }  // of this warpgroup's 128 threads
 
   // ---- products ---------------------------------------------------------------------------------------
 
   __device__ __forceinline__ void multiply_keys(Scores& s) const {
-    const uint32_t k = k_address_ + warpgroup_ * (64 * Traits::kSwizzleQK >> 4);
+    const uint32_t k = k_address_ + first_row() * (Traits::kSwizzleQK >> 4);
     const uint32_t q = q_address_ + ring_.stage() * (TileQ::kBytes >> 4);
 #pragma unroll
     for (int step = 0; step < Traits::kHeadDim / 16; ++step)
@@ -155,8 +280,8 @@ class BackwardConsumer {
   }
 
   __device__ __forceinline__ void multiply_values(Scores& dp) const {
-    const uint32_t v = v_address_ + warpgroup_ * (64 * Traits::kSwizzleV >> 4);
-    const uint32_t dout = dout_address_ + ring_.stage() * (TileDo::kBytes >> 4);
+    const uint32_t v = v_address_ + first_row() * (Traits::kSwizzleV >> 4);
+    const uint32_t dout = dout_address_ + dout_ring().stage() * (TileDo::kBytes >> 4);
 #pragma unroll
     for (int step = 0; step < Traits::kHeadDimV / 16; ++step)
       arch::WgmmaSS<Element, kTileM>::mma(dp, arch::descriptor(TileV::kMajorColumns, v + TileV::column_step(step)),
@@ -165,10 +290,10 @@ class BackwardConsumer {
     arch::wgmma_commit();
   }
 
-  /// The step before's dQ, of this consumer's queries or columns.
-  __device__ __forceinline__ void multiply_ds(QueryGradient& dq) const {
+  /// dQ of the step with this number, of this consumer's queries or columns.
+  __device__ __forceinline__ void multiply_ds(QueryGradient& dq, uint32_t step_number) const {
     constexpr int kShare = Traits::kDqColumns / TileK::kChunkColumns * TileK::kChunkBytes;
-    const uint32_t ds = ds_address_ + (ring_.count + 1) % 2 * (TileDs::kBytes >> 4) +
+    const uint32_t ds = ds_address_ + step_number % 2 * (TileDs::kBytes >> 4) +
                         (Traits::kShareQueries ? warpgroup_ * (TileDs::kChunkBytes >> 4) : 0);
     const uint32_t k = k_address_ + (Traits::kShareQueries ? 0 : warpgroup_ * (kShare >> 4));
 #pragma unroll
@@ -180,7 +305,7 @@ class BackwardConsumer {
   }
 
   __device__ __forceinline__ void add_dv(const Packed& p) {
-    const uint32_t dout = dout_address_ + ring_.stage() * (TileDo::kBytes >> 4);
+    const uint32_t dout = dout_address_ + dout_ring().stage() * (TileDo::kBytes >> 4);
 #pragma unroll
     for (int step = 0; step < kTileM / 16; ++step)
       arch::WgmmaRS<Element, Traits::kHeadDimV>::mma(
@@ -223,7 +348,7 @@ class BackwardConsumer {
   __device__ __forceinline__ void differentiate(const Packed& p, Scores& dp) const {
 #pragma unroll
     for (int i = 0; i < kTileM / 8; ++i) {
-      const float2 delta = pair(shared_.delta[ring_.stage()], i, lane_);
+      const float2 delta = pair(shared_.delta[dout_ring().stage()], i, lane_);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float* const at = dp + 4 * i + 2 * r;
@@ -276,9 +401,10 @@ class BackwardConsumer {
     }
   }
 
-  __device__ __forceinline__ static void drop(Packed& p, const Kept& kept) {
+  /// The probabilities that are left, for dV.
+  __device__ __forceinline__ static void drop(const Packed& p, const Kept& kept, Packed& left) {
 #pragma unroll
-    for (int i = 0; i < kTileM / 4; ++i) p[i] &= kept_pair(kept, i) * 0xffff;
+    for (int i = 0; i < kTileM / 4; ++i) left[i] = kDropout ? p[i] & kept_pair(kept, i) * 0xffff : p[i];
   }
 
   // ---- masks ------------------------------------------------------------------------------------------
@@ -305,7 +431,7 @@ class BackwardConsumer {
   /// dS of this consumer's keys, for all consumers' products.
   __device__ __forceinline__ void put_ds(const Packed& ds) const {
     const uint32_t buffer = ring_.count % 2;
-    const int row = 64 * warpgroup_ + 16 * warp_ + lane_ % 16;
+    const int row = first_row() + 16 * warp_ + lane_ % 16;
 #pragma unroll
     for (int step = 0; step < kTileM / 16; ++step) {
       const int vector = 2 * step + lane_ / 16;  // of 8 queries
@@ -317,22 +443,54 @@ class BackwardConsumer {
     release(shared_.ds_full[buffer]);
   }
 
-  /// Every consumer's dS of the step before. Each has then read the other buffer, too: dQ comes before dS in a step.
-  __device__ __forceinline__ void wait_for_ds() const {
-    const Ring<2> before{ring_.count - 1};
-    shared_.ds_full[before.stage()].wait(before.parity());
+  /// The whole dS of a step. Each consumer has then read the other buffer, too: dQ comes before dS in a step.
+  __device__ __forceinline__ void wait_for_ds(uint32_t step_number) const {
+    const Ring<2> step{step_number};
+    shared_.ds_full[step.stage()].wait(step.parity());
   }
 
-  __device__ __forceinline__ void wait_for_adder() const { shared_.dq_empty[warpgroup_].wait(ring_.count % 2 ^ 1); }
+  __device__ __forceinline__ void wait_for_adder(int part = 0) const {
+    shared_.dq_empty[warpgroup_].wait((ring_.count * Traits::kDqParts + part) % 2 ^ 1);
+  }
 
-  /// The step before's dQ to the adder, which knows that the first step's is of nothing.
+  /// dQ to the adder, who has been waited for. It knows which first one is of nothing.
   __device__ __forceinline__ void hand_over(const QueryGradient& dq) const {
+    constexpr int kVectors = Traits::kDqCount / Traits::kDqParts / 4;
 #pragma unroll
-    for (int i = 0; i < Traits::kDqCount / 4; ++i)
-      shared_.dq[warpgroup_][i][threadIdx.x % 128] =
-          make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
-    arch::fence_async_proxy();
-    release(shared_.dq_full[warpgroup_]);
+    for (int part = 0; part < Traits::kDqParts; ++part) {
+      if (part > 0) wait_for_adder(part);
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        const float* const x = dq + 4 * (kVectors * part + i);
+        shared_.dq[warpgroup_][i][threadIdx.x % 128] = make_float4(x[0], x[1], x[2], x[3]);
+      }
+      arch::fence_async_proxy();
+      release(shared_.dq_full[warpgroup_]);
+    }
+  }
+
+  /// P from the first of two consumers of the same keys to the second, and what dropout keeps of it.
+  __device__ __forceinline__ void give_p(const Packed& p, const Kept& kept) const {
+    shared_.p_empty.wait(ring_.count % 2 ^ 1);
+#pragma unroll
+    for (int i = 0; i < kTileM / 16; ++i)
+      shared_.p[i][threadIdx.x % 128] = make_uint4(p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3]);
+    if constexpr (kDropout) shared_.kept[threadIdx.x % 128] = kept[0];
+    release(shared_.p_full);
+  }
+
+  __device__ __forceinline__ void take_p(Packed& p, Kept& kept) const {
+    shared_.p_full.wait(ring_.count % 2);
+#pragma unroll
+    for (int i = 0; i < kTileM / 16; ++i) {
+      const uint4 words = shared_.p[i][threadIdx.x % 128];
+      p[4 * i] = words.x;
+      p[4 * i + 1] = words.y;
+      p[4 * i + 2] = words.z;
+      p[4 * i + 3] = words.w;
+    }
+    if constexpr (kDropout) kept[0] = shared_.kept[threadIdx.x % 128];
+    release(shared_.p_empty);
   }
 
   /// Zeros for the rows [begin, end) of a tile: 0 times what another sequence has there might be NaN.
@@ -350,8 +508,8 @@ class BackwardConsumer {
   __device__ __forceinline__ void clear_keys() const {
     const int begin = larger(work_.k.length - first_key(), 0);
     if (begin >= 64 || !(args_.keys.cu_seqlens || args_.keys.seqused)) return;
-    clear_rows<TileK, Traits::kSwizzleQK>(shared_.k, 64 * warpgroup_ + begin, 64 * warpgroup_ + 64);
-    clear_rows<TileV, Traits::kSwizzleV>(shared_.v, 64 * warpgroup_ + begin, 64 * warpgroup_ + 64);
+    clear_rows<TileK, Traits::kSwizzleQK>(shared_.k, first_row() + begin, first_row() + 64);
+    clear_rows<TileV, Traits::kSwizzleV>(shared_.v, first_row() + begin, first_row() + 64);
     arch::fence_async_proxy();
     arch::barrier_sync(own_barrier(), 128);
   }
@@ -363,9 +521,9 @@ class BackwardConsumer {
     const int end = work_.q.length - m_block * kTileM;
     const bool padded = end < kTileM && (args_.queries.cu_seqlens || args_.queries.seqused);
     if (first <= 0 && !padded) return;
-    shared_.dout_full[ring_.stage()].wait(ring_.parity());
+    shared_.dout_full[dout_ring().stage()].wait(dout_ring().parity());
     uint8_t* const q = shared_.q[ring_.stage()];
-    uint8_t* const dout = shared_.dout[ring_.stage()];
+    uint8_t* const dout = shared_.dout[dout_ring().stage()];
     clear_rows<TileQ, Traits::kSwizzleQK>(q, 0, smaller(first, kTileM));
     clear_rows<TileDo, Traits::kSwizzleV>(dout, 0, smaller(first, kTileM));
     clear_rows<TileQ, Traits::kSwizzleQK>(q, smaller(end, kTileM), kTileM);
@@ -376,18 +534,14 @@ class BackwardConsumer {
 
   // ---- results ----------------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void store() {
-    store(args_.dk, dk_, args_.softmax_scale, args_.head_dim);
-    store(args_.dv, dv_, args_.dropout.scale, args_.head_dim_v);
-  }
-
   template <int kCount>
   __device__ __forceinline__ void store(const RowArray& array, const float (&x)[kCount], float scale,
                                         int columns) const {
     const int first = first_key() + 16 * warp_;
     auto* const data = static_cast<uint16_t*>(array.data) + (args_.keys.ragged() ? 0 : work_.batch * array.stride[0]) +
                        (int64_t{work_.k.begin} + first) * array.stride[1] + work_.head_kv * array.stride[2];
-    store_fragment<Element>(shared_.staging[4 * warpgroup_ + warp_], x, scale,
+    if (Traits::kApart) wait_for_adder();  // rows are staged where dQ was
+    store_fragment<Element>(shared_.staged(warpgroup_, warp_), x, scale,
                             {data, array.stride[1], work_.k.length - first, columns, array.vectors}, lane_);
   }
 

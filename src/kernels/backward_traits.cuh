@@ -13,23 +13,30 @@ FA3_HOST_DEVICE constexpr int swizzle_for_halves(int columns) {
   return columns % 128 == 0 ? 128 : columns % 64 == 0 ? 64 : 32;
 }
 
-/// Consumers share out the keys of a block, 64 each, for S^T, dP^T, dK and dV; for dQ they share out its queries where
-/// a tile has 64 for each, else its columns.
-template <class Element_, int kHeadDim_, int kHeadDimV_, int kTileM_>
+/// A block of 128 keys: consumers share them out, 64 each, for S^T, dP^T, dK and dV; for dQ they share out its queries
+/// where a tile has 64 for each, else its columns. A block of 64, for head dims of which registers hold only one of dK
+/// and dV: the first consumer has S^T and dV, the second dP^T and dK, and each half of dQ's columns.
+template <class Element_, int kHeadDim_, int kHeadDimV_, int kTileM_, int kTileN_>
 struct BackwardTraits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;
   static constexpr int kConsumers = 2;
-  static constexpr int kTileM = kTileM_, kTileN = 64 * kConsumers;
-  static constexpr int kStages = 2;
+  static constexpr int kTileM = kTileM_, kTileN = kTileN_;
+  static_assert(kTileN == 64 || kTileN == 64 * kConsumers, "consumers have 64 keys each, or the same");
+  static constexpr bool kApart = kTileN == 64;      // dK and dV are different consumers'
+  static constexpr int kOwnKeys = kApart ? 0 : 64;  // between the first keys of two consumers
   static constexpr int kThreads = 128 * (kConsumers + 1);
   static constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;  // of 168 each: see ForwardTraits
 
-  static_assert(kTileM == 64 || kTileM == 64 * kConsumers, "dQ's products have 64 rows");
+  static_assert(kTileM == 64 || (kTileM == 64 * kConsumers && !kApart), "dQ's products have 64 rows");
   static constexpr bool kShareQueries = kTileM > 64;
   static constexpr int kDqColumns = kShareQueries ? kHeadDim : kHeadDim / kConsumers;  // of each consumer
   static constexpr int kDqCount = kDqColumns / 2;                                      // floats of a thread
   static constexpr int kDqFloats = 128 * kDqCount;                                     // of a consumer
+  static constexpr int kDqParts = kDqCount > 48 ? 2 : 1;  // in which they are handed over: shared memory is full
+
+  /// A consumer that makes dQ of a step's dS only in the next step: one that does not make dS alone.
+  FA3_HOST_DEVICE static constexpr bool lags(int consumer) { return !kApart || consumer == 0; }
 
   static constexpr int kSwizzleQK = kShareQueries ? (kHeadDim % 64 == 0   ? 128
                                                      : kHeadDim % 32 == 0 ? 64
@@ -40,43 +47,80 @@ struct BackwardTraits {
   using TileDo = SharedTile<kTileM, kHeadDimV, kSwizzleV>;
   using TileK = SharedTile<kTileN, kHeadDim, kSwizzleQK>;
   using TileV = SharedTile<kTileN, kHeadDimV, kSwizzleV>;
-  using TileDs = SharedTile<kTileN, kTileM, 128>;  // as keys' rows of queries: transposed
+  using TileDs = SharedTile<kTileN, kTileM, 128>;                         // as keys' rows of queries: transposed
+  static constexpr int kStages = 2;                                       // of Q
+  static constexpr int kDoutStages = TileDo::kBytes > 24 * 1024 ? 1 : 2;  // there is no room for two of head dim 256
   static_assert(kDqColumns % TileK::kChunkColumns == 0, "a consumer's columns of dQ are whole chunks of K");
 };
 
+/// What the consumers of 64 keys have instead of a place of its own to stage rows in: dQ's, when all is added.
+template <class Traits, bool = Traits::kApart>
+struct ConsumerExchange {
+  uint4 p[Traits::kTileM / 16]
+         [128];                   // P, thread by thread: thread t of the second consumer needs what t of the first has
+  uint32_t kept[128];             // its elements that dropout keeps
+  arch::Barrier p_full, p_empty;  // the 4 warps of the first consumer arrive, those of the second
+
+  __device__ void init_barriers() {
+    p_full.init(4);
+    p_empty.init(4);
+  }
+};
+
 template <class Traits>
-struct BackwardShared {
-  static constexpr int kStages = Traits::kStages;
+struct ConsumerExchange<Traits, false> {
+  StagedRows staging[4 * Traits::kConsumers];  // each consumer warp's own
+
+  __device__ void init_barriers() {}
+};
+
+template <class Traits>
+struct BackwardShared : ConsumerExchange<Traits> {
+  static constexpr int kStages = Traits::kStages, kDoutStages = Traits::kDoutStages;
 
   alignas(1024) uint8_t k[Traits::TileK::kBytes];
   alignas(1024) uint8_t v[Traits::TileV::kBytes];
   alignas(1024) uint8_t q[kStages][Traits::TileQ::kBytes];
-  alignas(1024) uint8_t dout[kStages][Traits::TileDo::kBytes];
+  alignas(1024) uint8_t dout[kDoutStages][Traits::TileDo::kBytes];
   alignas(1024) uint8_t ds[2][Traits::TileDs::kBytes];
-  alignas(128) float4 dq[Traits::kConsumers][Traits::kDqCount / 4][128];  // a consumer's accumulators, thread by thread
-  StagedRows staging[4 * Traits::kConsumers];                             // each consumer warp's own
-  alignas(128) float lse[kStages][Traits::kTileM], delta[kStages][Traits::kTileM];
+  // Part of a consumer's accumulators, thread by thread.
+  alignas(128) float4 dq[Traits::kConsumers][Traits::kDqCount / Traits::kDqParts / 4][128];
+  alignas(128) float lse[kStages][Traits::kTileM], delta[kDoutStages][Traits::kTileM];
 
   // full: the loader announces bytes, the copy engine delivers them. empty: each consumer warp arrives once.
   arch::Barrier k_full, v_full;
-  arch::Barrier q_full[kStages], q_empty[kStages];        // with lse
-  arch::Barrier dout_full[kStages], dout_empty[kStages];  // with delta
-  arch::Barrier
-      ds_full[2];  // each consumer warp arrives once; who waits for all also knows the other buffer to be read
+  arch::Barrier q_full[kStages], q_empty[kStages];                // with lse
+  arch::Barrier dout_full[kDoutStages], dout_empty[kDoutStages];  // with delta
+  // Each warp that makes dS arrives once. Who waits for all also knows the other buffer to be read; where one consumer
+  // makes it alone, it knows that by P, which comes after the other has read.
+  arch::Barrier ds_full[2];
   arch::Barrier dq_full[Traits::kConsumers];   // the consumer's 4 warps arrive, its adder waits
   arch::Barrier dq_empty[Traits::kConsumers];  // the adder arrives, the consumer's 128 threads wait
 
+  /// Where a consumer's warp stages its rows.
+  __device__ __forceinline__ StagedRows& staged(int consumer, int warp) {
+    if constexpr (Traits::kApart) {
+      static_assert(sizeof(dq[0]) >= 4 * sizeof(StagedRows), "a consumer's dQ has room for what its warps stage");
+      return reinterpret_cast<StagedRows*>(dq[consumer])[warp];
+    } else {
+      return this->staging[4 * consumer + warp];
+    }
+  }
+
   __device__ void init_barriers() {
     constexpr int kWarps = 4 * Traits::kConsumers;
+    ConsumerExchange<Traits>::init_barriers();
     k_full.init(1);
     v_full.init(1);
     for (int stage = 0; stage < kStages; ++stage) {
       q_full[stage].init(1);
-      dout_full[stage].init(1);
       q_empty[stage].init(kWarps);
+    }
+    for (int stage = 0; stage < kDoutStages; ++stage) {
+      dout_full[stage].init(1);
       dout_empty[stage].init(kWarps);
     }
-    for (int buffer = 0; buffer < 2; ++buffer) ds_full[buffer].init(kWarps);
+    for (int buffer = 0; buffer < 2; ++buffer) ds_full[buffer].init(Traits::kApart ? 4 : kWarps);
     for (int w = 0; w < Traits::kConsumers; ++w) {
       dq_full[w].init(4);
       dq_empty[w].init(1);

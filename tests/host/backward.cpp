@@ -6,8 +6,6 @@ using namespace fa3;
 
 namespace {
 
-constexpr int kTileN = 128;  // of every variant
-
 template <int kTileM>
 void ranges(const Visibility& visibility, int seqlen_q, int seqlen_k, int keys, int count, QueryBlockRange* out) {
   for (int i = 0; i < count; ++i)
@@ -34,8 +32,11 @@ void query_block_ranges(int tile_m, const Visibility* visibility, int seqlen_q, 
     ranges<128>(*visibility, seqlen_q, seqlen_k, keys, count, out);
 }
 
-void first_key_blocks(int tile_m, const Visibility* visibility, int seqlen_q, int seqlen_k, int count, int* out) {
-  for (int i = 0; i < count; ++i) out[i] = first_key_block<kTileN>(*visibility, i * tile_m, seqlen_q, seqlen_k);
+void first_key_blocks(int tile_m, int tile_n, const Visibility* visibility, int seqlen_q, int seqlen_k, int count,
+                      int* out) {
+  for (int i = 0; i < count; ++i)
+    out[i] = tile_n == 64 ? first_key_block<64>(*visibility, i * tile_m, seqlen_q, seqlen_k)
+                          : first_key_block<128>(*visibility, i * tile_m, seqlen_q, seqlen_k);
 }
 
 int first_tiles(const Lengths* lengths, int tile_m, int batch, int* out) {
