@@ -327,7 +327,7 @@ def test_keys_behind_left_padding(host, batch, rows, uses, sound, data):
 
 @given(st.integers(1, 5), st.integers(0, 200), st.booleans(), st.data())
 def test_keys_in_pages(host, batch, rows, uses, data):
-    """Pages begin with a sequence's first key: cu_seqlens says how many there are, and no more than there is room for."""
+    """Pages begin with a sequence's first key: cu_seqlens says how many, at most as many as have room."""
     cu_seqlens = array_or_null(data.draw(st.lists(garbage, min_size=batch + 1, max_size=batch + 1)))
     seqused = array_or_null(data.draw(st.lists(garbage, min_size=batch, max_size=batch)) if uses else None)
     out = np.empty((batch, 2), np.int32)

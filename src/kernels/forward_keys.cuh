@@ -28,7 +28,8 @@ struct ContiguousKeys {
   }
 
   template <class Tile>
-  __device__ __forceinline__ static void load(const Source& from, int, Place row, uint8_t* to, arch::Barrier& full) {
+  __device__ __forceinline__ static void load(const Source& from, int, int, Place row, uint8_t* to,
+                                              arch::Barrier& full) {
     full.arrive_expecting(Tile::kBytes);
 #pragma unroll
     for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
@@ -63,25 +64,21 @@ struct PagedKeys {
     return {args.pages, operand, work};
   }
 
-  struct Place {
-    int first_row;
-    CacheRow box;  // this lane's
-  };
+  using Place = CacheRow;  // of the first row of this lane's box
 
   /// A page is looked up long before it is used: while the loader waits for a free stage.
   __device__ __forceinline__ static Place place(const Source& from, int n_block) {
-    const int first_row = n_block * Traits::kTileN;
-    return {first_row, from.at(first_row + lane() * from.pages.box_rows)};
+    return from.at(n_block * Traits::kTileN + lane() * from.pages.box_rows);
   }
 
   /// A block, of whose rows `columns` exist in the array.
   template <class Tile>
-  __device__ __forceinline__ static void load(const Source& from, int columns, const Place& place, uint8_t* to,
-                                              arch::Barrier& full) {
+  __device__ __forceinline__ static void load(const Source& from, int columns, int n_block, const Place& box,
+                                              uint8_t* to, arch::Barrier& full) {
     if (from.pages.box_rows > 0)
-      load_boxes<Tile>(from, place.box, to, full);
+      load_boxes<Tile>(from, box, to, full);
     else
-      gather<Tile>(from, columns, place.first_row, to, full);
+      gather<Tile>(from, columns, n_block * Traits::kTileN, to, full);
   }
 
  private:
@@ -103,26 +100,23 @@ struct PagedKeys {
                      {chunk * Tile::kChunkColumns, row, from.head(), page}, full);
   }
 
-  /// Eight lanes for a row, 16 bytes each at a time.
+  /// 16 bytes a lane at a time, each looked up anew: it is registers that are few.
   template <class Tile>
   __device__ __forceinline__ static void gather(const Source& from, int columns, int first_row, uint8_t* to,
                                                 arch::Barrier& full) {
-    constexpr int kLanes = 8, kVectorColumns = 16 / Traits::kElementBytes;
-    const uint32_t shared = arch::shared_address(to);
+    constexpr int kVectorColumns = 16 / Traits::kElementBytes;
+    constexpr int kVectors = Tile::kChunks * Tile::kChunkColumns / kVectorColumns;  // of a row
 #pragma unroll 1
-    for (int row = lane() / kLanes; row < Traits::kTileN; row += 32 / kLanes) {
+    for (int i = lane(); i < Traits::kTileN * kVectors; i += 32) {
+      const int row = i / kVectors, column = i % kVectors * kVectorColumns;
       const CacheRow found = from.at(first_row + row);
+      const bool exists = found.exists() && column < columns;
       const uint8_t* data = from.operand.data;
-      if (found.exists())
+      if (exists)
         data += int64_t{found.entry} * from.operand.batch_step * from.operand.batch_bytes +
-                found.row * from.operand.row_bytes + from.head() * from.operand.head_bytes;
-#pragma unroll 1
-      for (int column = lane() % kLanes * kVectorColumns; column < Tile::kChunks * Tile::kChunkColumns;
-           column += kLanes * kVectorColumns) {
-        const bool exists = found.exists() && column < columns;
-        arch::copy_vector(shared + Tile::offset(row, column), exists ? data + column * Traits::kElementBytes : data,
-                          exists);
-      }
+                found.row * from.operand.row_bytes + from.head() * from.operand.head_bytes +
+                column * Traits::kElementBytes;
+      arch::copy_vector(arch::shared_address(to) + Tile::offset(row, column), data, exists);
     }
     arch::wait_for_vectors();
     arch::fence_async_proxy();

@@ -87,7 +87,7 @@ class Loader {
     const uint32_t stage = ring.stage();
     const typename Keys::Place place = Keys::place(from, n_block);
     empty[stage].wait(ring.parity() ^ 1);
-    Keys::template load<Tile>(from, columns, place, stages[stage], full[stage]);
+    Keys::template load<Tile>(from, columns, n_block, place, stages[stage], full[stage]);
     ring.advance();
   }
 
