@@ -95,7 +95,7 @@ struct Launch {
                  p.cache.cache_leftpad,
                  p.cache.cache_batch_idx,
                  p.cache.page_table != nullptr};
-    args.visibility = visibility_of(p.mask);
+    args.visibility = visibility_of(p);
     args.batch = p.batch;
     args.num_heads_kv = p.num_heads_kv;
     args.head_dim = p.head_dim;
@@ -126,7 +126,7 @@ struct Launch {
     if (sizes.counter) args.piece_counter = static_cast<uint64_t*>(workspace.take(sizes.counter));
     if (sizes.parts) {
       args.parts_done = static_cast<uint64_t*>(workspace.take(sizes.parts_done));
-      args.parts = static_cast<float4*>(workspace.take(sizes.parts));
+      args.parts = static_cast<float*>(workspace.take(sizes.parts));
     }
     if (sizes.seqlens_k) seqlens_k = static_cast<int32_t*>(workspace.take(sizes.seqlens_k));
     if (rotates(params))

@@ -70,10 +70,12 @@ TileCost tile_cost(const ForwardVariant& v) {
   return {0.03 * dim, 0.95 * block};
 }
 
-/// What splitting adds, in microseconds: to each part, which it leaves in memory, and to the last, which reads the
-/// parts back one after the other, their row sums and then 32 columns at a time.
-constexpr double kPartTime = 0.6;
-double join_time(double parts, int head_dim_v) { return 1.0 + parts * (0.08 + 0.09 * ceil_div(head_dim_v, 32)); }
+/// What splitting adds, in microseconds: to each part, which it leaves in memory and counts, and to the last, whose
+/// warpgroups read their `rows` rows' parts back, a thread 8 columns of a row and 8 parts at once.
+constexpr double kPartTime = 1.2;
+double join_time(int parts, int rows, int head_dim_v) {
+  return 0.3 + 0.7 * ceil_div(rows * (head_dim_v / 8), 128) * ceil_div(parts, 8);
+}
 
 /// Everything about a call's work that choosing looks at, worked out once.
 struct Work {
@@ -84,7 +86,7 @@ struct Work {
 
   Work(const fa3_forward_params& p, int sms)
       : params(p),
-        visibility(visibility_of(p.mask)),
+        visibility(visibility_of(p)),
         seqlen_q(typical_seqlen(p.queries, p.batch)),
         seqlen_k(typical_seqlen(lengths_of_keys(p), p.batch)),
         num_sms(sms),
@@ -132,14 +134,17 @@ Choice estimate(const Work& work, int index, bool packed) {
       double(ceil_div(std::max(work.seqlen_q, 1), tile_queries(v, packing))) * p.batch * p.num_heads_kv * packing.tiles;
   const double alone = 0.4 + 0.6 * v.blocks_per_sm;  // without neighbours a block runs faster, but not twice
 
-  auto time_of = [&](double pieces, double parts) {
+  const int rows = std::min(work.seqlen_q, packing.positions) * packing.heads;
+
+  auto time_of = [&](double pieces, int parts) {
     auto piece = [&](double blocks) {
       return cost.tile + std::ceil(blocks / parts) * cost.block + (parts > 1 ? kPartTime : 0.0);
     };
     // Equal pieces come in whole rounds; unequal ones fill each other's gaps, up to a rest.
     const double rounds =
         work.equal_tiles ? std::ceil(pieces / work.num_sms) : std::max(pieces / work.num_sms + 0.3, 1.0);
-    return std::max(rounds * piece(mean), alone * piece(longest)) + (parts > 1 ? join_time(parts, p.head_dim_v) : 0.0);
+    return std::max(rounds * piece(mean), alone * piece(longest)) +
+           (parts > 1 ? join_time(parts, rows, v.head_dim_v) : 0.0);
   };
 
   Choice choice{index, packed, kNoSplits, time_of(tiles, 1)};
@@ -183,8 +188,10 @@ Choice choose(const Work& work) {
         v.dtype == p.dtype && v.promotes == promotes(p) && v.head_dim >= p.head_dim && v.head_dim_v >= p.head_dim_v;
     return fits ? v.head_dim + v.head_dim_v : INT_MAX;
   };
-  int least_dims = INT_MAX;
+  int least_dims = INT_MAX, fewest_consumers = INT_MAX;
   for (const ForwardVariant& v : variants) least_dims = std::min(least_dims, dims_if_fit(v));
+  for (const ForwardVariant& v : variants)
+    if (dims_if_fit(v) == least_dims) fewest_consumers = std::min(fewest_consumers, v.consumers);
   Choice best;
   if (least_dims == INT_MAX) return best;
 
@@ -198,6 +205,9 @@ Choice choose(const Work& work) {
     if (p.tile_m && (v.tile_m() != p.tile_m || v.tile_n != p.tile_n)) continue;
     for (const bool packed : {false, true}) {
       if (packed ? !may_pack : !may_not_pack) continue;
+      // Warpgroups without rows help nobody, and their place in shared memory could be a second block's.
+      const bool idle = v.consumers > fewest_consumers && work.seqlen_q <= packing_of(p, packed).positions;
+      if (idle && !p.tile_m && !p.batch_invariant) continue;
       Choice choice = estimate(work, i, packed);
       // The tile decides the order of sums: where bits must not depend on the batch, neither may the choice.
       if (p.batch_invariant) choice.time = -v.tile_m();
@@ -247,6 +257,12 @@ Visibility visibility_of(const fa3_mask& mask) {
           std::min(mask.attention_chunk, Visibility::kUnbounded)};
 }
 
+Visibility visibility_of(const fa3_forward_params& params) {
+  Visibility visibility = visibility_of(params.mask);
+  if (!params.queries.cu_seqlens && params.queries.rows <= 1) visibility.right = Visibility::kUnbounded;
+  return visibility;
+}
+
 Dropout dropout_of(const fa3_dropout& given) {
   using SeedType = Dropout::SeedType;
   constexpr SeedType kTypes[] = {SeedType::kInt64, SeedType::kInt32, SeedType::kUint32};  // in fa3_integer's order
@@ -283,7 +299,7 @@ WorkspaceSizes workspace_sizes(const fa3_forward_params& params, const fa3_forwa
     const ForwardVariant& v = forward_variants()[plan.variant];
     const Splits splits{plan.whole_tiles, plan.num_splits};
     const size_t tiles = split_tiles(params, v, packing_of(params, plan.pack_gqa > 1), splits);
-    sizes.parts_done = workspace_aligned(tiles * 4 * v.consumers * sizeof(uint64_t));
+    sizes.parts_done = workspace_aligned(tiles * v.consumers * sizeof(uint64_t));
     sizes.parts = workspace_aligned(tiles * plan.num_splits * v.part_bytes);
   }
   return sizes;

@@ -11,6 +11,8 @@ void log_plan(const fa3_forward_params& params, const fa3_forward_plan& plan);
 
 /// The mask of the arguments as the kernels take it.
 struct Visibility visibility_of(const fa3_mask& mask);
+/// The same of a call: a lone query stands at the last key, and no right side hides anything from it.
+struct Visibility visibility_of(const fa3_forward_params& params);
 
 /// Dropout as the kernels take it.
 struct Dropout dropout_of(const fa3_dropout& dropout);

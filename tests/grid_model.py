@@ -82,7 +82,7 @@ class Launch:
         found.append(None)
 
     def consumer(self, found):
-        """One warp of those that compute: each has parts and counters of its own, so that one stands for all."""
+        """One warpgroup of those that compute: each has parts and counters of its own, so that one stands for all."""
         for count in itertools.count():
             while count >= len(found):
                 yield
@@ -91,13 +91,15 @@ class Launch:
             yield from self.compute(*found[count])
 
     def compute(self, tile, part, parts):
+        counter = self.counter(("done", tile))
+        if parts > 1:
+            yield from counter.open()
+            yield
         self.done.append((tile, part))
         if parts == 1:
             return
         self.memory["part", tile, part] = self.ticket, len(self.done)
         yield
-        counter = self.counter(("done", tile))
-        yield from counter.open()
         before = counter.add()
         if before + 1 == parts:
             counter.close()

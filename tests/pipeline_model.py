@@ -107,7 +107,7 @@ class Piece:
     end: int
     own: tuple = field(default=())
     cut: bool = False  # the last block holds rows past the sequence's keys, which its readers clear for themselves
-    joiners: frozenset | None = None  # of a part: the warps (w, warp) that find all parts there; None: not split
+    joiners: frozenset | None = None  # of a part: the warpgroups that find all parts there; None: not split
     skipped: int = 0  # indices before its own that have no queries
 
 
@@ -128,6 +128,8 @@ class ThreadBlock:
         self.own_barrier = [NamedBarrier() for _ in range(consumers)]
         self.cleared = {}  # (stage of V, warpgroup) -> warps that cleared their share of the block there
         self.idle_cleared = {}  # (stage of Q, warpgroup) -> warps that cleared their share of the idle rows there
+        self.left = {}  # (warpgroup, piece) -> warps that left their rows of it
+        self.counted_parts = {}  # warpgroup -> the last piece whose part it counted
         self.actors = {}  # name -> its generator, and whether it can go on
         self.under_way = []  # copies and products, each with what happens when it is done: they end in any order
 
@@ -358,6 +360,19 @@ class ThreadBlock:
             self.start(lanes)
             yield lambda: lanes.keys().isdisjoint(self.actors)
 
+        def leave_part():
+            """PartRows::leave: a warp counts for its warpgroup, once all have left their rows; and tells them."""
+            yield lambda: True
+            self.left.setdefault((w, tiles.count), set()).add(warp)
+            yield from self.sync("consumer: rows are left by all", self.own_barrier[w])
+            if warp == 0:
+                expect(len(self.left[w, tiles.count]) == WARPS, "counted before all rows were there")
+                yield lambda: True
+                self.counted_parts[w] = tiles.count
+            yield from self.sync("consumer: whether all parts are there", self.own_barrier[w])
+            expect(self.counted_parts.get(w) == tiles.count, "joined before the parts were counted")
+            return w in piece.joiners
+
         if w == self.consumers - 1:
             hand_on("consumer: first turn passed")
         if self.idle_rows:
@@ -366,10 +381,11 @@ class ThreadBlock:
             q_ring = Ring(self.query_stages, tiles.count)
             whole = piece.joiners is None
             yield from attend(*piece.own[w], finish_rows if whole else lambda: None)
-            if not whole and (w, warp) in piece.joiners:
-                finish_rows()
-            if whole or (w, warp) in piece.joiners:
+            if whole:
                 yield from write_with_all_lanes()
+            elif (yield from leave_part()):
+                self.read_slot(tiles, piece)
+                yield lambda: True
             self.give_slot_back("consumer", tiles, piece)
         if w == 0 and self.consumers > 1:
             yield from self.sync("consumer: last turn taken", mine)

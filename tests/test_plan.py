@@ -79,14 +79,14 @@ class Work:
 
     @property
     def part_bytes(self):
-        """Of one part of a tile: for each row the output in fp32, and 8 numbers of its maximum and sums."""
-        return self.variant["tile_m"] * (self.variant["head_dim_v"] + 8) * 4
+        """Of one part of a tile: for each row the output in fp32, its maximum and its sum."""
+        return self.variant["tile_m"] * (self.variant["head_dim_v"] + 2) * 4
 
     @property
     def workspace(self):
-        """Bytes of all parts, and of a counter for each warp of a split tile."""
-        warps = self.variant["tile_m"] // 16
-        return up_to_256(self.split_tiles * self.parts * self.part_bytes) + up_to_256(self.split_tiles * warps * 8)
+        """Bytes of all parts, and of a counter for each warpgroup of a split tile."""
+        counters = self.split_tiles * (self.variant["tile_m"] // 64)
+        return up_to_256(self.split_tiles * self.parts * self.part_bytes) + up_to_256(counters * 8)
 
 
 def up_to_256(count):
@@ -173,6 +173,15 @@ def test_short_sequences_take_small_tiles():
                           max_seqlen_k=longest)
         assert plan["tile_m"] == 64
     assert _core.plan(**call | {"batch": 1}, seqlen_q=16384, seqlen_k=16384)["tile_m"] > 64
+
+
+@pytest.mark.parametrize("seqlen_k", [64, 2048, 8192])
+def test_no_warpgroup_stands_idle(seqlen_k):
+    """The rows of a decoding step fit one warpgroup, of which two thread blocks share a multiprocessor."""
+    for num_heads, batch in ((16, 1), (8, 3), (64, 1)):
+        plan = _core.plan(dtype="bfloat16", batch=batch, seqlen_q=1, seqlen_k=seqlen_k, num_heads=num_heads,
+                          num_heads_kv=8, head_dim=128, head_dim_v=128, causal=True)
+        assert plan["tile_m"] == 64
 
 
 def test_decoding_packs_heads_and_splits_keys():

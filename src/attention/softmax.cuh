@@ -79,9 +79,14 @@ struct Softmax {
   /// No key at all, not even one of NaN, which leaves its mark in the sum.
   __device__ __forceinline__ bool met_nothing(int r) const { return row_max[r] == -INFINITY && row_sum[r] == 0.f; }
 
-  /// What sums and outputs relative to `max` count here.
-  __device__ __forceinline__ float weight_of(int r, float max) const {
-    return arch::exp2_fast(max - finite(row_max[r]));
+  /// What sums and outputs relative to `max` count where they are relative to `top`.
+  __device__ __forceinline__ static float weight(float max, float top) { return arch::exp2_fast(max - finite(top)); }
+
+  /// The whole quad's sum of row r.
+  __device__ __forceinline__ float sum_of_row(int r) const {
+    float sum = row_sum[r];
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    return sum + __shfl_xor_sync(~0u, sum, 2);
   }
 
   struct Result {
@@ -90,13 +95,13 @@ struct Softmax {
   };
 
   /// The row's denominator, with its head's sink (-inf: none).
-  __device__ __forceinline__ Result finish(int r, float sink) const {
+  __device__ __forceinline__ Result finish(int r, float sink) const { return result(row_max[r], sum_of_row(r), sink); }
+
+  /// The same of a row whose maximum and sum are known.
+  __device__ __forceinline__ static Result result(float max, float sum, float sink) {
     constexpr float kLn2 = 0.6931471805599453f, kLog2e = 1.4426950408889634f;
-    float sum = row_sum[r];
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    if (row_max[r] == -INFINITY && sum == 0.f) return {-1.f, sink};  // a sum of NaN has met keys, NaN ones
-    const float top = fmaxf(row_max[r], sink * kLog2e), shrink = arch::exp2_fast(row_max[r] - top);
+    if (max == -INFINITY && sum == 0.f) return {-1.f, sink};  // a sum of NaN has met keys, NaN ones
+    const float top = fmaxf(max, sink * kLog2e), shrink = arch::exp2_fast(max - top);
     sum = sum * shrink + arch::exp2_fast(sink * kLog2e - top);
     return {__fdividef(shrink, sum), (top + __log2f(sum)) * kLn2};
   }

@@ -78,8 +78,8 @@ struct ForwardArgs {
   Splits splits;
   uint64_t ticket;          // this call's, for its counters
   uint64_t* piece_counter;  // of the pieces of work handed out, or null: they are dealt out in turn
-  float4* parts;            // results of split tiles' parts: see forward_split.cuh
-  uint64_t* parts_done;     // a counter for each warp of a split tile
+  float* parts;             // results of split tiles' parts: see forward_split.cuh
+  uint64_t* parts_done;     // a counter for each warpgroup of a split tile
 };
 
 }  // namespace fa3

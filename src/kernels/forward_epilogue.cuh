@@ -36,6 +36,22 @@ __device__ __forceinline__ RowScales finish_rows(const ForwardArgs& args, const 
   return scales;
 }
 
+/// Two numbers of output.
+template <class Traits>
+__device__ __forceinline__ uint32_t pack_output(const ForwardArgs& args, float low, float high) {
+  if constexpr (Traits::kEightBits)
+    return args.out_float16 ? arch::pack<__half>(low, high) : arch::pack<__nv_bfloat16>(low, high);
+  else
+    return arch::pack<typename Traits::Element>(low, high);
+}
+
+/// Eight of them, to memory that is not aligned to 16 bytes.
+__device__ __forceinline__ void store_elements(uint16_t* to, const uint4& x) {
+  const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+  for (int e = 0; e < 8; ++e) to[e] = static_cast<uint16_t>(words[e / 2] >> 16 * (e % 2));
+}
+
 /// Writes a warp's rows. A thread holds parts of two of them, as wgmma left them: rows lane / 4 and 8 below, and of
 /// each 8 columns the pair 2 (lane % 4). They go through shared memory, 64 columns at a time, so that 8 lanes write a
 /// row in one stretch. A warp stands alone here: nothing waits for the other warps.
@@ -71,7 +87,9 @@ class RowWriter {
 
   /// Columns 16 i to 16 i + 15: `a` and `b` have the two rows' pairs of each 8. To be called with i = 0, 1, ...
   __device__ __forceinline__ void put(int i, const float4& a, const float4& b) const {
-    auto pack = [this](int r, float low, float high) { return packed(low * scale_[r], high * scale_[r]); };
+    auto pack = [this](int r, float low, float high) {
+      return pack_output<Traits>(args_, low * scale_[r], high * scale_[r]);
+    };
     const int row = lane_ % 16, vector = 2 * (i % Staging::kPairs) + lane_ / 16;
     arch::store_matrices(staging_.at(row, vector), pack(0, a.x, a.y), pack(1, a.z, a.w), pack(0, b.x, b.y),
                          pack(1, b.z, b.w));
@@ -79,13 +97,6 @@ class RowWriter {
   }
 
  private:
-  __device__ __forceinline__ uint32_t packed(float low, float high) const {
-    if constexpr (Traits::kEightBits)
-      return args_.out_float16 ? arch::pack<__half>(low, high) : arch::pack<__nv_bfloat16>(low, high);
-    else
-      return arch::pack<Element>(low, high);
-  }
-
   /// The 64 columns that are staged.
   __device__ __forceinline__ void write(int group) const {
     __syncwarp();
@@ -105,13 +116,6 @@ class RowWriter {
 
   __device__ __forceinline__ const uint4* staged(int turn) const {
     return staging_.at(kRowsAtOnce * turn + lane_ / Staging::kVectors, lane_ % Staging::kVectors);
-  }
-
-  /// Memory that is not aligned to 16 bytes.
-  __device__ __forceinline__ static void store_elements(uint16_t* to, const uint4& x) {
-    const uint32_t words[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-    for (int e = 0; e < 8; ++e) to[e] = static_cast<uint16_t>(words[e / 2] >> 16 * (e % 2));
   }
 
   const ForwardArgs& args_;

@@ -49,6 +49,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     Consumer<Traits> consumer(args, shared, warpgroup);
     typename Consumer<Traits>::Output o;
     while (const auto* work = consumer.next()) {
+      PartRows<Traits>(args, *work, arch::thread_anew()).expect();
       RowScales scales;
       consumer.attend(*work, o, [&] {
         if (work->parts == 1)
@@ -59,7 +60,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
       if (parts.all_here()) {
         store_rows(RowWriter<Traits>(args, *work, thread, scales, shared.staging), scales, o);
       } else if (parts.leave(o, consumer.softmax())) {
-        parts.join(shared.staging, consumer.softmax());
+        parts.join();
       }
       consumer.done();
     }

@@ -1,112 +1,175 @@
 // Tiles that are split along the keys: each part is left in memory, and whoever is last joins them.
 #pragma once
 #include "arch/counter.cuh"
+#include "arch/warpgroup.cuh"
 #include "kernels/forward_epilogue.cuh"
 
 namespace fa3 {
 
-/// The parts of a warp's rows. Each warp of a tile stands alone, and nobody ever waits for another.
+/// The parts of a warpgroup's rows. Each warpgroup of a tile stands alone, and none ever waits for another. A part in
+/// memory has the maximum and the sum of each of 64 rows, then their outputs.
 template <class Traits>
 class PartRows {
+  using RowSoftmax = Softmax<typename Traits::Element, Traits::kTileN>;
+  static constexpr int kDim = Traits::kHeadDimV;
+
  public:
-  static constexpr int kWarps = 4 * Traits::kConsumers;
-  static constexpr int kVectors = 1 + Traits::kHeadDimV / 8;  // a thread's: maxima and sums, then outputs
-  static constexpr int kBytes = kWarps * 32 * kVectors * static_cast<int>(sizeof(float4));  // of one part of a tile
+  static constexpr int kFloats = 64 * (2 + kDim);
+  static constexpr int kBytes = Traits::kConsumers * kFloats * static_cast<int>(sizeof(float));  // of a tile's part
 
   __device__ __forceinline__ PartRows(const ForwardArgs& args, const TileHead& work, uint32_t thread)
       : args_(args),
         work_(work),
-        thread_(thread),
+        thread_(thread % 128),
         warpgroup_(arch::uniform(thread / 128)),
-        warp_(thread / 32 % 4),
-        lane_(thread % 32),
+        places_(args, work, Traits::kConsumers, warpgroup_),
         parts_(arch::uniform(work.parts)) {}
 
   /// The tile is not split.
   __device__ __forceinline__ bool all_here() const { return parts_ == 1; }
 
-  /// Leave this part; true: all parts are there now. A warp without rows leaves nothing.
-  __device__ __forceinline__ bool leave(const float (&o)[Traits::kHeadDimV / 2],
-                                        const Softmax<typename Traits::Element, Traits::kTileN>& softmax) const {
-    const bool has_rows = 16 * warp_ < args_.packing.rows &&
-                          query_of(args_, work_, Traits::kConsumers, warpgroup_, 16 * warp_) < work_.seqlen_q;
-    if (!arch::uniform(has_rows)) return false;
-    float4* mine = part(work_.part);
-    __stcg(mine, make_float4(softmax.row_max[0], softmax.row_max[1], softmax.row_sum[0], softmax.row_sum[1]));
-    const bool empty[2] = {softmax.met_nothing(0), softmax.met_nothing(1)};  // then o holds anything
-#pragma unroll
-    for (int i = 0; i < kVectors - 1; ++i)
-      __stcg(mine + 32 * (i + 1), make_float4(empty[0] ? 0 : o[4 * i], empty[0] ? 0 : o[4 * i + 1],
-                                              empty[1] ? 0 : o[4 * i + 2], empty[1] ? 0 : o[4 * i + 3]));
-    __threadfence();
-    __syncwarp();
-    int before = 0;
-    if (lane_ == 0) {
-      const arch::Counter counter(args_.parts_done + int64_t{work_.place} * kWarps + 4 * warpgroup_ + warp_,
-                                  args_.ticket);
-      counter.open();
-      before = counter.add();
-      if (before + 1 == parts_) counter.close();
-      __threadfence();
-    }
-    return __shfl_sync(~0u, before, 0) + 1 == parts_;
+  /// Begin to count the parts that are there: early, since memory takes its time to answer.
+  __device__ __forceinline__ void expect() const {
+    if (parts_ > 1 && has_rows() && thread_ == 0) counter().open();
   }
 
-  /// Read all parts back and write the rows: in order, so that the bits do not depend on who was last.
-  __device__ __forceinline__ void join(StagedRows* staging,
-                                       Softmax<typename Traits::Element, Traits::kTileN>& softmax) const {
-    softmax.reset();
-#pragma unroll 4
-    for (int n = 0; n < parts_; ++n) {
-      const float4 head = __ldcg(part(n));
-      softmax.row_max[0] = fmaxf(softmax.row_max[0], head.x);
-      softmax.row_max[1] = fmaxf(softmax.row_max[1], head.y);
+  /// Leave this part; true, for all of the warpgroup: all parts are there now. Without rows nothing is left.
+  __device__ __forceinline__ bool leave(const float (&o)[kDim / 2], const RowSoftmax& softmax) const {
+    if (!has_rows()) return false;
+    float* const mine = part(work_.part);
+    const uint32_t lane = thread_ % 32;
+    const float sum[2] = {softmax.sum_of_row(0), softmax.sum_of_row(1)};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const uint32_t row = thread_ / 32 * 16 + lane / 4 + 8 * r;
+      if (!exists(row)) continue;
+      if (lane % 4 == 0) __stcg(reinterpret_cast<float2*>(mine) + row, make_float2(softmax.row_max[r], sum[r]));
+      float2* const to = reinterpret_cast<float2*>(mine + 128 + row * kDim) + lane % 4;
+      const bool empty = softmax.met_nothing(r);  // then o holds anything
+#pragma unroll
+      for (int i = 0; i < kDim / 8; ++i)
+        __stcg(to + 4 * i, make_float2(empty ? 0.f : o[4 * i + 2 * r], empty ? 0.f : o[4 * i + 2 * r + 1]));
     }
-#pragma unroll 4
-    for (int n = 0; n < parts_; ++n) {
-      const float4 head = __ldcg(part(n));
-      softmax.row_sum[0] += softmax.weight_of(0, head.x) * head.z;
-      softmax.row_sum[1] += softmax.weight_of(1, head.y) * head.w;
+    arch::barrier_sync(barrier(), 128);  // now the fence below is about all of the warpgroup's rows
+    bool last = false;
+    if (thread_ == 0) {
+      __threadfence();
+      last = counter().add() + 1 == parts_;
+      if (last) counter().close();
+      __threadfence();
     }
-    const RowScales scales = finish_rows(args_, work_, Traits::kConsumers, thread_, softmax);
-    const RowWriter<Traits> writer(args_, work_, thread_, scales, staging);
+    return arch::uniform(arch::barrier_any(barrier(), 128, last));
+  }
+
+  /// Read all parts back and write the rows: in order, so that the bits do not depend on who was last. A thread takes 8
+  /// columns of a row, and several parts at once.
+  __device__ __forceinline__ void join() const {
+    constexpr uint32_t kVectors = kDim / 8;
+    const uint32_t count = arch::uniform(places_.positions * args_.packing.heads * kVectors);
+    float descale = 1.f;
+    if constexpr (RowSoftmax::kEightBits) descale = args_.v_descale.at(work_.batch, work_.head_kv);
 #pragma unroll 1
-    for (int first = 0; first < kVectors - 1; first += kTogether) {  // many loads at once: each takes its time
-      float4 sum[kTogether] = {};
-#pragma unroll 2
-      for (int n = 0; n < parts_; ++n) {
-        const float4* here = part(n);
-        const float4 head = __ldcg(here);
-        const float weight[2] = {softmax.weight_of(0, head.x), softmax.weight_of(1, head.y)};
+    for (uint32_t first = 0; first < count;
+         first += 128) {  // all of a warp go on together: see uniform() in the consumer
+      const uint32_t i = first + thread_, row = i / kVectors % 64, column = i % kVectors * 8;
+      const int position = args_.packing.position_of(row), head = args_.packing.head_of(row);
+      const Joined joined = join_row(row, column);
+      if (i >= count || !places_.exist(position, head)) continue;
+      const int query_head = places_.first_head + head;
+      const auto result = RowSoftmax::result(joined.max, joined.sum, args_.sinks ? args_.sinks[query_head] : -INFINITY);
+      const int64_t query = places_.first_row + position;
+      if (args_.lse && column == 0)
+        args_
+            .lse[places_.batch * args_.lse_stride[0] + query_head * args_.lse_stride[1] + query * args_.lse_stride[2]] =
+            result.lse;
+      if (column >= args_.head_dim_v) continue;
+      const float scale = result.scale < 0 ? 0.f : result.scale * descale;
+      uint32_t words[4];
 #pragma unroll
-        for (int i = 0; i < kTogether; ++i)
-          if (first + i < kVectors - 1) add(sum[i], __ldcg(here + 32 * (1 + first + i)), weight);
-      }
-#pragma unroll
-      for (int i = 0; i < kTogether; i += 2)
-        if (first + i < kVectors - 1) writer.put((first + i) / 2, sum[i], sum[i + 1]);
+      for (int word = 0; word < 4; ++word)
+        words[word] = pack_output<Traits>(args_, joined.x[2 * word] * scale, joined.x[2 * word + 1] * scale);
+      auto* const to = static_cast<uint16_t*>(args_.out) + places_.batch * args_.out_stride[0] +
+                       query * args_.out_stride[1] + query_head * args_.out_stride[2] + column;
+      const uint4 vector = make_uint4(words[0], words[1], words[2], words[3]);
+      if (args_.out_vectors)
+        *reinterpret_cast<uint4*>(to) = vector;
+      else
+        store_elements(to, vector);
     }
   }
 
  private:
-  static constexpr int kTogether = 4;  // vectors of a row
+  static constexpr int kTogether = 8;  // parts on their way at once
 
-  __device__ __forceinline__ float4* part(int n) const {
-    const int64_t index = (int64_t{work_.place} * parts_ + n) * kWarps + 4 * warpgroup_ + warp_;
-    return args_.parts + index * (kVectors * 32) + lane_;
+  struct Joined {
+    float max, sum;
+    float x[8];
+  };
+
+  __device__ __forceinline__ Joined join_row(uint32_t row, uint32_t column) const {
+    Joined joined{-INFINITY, 0.f, {}};
+#pragma unroll 1
+    for (int first = 0; first < parts_; first += kTogether) {
+      float2 head[kTogether];
+      float4 x[kTogether][2];
+#pragma unroll
+      for (int n = 0; n < kTogether; ++n) {
+        head[n] = make_float2(-INFINITY, 0.f);
+        x[n][0] = x[n][1] = make_float4(0, 0, 0, 0);
+        if (first + n < parts_) {
+          const float* here = part(first + n);
+          head[n] = __ldcg(reinterpret_cast<const float2*>(here) + row);
+          const auto* vectors = reinterpret_cast<const float4*>(here + 128 + row * kDim + column);
+          x[n][0] = __ldcg(vectors);
+          x[n][1] = __ldcg(vectors + 1);
+        }
+      }
+      float top = joined.max;
+#pragma unroll
+      for (int n = 0; n < kTogether; ++n) top = fmaxf(top, head[n].x);
+      const float shrink = RowSoftmax::weight(joined.max, top);
+      joined.max = top;
+      joined.sum *= shrink;
+#pragma unroll
+      for (float& value : joined.x) value *= shrink;
+#pragma unroll
+      for (int n = 0; n < kTogether; ++n) {
+        const float weight = RowSoftmax::weight(head[n].x, top);
+        joined.sum += weight * head[n].y;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          joined.x[4 * half] += weight * x[n][half].x;
+          joined.x[4 * half + 1] += weight * x[n][half].y;
+          joined.x[4 * half + 2] += weight * x[n][half].z;
+          joined.x[4 * half + 3] += weight * x[n][half].w;
+        }
+      }
+    }
+    return joined;
   }
 
-  __device__ __forceinline__ static void add(float4& sum, const float4& x, const float (&weight)[2]) {
-    sum.x += weight[0] * x.x;
-    sum.y += weight[0] * x.y;
-    sum.z += weight[1] * x.z;
-    sum.w += weight[1] * x.w;
+  __device__ __forceinline__ bool has_rows() const { return arch::uniform(places_.positions) > 0; }
+  __device__ __forceinline__ bool exists(uint32_t row) const {
+    return places_.exist(args_.packing.position_of(row), args_.packing.head_of(row));
+  }
+
+  /// The warpgroup's own barrier, as the consumer's.
+  __device__ __forceinline__ int barrier() const { return 1 + Traits::kConsumers + warpgroup_; }
+
+  __device__ __forceinline__ arch::Counter counter() const {
+    return {args_.parts_done + (int64_t{work_.place} * Traits::kConsumers + warpgroup_), args_.ticket};
+  }
+
+  __device__ __forceinline__ float* part(int n) const {
+    return args_.parts + ((int64_t{work_.place} * parts_ + n) * Traits::kConsumers + warpgroup_) * kFloats;
   }
 
   const ForwardArgs& args_;
   const TileHead& work_;
-  const uint32_t thread_;
-  const int warpgroup_, warp_, lane_, parts_;
+  const uint32_t thread_;  // of the warpgroup's 128
+  const int warpgroup_;
+  const RowPlaces places_;
+  const int parts_;
 };
 
 }  // namespace fa3
