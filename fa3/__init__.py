@@ -6,10 +6,15 @@ except ModuleNotFoundError as error:
     raise ImportError("fa3 was imported from its source folder, which has no compiled modules: run Python from "
                       "another folder (or with -P), or install fa3 as editable") from error
 from fa3._errors import CudaError
-from fa3.attention import flash_attn_combine, flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from fa3.attention import (
+    flash_attn_combine,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+    get_scheduler_metadata,
+)
 from fa3.backward import flash_attn_backward, flash_attn_varlen_backward
 from fa3.fp8 import quantize_fp8
-from fa3.planned import get_scheduler_metadata
 
 __all__ = [
     "CudaError",

@@ -265,9 +265,30 @@ cdef int backward(Problem problem, ArrayView dout, ArrayView out, ArrayView lse,
     return check(status)
 
 
-cdef int combine() except -1:
-    """Join partial results: not built for the GPU yet."""
-    raise_status(-13, "", "flash_attn_combine: is not built for the GPU yet; it works on CPU arrays")
+cdef int combine(Border border, ArrayView parts, ArrayView lse_parts, ArrayView out, ArrayView lse) except -1:
+    """Enqueue the joining of parts on the border's stream."""
+    cdef c.fa3_combine_params p
+    cdef void *stream = <void *>border.stream
+    cdef int axis, status
+    memset(&p, 0, sizeof(p))
+    p.struct_size = sizeof(p)
+    p.device = border.device_id
+    p.out_dtype = DTYPES[out.dtype]
+    p.splits = <int32_t>parts.c_shape[0]
+    p.batch, p.rows, p.num_heads = <int32_t>out.c_shape[0], <int32_t>out.c_shape[1], <int32_t>out.c_shape[2]
+    p.head_dim_v = <int32_t>out.c_shape[3]
+    p.out_partial.data, p.lse_partial.data = <void *>parts.data, <void *>lse_parts.data
+    p.out_partial_step, p.lse_partial_step = parts.c_strides[0], lse_parts.c_strides[0]
+    for axis in range(4):
+        p.out_partial.stride[axis] = parts.c_strides[axis + 1]
+    set_rows(&p.out, out, False)
+    p.lse.data = <void *>lse.data
+    for axis in range(3):
+        p.lse_partial.stride[axis] = lse_parts.c_strides[axis + 1]
+        p.lse.stride[axis] = lse.c_strides[axis]
+    with nogil:
+        status = c.fa3_combine(&p, stream)
+    return check(status)
 
 
 cdef int quantize(Border border, ArrayView x, ArrayView codes, ArrayView descale, ArrayView cu_seqlens,

@@ -19,6 +19,7 @@ cdef str FP8 = _dtypes.FP8
 cdef tuple FP8_RESULTS = ("bfloat16", "float16")
 cdef tuple FLOAT32 = ("float32",)
 cdef tuple INT32 = ("int32",)
+cdef int64_t METADATA = 16  # elements: any number does, but it is promised
 cdef tuple COMBINED = ("float32", *_dtypes.HALF)
 cdef tuple QUANTIZED = (*_dtypes.HALF, "float32")
 cdef tuple GRANULARITIES = ("tensor", "head", "batch_head")  # by the axes of their descale
@@ -102,7 +103,7 @@ def kvcache(
     check.needs(rotary_cos, "rotary_cos", k, "k")
     check.needs(rotary_seqlens, "rotary_seqlens", rotary_cos, "rotary_cos")
     if scheduler_metadata is not None:
-        raise NotImplementedError("scheduler_metadata: not built yet, needs None")
+        take_metadata(problem.border, scheduler_metadata)
     problem.append(cu_seqlens_k_new, k, v)
     problem.use_cache(cache_seqlens, cache_batch_idx, cache_leftpad)
     problem.rotate(rotary_cos, rotary_sin, rotary_seqlens)
@@ -144,6 +145,22 @@ cdef forward(Problem problem, out, out_dtype, return_lse):
     return (result.array(), lse.array()) if with_lse else result.array()
 
 
+cdef int take_metadata(Border border, array) except -1:
+    """What `scheduler_metadata` made, or something else: no value of it is ever read."""
+    cdef ArrayView view = border.take(array, "scheduler_metadata")
+    check.dtype(view, "scheduler_metadata", INT32)
+    return check.shape(view, "scheduler_metadata", 1, &METADATA, "(16,), as of get_scheduler_metadata")
+
+
+def scheduler_metadata(batch, cache_seqlens, stream):
+    """`fa3.get_scheduler_metadata`."""
+    cdef Border border = border_of(cache_seqlens, "cache_seqlens", stream, None)
+    cdef int64_t sequences = check.integer(batch, "batch", 0)
+    check.dtype(border.view, "cache_seqlens", INT32)
+    check.shape(border.view, "cache_seqlens", 1, &sequences, "(batch,)")
+    return border.make(1, &METADATA, "int32").array()
+
+
 def combine(out_partial, lse_partial, out, out_dtype):
     """`fa3.flash_attn_combine`."""
     cdef Border border = border_of(out_partial, "out_partial", None, None)
@@ -165,7 +182,10 @@ def combine(out_partial, lse_partial, out, out_dtype):
 
         _numpy.combine(parts.numpy(), lse_parts.numpy(), result.view.numpy(), lse.view.numpy())
     else:
-        _core.combine()
+        check.fits(parts.c_shape[0], "out_partial", "splits")
+        for axis, name in enumerate(("batch", "seqlen_q", "num_heads", "head_dim_v")):
+            check.fits(parts.c_shape[axis + 1], "out_partial", name)
+        _core.combine(border, parts, lse_parts, result.view, lse.view)
     return result.array(), lse.array()
 
 

@@ -126,6 +126,22 @@ cdef extern from "fa3.h" nogil:
         fa3_dropout dropout
         int32_t deterministic
 
+    ctypedef struct fa3_combine_params:
+        size_t struct_size
+        int32_t device
+        int32_t out_dtype
+        int32_t splits
+        int32_t batch
+        int32_t rows
+        int32_t num_heads
+        int32_t head_dim_v
+        fa3_array out_partial
+        fa3_array lse_partial
+        int64_t out_partial_step
+        int64_t lse_partial_step
+        fa3_array out
+        fa3_array lse
+
     ctypedef struct fa3_quantize_params:
         size_t struct_size
         int32_t device
@@ -185,6 +201,7 @@ cdef extern from "fa3.h" nogil:
     int fa3_backward_variant(int32_t index, fa3_variant *variant)
     int fa3_quantize_workspace(const fa3_quantize_params *params, size_t *bytes)
     int fa3_quantize_fp8(const fa3_quantize_params *params, void *workspace, void *stream)
+    int fa3_combine(const fa3_combine_params *params, void *stream)
     int fa3_plan_forward(const fa3_forward_params *params, int32_t num_sms, fa3_forward_plan *plan)
     int fa3_forward_variant(int32_t index, fa3_variant *variant)
     const char *fa3_status_string(int status)

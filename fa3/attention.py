@@ -184,8 +184,8 @@ def flash_attn_with_kvcache(
         Where each sequence's rows begin in a ragged q and in ragged new keys.
     max_seqlen_q : int, optional
         With cu_seqlens_q, the longest sequence's length, or more.
-    scheduler_metadata : None
-        Not built yet.
+    scheduler_metadata : array (16,), int32, optional
+        What `get_scheduler_metadata` gives. No call needs it.
     {options}
 
     Returns
@@ -211,7 +211,9 @@ def flash_attn_combine(out_partial, lse_partial, *, out=None, out_dtype=None):
     """Join the results of attention over disjoint parts of the keys: ``sum_i exp(lse_i - lse)·out_i``.
 
     With ``lse = log(sum_i exp(lse_i))`` this is attention over all the keys [1]_. A part whose lse is -inf
-    saw nothing and is left out, whatever its out holds. Not on the GPU yet.
+    saw nothing and is left out, whatever its out holds. Where all are left out, out is 0 and lse -inf. On the
+    GPU this is one kernel on the current stream of out_partial's framework; strides are free, but for those of
+    `out`, whose last dimension is contiguous there.
 
     Parameters
     ----------
@@ -239,3 +241,40 @@ def flash_attn_combine(out_partial, lse_partial, *, out=None, out_dtype=None):
     .. [1] T. Dao, D. Haziza, F. Massa, G. Sizov, "Flash-Decoding for long-context inference", 2023.
     """
     return _dispatch.combine(out_partial, lse_partial, out, out_dtype)
+
+
+def get_scheduler_metadata(
+    batch, max_seqlen_q, max_seqlen_k, num_heads, num_heads_kv, head_dim, cache_seqlens, *,
+    head_dim_v=None, dtype="bfloat16", cu_seqlens_q=None, page_size=None, causal=False, window_size=(-1, -1),
+    attention_chunk=0, num_splits=0, pack_gqa=None, sm_margin=0, stream=None,
+):
+    """An array for the ``scheduler_metadata`` of later calls, of which none needs it.
+
+    FlashAttention-3 prepares a schedule once for all layers of a decoding step, by a kernel of its own. Here each
+    thread block finds its work from the lengths in device memory as it goes, and the host chooses tiles and splits
+    from shapes alone, within microseconds. So this launches nothing and reads nothing: code that was written for
+    FlashAttention keeps working, and may reuse the array for as long as it likes, also in CUDA graphs.
+
+    Parameters
+    ----------
+    batch, max_seqlen_q, max_seqlen_k, num_heads, num_heads_kv, head_dim : int
+        The sizes of the calls to come. All but `batch` are of no account.
+    cache_seqlens : array (batch,), int32
+        Names the framework and the device.
+    head_dim_v, dtype, cu_seqlens_q, page_size, causal, window_size : optional
+    attention_chunk, num_splits, pack_gqa, sm_margin : optional
+        Of no account.
+    stream : int or stream object, optional
+        CUDA stream that the array is made on. Default: the current stream of cache_seqlens' framework.
+
+    Returns
+    -------
+    scheduler_metadata : array (16,), int32
+        In cache_seqlens' framework, on its device. Its values mean nothing.
+
+    Raises
+    ------
+    TypeError, ValueError, BufferError, CudaError
+        As `flash_attn_func`.
+    """
+    return _dispatch.scheduler_metadata(batch, cache_seqlens, stream)

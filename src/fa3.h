@@ -209,6 +209,22 @@ typedef struct fa3_quantize_params {
   int64_t descale_stride[2]; /* (batch, head) */
 } fa3_quantize_params;
 
+/* Attention over disjoint parts of the keys, joined: lse = log(sum_i exp(lse_i)), out = sum_i exp(lse_i - lse) out_i. A
+ * part whose lse is -inf saw nothing and is left out, whatever its out holds. */
+typedef struct fa3_combine_params {
+  size_t struct_size; /* sizeof(fa3_combine_params) */
+  int32_t device;     /* CUDA ordinal of every array */
+  int32_t out_dtype;  /* FA3_FLOAT32, FA3_FLOAT16 or FA3_BFLOAT16 */
+  int32_t splits;     /* parts, at least 1 */
+  int32_t batch, rows, num_heads;
+  int32_t head_dim_v;
+  fa3_array out_partial, lse_partial; /* of the first part: fp32 (batch, row, head, dim) and (batch, row, head, -);
+                                         any stride along dim */
+  int64_t out_partial_step, lse_partial_step; /* elements from a part to the next */
+  fa3_array out;                              /* (batch, row, head, dim) */
+  fa3_array lse;                              /* fp32 (batch, row, head, -), or null data */
+} fa3_combine_params;
+
 /* What a call will do: the choices that fa3_forward makes from its arguments and the device. */
 typedef struct fa3_forward_plan {
   int32_t variant;                           /* index for fa3_forward_variant */
@@ -267,6 +283,9 @@ FA3_API int fa3_quantize_workspace(const fa3_quantize_params* params, size_t* by
 /* Enqueue the quantisation on `stream`: one kernel, launched cooperatively where thread blocks share a scale.
  * `workspace` as in fa3_forward. */
 FA3_API int fa3_quantize_fp8(const fa3_quantize_params* params, void* workspace, void* stream);
+
+/* Enqueue the joining of parts on `stream`: one kernel, without a workspace. */
+FA3_API int fa3_combine(const fa3_combine_params* params, void* stream);
 
 /* A status as a few words; this thread's last failure in a sentence; its CUDA code (0 if CUDA did not fail). */
 FA3_API const char* fa3_status_string(int status);

@@ -291,7 +291,37 @@ fa3_status check_quantize_arrays(const fa3_quantize_params& p) {
   return FA3_OK;
 }
 
+fa3_status check_combine_sizes(const fa3_combine_params& p) {
+  if (p.struct_size != sizeof(fa3_combine_params))
+    return fail(FA3_ERROR_SHAPE, "struct_size: %zu, but this library's fa3_combine_params has %zu bytes", p.struct_size,
+                sizeof(fa3_combine_params));
+  if (p.out_dtype != FA3_FLOAT32 && p.out_dtype != FA3_FLOAT16 && p.out_dtype != FA3_BFLOAT16)
+    return fail(FA3_ERROR_DTYPE, "out_dtype: %d, but it must be FA3_FLOAT32, FA3_FLOAT16 or FA3_BFLOAT16", p.out_dtype);
+  if (p.splits < 1) return fail(FA3_ERROR_SHAPE, "splits: %d, but it must be at least 1", p.splits);
+  if (p.batch < 0 || p.rows < 0 || p.num_heads < 0 || p.head_dim_v < 0)
+    return fail(FA3_ERROR_SHAPE, "out: (%d, %d, %d, %d), but no size may be negative", p.batch, p.rows, p.num_heads,
+                p.head_dim_v);
+  // A thread takes 4 columns, a block has 256 of them, and a grid 2^31 - 1 blocks. As doubles no product overflows.
+  if (double(p.batch) * p.rows * p.num_heads * (p.head_dim_v / 4 + 1) > 256.0 * INT32_MAX)
+    return fail(FA3_ERROR_SHAPE, "out: (%d, %d, %d, %d) has more elements than a grid of threads can take", p.batch,
+                p.rows, p.num_heads, p.head_dim_v);
+  return FA3_OK;
+}
+
+fa3_status check_combine_arrays(const fa3_combine_params& p) {
+  if (p.batch == 0 || p.rows == 0 || p.num_heads == 0) return FA3_OK;
+  if (!p.lse_partial.data) return fail(FA3_ERROR_NULL, "lse_partial: null data");
+  if (p.head_dim_v > 0 && !p.out_partial.data) return fail(FA3_ERROR_NULL, "out_partial: null data");
+  return check_array(p.out, p.head_dim_v == 0, "out");
+}
+
 }  // namespace
+
+fa3_status validate(const fa3_combine_params* params) {
+  if (!params) return fail(FA3_ERROR_NULL, "params: null pointer");
+  if (auto status = check_combine_sizes(*params)) return status;
+  return check_combine_arrays(*params);
+}
 
 fa3_status validate(const fa3_quantize_params* params) {
   if (!params) return fail(FA3_ERROR_NULL, "params: null pointer");

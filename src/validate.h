@@ -9,5 +9,7 @@ fa3_status validate(const fa3_forward_params* params);
 fa3_status validate(const fa3_backward_params* params);
 /// The same of a call that quantises.
 fa3_status validate(const fa3_quantize_params* params);
+/// The same of a call that joins parts.
+fa3_status validate(const fa3_combine_params* params);
 
 }  // namespace fa3

@@ -8,7 +8,7 @@ import pytest
 import fa3
 
 BUILT = ["flash_attn_backward", "flash_attn_combine", "flash_attn_func", "flash_attn_varlen_backward",
-         "flash_attn_varlen_func", "flash_attn_with_kvcache", "quantize_fp8"]
+         "flash_attn_varlen_func", "flash_attn_with_kvcache", "get_scheduler_metadata", "quantize_fp8"]
 
 
 @pytest.mark.parametrize("name", BUILT)

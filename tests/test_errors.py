@@ -6,6 +6,7 @@ Each case starts from a call that works and breaks one thing. The GPU's own rule
 import pickle
 import re
 
+import frameworks
 import ml_dtypes
 import numpy as np
 import pytest
@@ -213,7 +214,8 @@ RULES = [
     (kvcache, {"cache_seqlens": 1.5}, TypeError, "cache_seqlens: "),
     (kvcache, {"cache_batch_idx": ints(0)}, ValueError, "cache_batch_idx: shape (1,), needs (2,): (batch,)"),
     (kvcache, {"cache_leftpad": ints(0)}, ValueError, "cache_leftpad: shape (1,), needs (2,): (batch,)"),
-    (kvcache, {"scheduler_metadata": ints(0)}, NotImplementedError, "scheduler_metadata: not built yet, needs None"),
+    (kvcache, {"scheduler_metadata": ints(0)}, ValueError, "scheduler_metadata: shape (1,), needs (16,)"),
+    (kvcache, {"scheduler_metadata": np.zeros(16)}, TypeError, "scheduler_metadata: dtype float64, needs int32"),
     (append, {"v": None}, ValueError, "v: got None, but k is given and needs it"),
     (append, {"k": None}, ValueError, "k: got None, but v is given and needs it"),
     (append, {"cache_seqlens": None}, ValueError, "cache_seqlens: got None, but k is given and needs it"),
@@ -389,11 +391,26 @@ def test_numbers_of_other_types_are_taken(changes):
     dense(**changes)
 
 
-@pytest.mark.parametrize("name", ["get_scheduler_metadata"])
-def test_planned_functions_say_what_is_missing(name):
-    arguments = {"get_scheduler_metadata": 7}
-    with pytest.raises(NotImplementedError, match=f"{name}: .*not built yet"):
-        getattr(fa3, name)(*[None] * arguments[name])
+@pytest.mark.parametrize("framework", frameworks.ALL)
+def test_scheduler_metadata(framework):
+    """Made from the lengths, of a size that is promised, and taken again; nothing depends on it."""
+    lengths = framework.put(np.array([3, 0, 7], np.int32))[0]
+    metadata = fa3.get_scheduler_metadata(3, 1, 7, 4, 2, 64, lengths)
+    assert type(metadata) is type(lengths) and framework.numpy(metadata).shape == (16,)
+    q, cache = (framework.put(np.ones((3, rows, 2, 64), np.float16))[0] for rows in (1, 7))
+    outs = [framework.numpy(fa3.flash_attn_with_kvcache(q, cache, cache, cache_seqlens=lengths, scheduler_metadata=m))
+            for m in (None, metadata)]
+    assert outs[0].tobytes() == outs[1].tobytes()
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), [
+    ({"batch": 2}, ValueError, "cache_seqlens: shape (3,), needs (2,)"), ({"batch": "3"}, TypeError, "batch: "),
+    ({"cache_seqlens": np.zeros(3, np.int64)}, TypeError, "cache_seqlens: dtype int64, needs int32"),
+    ({"cache_seqlens": 3}, TypeError, "cache_seqlens: expected an array")])
+def test_scheduler_metadata_of_what_does_not_fit(changes, error, message):
+    call = {"batch": 3, "cache_seqlens": np.zeros(3, np.int32)} | changes
+    with pytest.raises(error, match=re.escape(message)):
+        fa3.get_scheduler_metadata(call["batch"], 1, 7, 4, 2, 64, call["cache_seqlens"])
 
 
 # Status codes.
