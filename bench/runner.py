@@ -134,6 +134,8 @@ def problem(torch, row, device="cuda"):
         # the factors of the cases are 1, one for each sequence and head
         sizes = {"q_descale": row.num_heads, "k_descale": row.num_heads_kv, "v_descale": row.num_heads_kv}
         options |= {name: torch.ones(len(row.seqlens_q), heads, device=device) for name, heads in sizes.items()}
+    if row.group == "decode":
+        return q, k, v, _decode_call(torch, row, q, k, v)
     if not row.varlen:
         if row.case.endswith("out="):
             options["out"] = torch.empty_like(q)
@@ -143,6 +145,23 @@ def problem(torch, row, device="cuda"):
                   for lengths in (row.seqlens_q, row.seqlens_k)]
     longest = max(row.seqlens_q), max(row.seqlens_k)
     return q, k, v, lambda: fa3.flash_attn_varlen_func(*ragged, *cu_seqlens, *longest, **options)
+
+
+def _decode_call(torch, row, q, k, v):
+    """A step on a cache of k and v, in pages that lie in random order where the row has pages."""
+    import fa3
+
+    options = {"causal": row.causal}
+    if row.page is not None:
+        order = torch.randperm(k.shape[0] * k.shape[1] // row.page, device=k.device)
+        pages = []
+        for rows in (k, v):
+            pages.append(torch.empty_like(rows).view(-1, row.page, *rows.shape[2:]))
+            pages[-1][order] = rows.view(pages[-1].shape)
+        k, v = pages
+        options["page_table"] = order.to(torch.int32).view(q.shape[0], -1)
+    options["cache_seqlens"] = torch.tensor(row.seqlens_k, dtype=torch.int32, device=q.device)
+    return lambda: fa3.flash_attn_with_kvcache(q, k, v, **options)
 
 
 def check(torch, row, q, k, v, out):
