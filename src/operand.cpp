@@ -9,7 +9,7 @@ namespace fa3 {
 
 fa3_status prepare_operand(fa3_array array, const fa3_lengths& lengths, int entries, OperandShape shape, bool copy,
                            void* spare, Workspace& workspace, cudaStream_t stream, TmaOperand& operand) {
-  if (lengths.rows == 0 || entries == 0) {  // a map must have an address, and an entry on each axis
+  if (lengths.rows == 0 || entries == 0 || !array.data) {  // a map must have an address, and an entry on each axis
     const auto address = reinterpret_cast<uintptr_t>(spare) / kTmaAlignment * kTmaAlignment;
     shape.batch = shape.rows = shape.heads = 1;
     return encode_operand({reinterpret_cast<void*>(address), {0, 0, 0, 1}}, shape, operand);
