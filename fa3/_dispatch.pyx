@@ -121,9 +121,13 @@ cdef forward(Problem problem, out, out_dtype, return_lse):
     cdef Border border = problem.border
     cdef Output result, lse = None
     cdef ArrayView lse_view = None
+    cdef tuple results = (problem.q.dtype,)
+    if problem.q.dtype == FP8:
+        results = FP8_RESULTS
+    elif problem.narrows:
+        results = results + FP8_RESULTS
     problem.finish()
-    result = result_of(border, out, "out", out_dtype, problem.out_shape(shape), shape, "the result's shape",
-                       FP8_RESULTS if problem.q.dtype == FP8 else (problem.q.dtype,))
+    result = result_of(border, out, "out", out_dtype, problem.out_shape(shape), shape, "the result's shape", results)
     if out is not None:
         check.not_input(result.view, "out", problem.q, "q")
         check.not_input(result.view, "out", problem.k, problem.k_name)
@@ -132,8 +136,10 @@ cdef forward(Problem problem, out, out_dtype, return_lse):
         lse = border.make(problem.lse_shape(shape), shape, "float32")
         lse_view = lse.view
     if check.empty(result.view) and problem.k_new is None:
-        pass  # nothing to compute, and nothing to append
-    elif problem.on_gpu:
+        return (result.array(), lse.array()) if with_lse else result.array()  # nothing to compute, or to append
+    if problem.narrows:
+        narrow(problem)
+    if problem.on_gpu:
         _core.forward(problem, result.view, lse_view)
     else:
         from fa3 import _numpy  # costs its import to those only who use it
@@ -143,6 +149,30 @@ cdef forward(Problem problem, out, out_dtype, return_lse):
                        max_seqlen_q=problem.max_seqlen_q, max_seqlen_k=problem.max_seqlen_k,
                        **problem.arrays(), **<dict>problem.options)
     return (result.array(), lse.array()) if with_lse else result.array()
+
+
+cdef int narrow(Problem problem) except -1:
+    """Make q fp8, with a factor for each sequence and head, as `quantize_fp8` does."""
+    cdef int64_t[2] scales = [problem.batch, problem.num_heads]
+    cdef Output codes = problem.border.make(problem.q.ndim, problem.q.c_shape, FP8)
+    cdef Output descale = problem.border.make(2, scales, "float32")
+    fill_codes(problem.border, problem.q, codes.view, descale.view, problem.cu_seqlens_q, False)
+    problem.q, problem.q_descale = codes.view, descale.view
+    problem.narrowed = (codes, descale)
+    return 0
+
+
+cdef int fill_codes(Border border, ArrayView x, ArrayView codes, ArrayView descale, ArrayView ends,
+                    bint rotated) except -1:
+    """Have a backend quantise x."""
+    if check.empty(descale):
+        return 0  # and so is x
+    if border.device_type == DL_CUDA:
+        return _core.quantize(border, x, codes, descale, ends, rotated)
+    from fa3 import _numpy_fp8
+
+    _numpy_fp8.quantize(x.numpy(), codes.numpy(), descale.numpy(), None if ends is None else ends.numpy(), rotated)
+    return 0
 
 
 cdef int take_metadata(Border border, array) except -1:
@@ -367,13 +397,5 @@ def quantize(x, granularity, hadamard, cu_seqlens, stream, dtype):
     scales[1] = view.c_shape[view.ndim - 2]
     codes = border.make(view.ndim, view.c_shape, FP8)
     descale = border.make(shared, &scales[2 - shared], "float32")
-    if check.empty(descale.view):
-        pass  # and so is x
-    elif on_gpu:
-        _core.quantize(border, view, codes.view, descale.view, ends, rotated)
-    else:
-        from fa3 import _numpy_fp8
-
-        _numpy_fp8.quantize(view.numpy(), codes.view.numpy(), descale.view.numpy(),
-                            None if ends is None else ends.numpy(), rotated)
+    fill_codes(border, view, codes.view, descale.view, ends, rotated)
     return codes.array(), descale.array()

@@ -90,7 +90,8 @@ stream : int or stream object, optional
 dtype : str or dtype, optional
     What the bytes of q, k, v (and `qv`, new keys and values, `out`) are, where their framework has no such
     type:
-    "float8_e4m3fn" for uint8, "bfloat16" for uint16.""",
+    "float8_e4m3fn" for uint8, "bfloat16" for uint16. Where that is float8_e4m3fn, q may be float16 or bfloat16
+    all the same.""",
 }
 
 SECTIONS = {

@@ -25,6 +25,8 @@ cdef struct Options:                  # the numbers of a call, their defaults se
 cdef class Problem:
     cdef readonly Border border
     cdef readonly bint on_gpu
+    cdef readonly bint narrows        # q has 16 bits, k and v fp8: q is quantised before the backend sees it
+    cdef tuple narrowed               # what holds q's codes and factors, then
     cdef object dtype                 # what dtype= says of q, k, v and their like
     cdef str k_name
     cdef str v_name
@@ -81,6 +83,7 @@ cdef class Problem:
     cdef int out_shape(self, int64_t *shape) noexcept
     cdef int lse_shape(self, int64_t *shape) noexcept
 
+    cdef str backend_dtype(self)
     cdef int size_kv(self, str first_axis, str second_axis) except -1
     cdef str batch_name(self)
     cdef ArrayView vector(self, array, str name, tuple allowed, int64_t size, str axes)

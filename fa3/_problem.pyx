@@ -62,9 +62,15 @@ cdef class Problem:
         self.k = self.border.take(k, k_name, dtype, written)
         self.v = self.border.take(v, v_name, dtype, written)
         check.dtype(self.q, "q", GPU_DTYPES if self.on_gpu else CPU_DTYPES)
-        check.same_dtype(self.k, k_name, self.q, "q")
-        check.same_dtype(self.v, v_name, self.q, "q")
+        self.narrows = self.k.dtype == FP8 and self.q.dtype in HALF
+        if not self.narrows:
+            check.same_dtype(self.k, k_name, self.q, "q")
+        check.same_dtype(self.v, v_name, self.k if self.narrows else self.q, k_name if self.narrows else "q")
         return 0
+
+    cdef str backend_dtype(self):
+        """What q, k and v have when a backend gets them."""
+        return FP8 if self.narrows else self.q.dtype
 
     # ---- q, k and v -------------------------------------------------------------------------------------
 
@@ -174,6 +180,9 @@ cdef class Problem:
         self.v_descale = self.descale(v_descale, "v_descale")
         self.sinks = self.vector(sinks, "sinks", FLOAT32, self.num_heads, "(num_heads,)")
         self.seqused_q = self.per_sequence(seqused_q, "seqused_q")
+        if self.narrows and (qv is not None or seqused_q is not None):  # rows out of use would count for q's factor
+            raise NotImplementedError(f"{'qv' if qv is not None else 'seqused_q'}: given, needs None with q of dtype "
+                                      f"{self.q.dtype} and {self.k_name} of {FP8}")
         if seqused_k is not None:  # with a cache, `use_cache` has set it
             self.seqused_k = self.per_sequence(seqused_k, "seqused_k")
         return 0
@@ -223,6 +232,9 @@ cdef class Problem:
             self.rotary_sin = self.rotary(sin, "rotary_sin")
             check.same_dtype(self.rotary_sin, "rotary_sin", self.rotary_cos, "rotary_cos")
             check.shape(self.rotary_sin, "rotary_sin", 2, self.rotary_cos.c_shape, "as rotary_cos")
+            if self.narrows:
+                raise NotImplementedError(f"rotary_cos: given, needs None with q of dtype {self.q.dtype} and "
+                                          f"{self.k_name} of {FP8}")
         self.rotary_seqlens = self.per_sequence(seqlens, "rotary_seqlens")
         return 0
 
@@ -253,7 +265,7 @@ cdef class Problem:
         if array is None:
             return None
         view = self.border.take(array, name)
-        if self.q.dtype != FP8:
+        if (self.q.dtype if name == "q_descale" else self.backend_dtype()) != FP8:
             raise ValueError(f"{name}: needs q of dtype {FP8}, but q has {self.q.dtype}")
         check.dtype(view, name, FLOAT32)
         heads = {self.num_heads_kv, self.num_heads} if name == "q_descale" else {self.num_heads_kv}
@@ -319,7 +331,7 @@ cdef class Problem:
         options.sm_margin = <int>check.integer(sm_margin, "sm_margin", 0)
         options.fp8_accumulate = 0
         if fp8_accumulate is not None:
-            if self.q.dtype != FP8:
+            if self.backend_dtype() != FP8:
                 raise ValueError(f"fp8_accumulate: {fp8_accumulate}, needs None with q of dtype {self.q.dtype}")
             keys = check.integer(fp8_accumulate, "fp8_accumulate", 0)
             options.fp8_accumulate = <int>min(keys, max(self.max_seqlen_k, 1)) if keys else -1
@@ -357,7 +369,7 @@ cdef class Problem:
         """The checks that need all arrays: what the GPU's kernels ask of head dims, strides and sizes."""
         if not self.on_gpu:
             return 0
-        check.head_dims(self.head_dim, self.head_dim_v, self.q.dtype, self.qv is not None, self.v_name)
+        check.head_dims(self.head_dim, self.head_dim_v, self.backend_dtype(), self.qv is not None, self.v_name)
         check.contiguous_rows(self.q, "q")
         check.contiguous_rows(self.k, self.k_name)
         check.contiguous_rows(self.v, self.v_name)

@@ -24,8 +24,11 @@ def flash_attn_func(
         float16, bfloat16 or float8_e4m3fn; on the CPU also float32 and float64. Of NumPy, PyTorch, CuPy, JAX,
         Numba, or anything that speaks DLPack or ``__cuda_array_interface__``.
     k : array (batch, seqlen_k, num_heads_kv, head_dim)
-        Of q's dtype, and on its device. num_heads is a multiple of num_heads_kv.
+        Of q's dtype, and on its device; or float8_e4m3fn where q has 16 bits: q is then rounded to it, with a
+        factor for each sequence and head, as `quantize_fp8` with granularity "batch_head" does, and the result
+        has q's dtype. num_heads is a multiple of num_heads_kv.
     v : array (batch, seqlen_k, num_heads_kv, head_dim_v)
+        Of k's dtype.
     {options}
 
     Returns

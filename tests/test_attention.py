@@ -229,6 +229,32 @@ def test_fp8_with_descales(framework, q_heads):
         reference.assert_close(out, ref.out, naive.out, out.dtype)
 
 
+@pytest.mark.parametrize("framework", [parameter for parameter in frameworks.WRITABLE if parameter.id != "jax"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("varlen", [False, True])
+def test_fp8_keys_under_queries_of_16_bits(framework, dtype, varlen):
+    """The same bits as of q quantised by the caller, in q's dtype."""
+    if framework.on_gpu and dtype == "bfloat16" and type(framework).__name__ == "CuPy":
+        pytest.skip("CuPy has no bfloat16, and dtype= speaks of the keys")
+    seqlens_q = (20, 3) if varlen else (20, 20)
+    problem = Problem(seqlens_q=seqlens_q, seqlens_k=(40, 50) if varlen else (50, 50), num_heads_kv=2, ratio=2,
+                      dtype="float8_e4m3fn", varlen=varlen, causal=True)
+    arrays = strategies.make(problem)
+    wide = (np.random.default_rng(2).standard_normal(arrays.q.shape) * 7).astype(strategies.DTYPES[dtype])
+    q, k, v = (framework.put(x)[0] for x in (wide, arrays.k, arrays.v))
+    cu = {name: framework.put(array)[0] for name, array in arrays.lengths.items() if array is not None}
+    call = fa3.flash_attn_varlen_func if varlen else fa3.flash_attn_func
+    said = framework.options(k)
+    scales = {"cu_seqlens": cu["cu_seqlens_q"]} if varlen else {}
+    codes, descale = fa3.quantize_fp8(q, granularity="batch_head", **scales)
+    expected = call(codes, k, v, **cu, causal=True, q_descale=descale, out_dtype=dtype, **said)
+    out = call(q, k, v, **cu, causal=True, **said)
+    assert framework.numpy(out).dtype == strategies.DTYPES[dtype]
+    assert framework.numpy(out).tobytes() == framework.numpy(expected).tobytes()
+    with pytest.raises(ValueError, match="q_descale: needs q of dtype float8_e4m3fn, but q has"):
+        call(q, k, v, **cu, q_descale=descale, **said)
+
+
 @pytest.mark.parametrize("framework", frameworks.CPU)
 def test_qv(framework):
     rng = np.random.default_rng(0)
