@@ -310,10 +310,13 @@ fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_pl
   const int free_sms = std::max(num_sms - p.sm_margin, 1);
   const Work work(p, free_sms);
   const Choice choice = choose(work);
+  if (choice.variant < 0 && promotes(p) && !p.tile_m)
+    return fail(FA3_ERROR_NO_FP8, "fp8_accumulate: %d, but no kernel for it has head dims (%d, %d) in this build",
+                p.fp8_accumulate, p.head_dim, p.head_dim_v);
   if (choice.variant < 0)
     return fail(p.dtype == FA3_FLOAT8_E4M3 ? FA3_ERROR_HEAD_DIM_FP8 : FA3_ERROR_HEAD_DIM,
-                "head_dim: (%d, %d) has no kernel of this dtype%s%s in this build", p.head_dim, p.head_dim_v,
-                promotes(p) ? " and with fp8_accumulate" : "", p.tile_m ? " and tile" : "");
+                "head_dim: (%d, %d) has no kernel of this dtype%s in this build", p.head_dim, p.head_dim_v,
+                p.tile_m ? " and tile" : "");
   const ForwardVariant& variant = forward_variants()[choice.variant];
   const Packing packing = packing_of(p, choice.packed);
   plan.variant = choice.variant;
