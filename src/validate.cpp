@@ -29,6 +29,9 @@ fa3_status check_features(const fa3_forward_params& p) {
 
 fa3_status check_dtypes(const fa3_forward_params& p) {
   const bool fp8 = p.dtype == FA3_FLOAT8_E4M3;
+  if (fp8 && p.dropout.p > 0)
+    return fail(FA3_ERROR_NO_DROPOUT, "dropout_p: %g, but of fp8 dropout is not built for the GPU; needs 0",
+                p.dropout.p);
   if (!fp8 && p.dtype != FA3_FLOAT16 && p.dtype != FA3_BFLOAT16)
     return fail(FA3_ERROR_DTYPE, "dtype: %d is no fa3_dtype that q, k, v can have", p.dtype);
   if (fp8 && p.out_dtype != FA3_FLOAT16 && p.out_dtype != FA3_BFLOAT16)

@@ -43,21 +43,17 @@ __device__ __forceinline__ Philox philox_of(const Dropout& dropout, int head, in
 /// `first_query` on, and of all columns from `first_key` on, both multiples of 16.
 template <int kWords>
 __device__ __forceinline__ void drop(uint32_t (&p)[kWords], const Philox& philox, uint32_t threshold, int first_query,
-                                     int first_key, int lane, bool eight_bits) {
+                                     int first_key, int lane) {
   const uint32_t row = first_query / 2 + lane / 4, pair = first_key / 4 + lane % 4;
-  const int per_block = eight_bits ? 2 : 4;  // words of a 16 x 16 block
 #pragma unroll
-  for (int block = 0; block < kWords / per_block; ++block) {
+  for (int block = 0; block < kWords / 4; ++block) {
     uint32_t random[4];
     philox.draw(pair + 4 * block, row, random);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const arch::HalvesAtLeast kept(random[i], threshold);
-      uint32_t& word = p[per_block * block + i % per_block];  // of 8 bits it also has those of the columns 8 further on
-      const int shift = 16 * (i / per_block);
-      const uint32_t half = eight_bits ? 0xff : 0xffff;
-      if (!kept.low) word &= ~(half << shift);
-      if (!kept.high) word &= ~(half << shift << (eight_bits ? 8 : 16));
+      if (!kept.low) p[4 * block + i] &= 0xffff0000;
+      if (!kept.high) p[4 * block + i] &= 0xffff;
     }
   }
 }

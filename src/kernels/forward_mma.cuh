@@ -321,10 +321,12 @@ class Consumer {
 
   /// Zeros for the probabilities that dropout takes; the softmax has counted them. Only tiles of one head come here.
   __device__ __forceinline__ void take_dropped(Probabilities& p, const Work& work, int n_block) const {
-    if (!args_.dropout.active) return;
-    const Philox philox = philox_of(args_.dropout, work.head_kv * args_.packing.ratio + work.first_head, work.batch);
-    drop(p, philox, args_.dropout.threshold, query_of(args_, work, Traits::kConsumers, warpgroup_, 16 * warp_),
-         n_block * kTileN, lane_, Traits::kEightBits);
+    if constexpr (!Traits::kEightBits) {  // of which there is none
+      if (!args_.dropout.active) return;
+      const Philox philox = philox_of(args_.dropout, work.head_kv * args_.packing.ratio + work.first_head, work.batch);
+      drop(p, philox, args_.dropout.threshold, query_of(args_, work, Traits::kConsumers, warpgroup_, 16 * warp_),
+           n_block * kTileN, lane_);
+    }
   }
 
   /// Each warp gives back what it has finished reading.

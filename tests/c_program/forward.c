@@ -99,6 +99,7 @@ static void check_missing_features(void) {
   REFUSES(FA3_ERROR_NO_QV, "576", p.head_dim = 576; p.head_dim_v = 512);
   REFUSES(FA3_ERROR_SHAPE, "dropout_p: 1,", p.dropout.p = 1);
   REFUSES(FA3_ERROR_DTYPE, "dropout_seed: type 3", p.dropout.seed_type = 3);
+  REFUSES(FA3_ERROR_NO_DROPOUT, "dropout_p: 0.1, but of fp8", p.dtype = FA3_FLOAT8_E4M3; p.dropout.p = 0.1f);
 }
 
 /* Three new keys a sequence, the cache holding 17 of 20 rows, and all of a head turned. */

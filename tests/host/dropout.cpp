@@ -15,18 +15,11 @@ constexpr int kBlocks = 4;  // of 16 columns
 
 extern "C" {
 
-/// words (32, 16), or (32, 8) of 8 bits: each lane's of 16 queries and 64 keys.
+/// words (32, 16): each lane's of 16 queries and 64 keys.
 void drop_queries(const uint64_t* seed, uint32_t threshold, int head, int batch, int first_query, int first_key,
-                  int eight_bits, uint32_t* words) {
+                  uint32_t (*words)[4 * kBlocks]) {
   const Philox philox = philox_of(dropout_of(seed, 0), head, batch);
-  for (int lane = 0; lane < 32; ++lane) {
-    if (eight_bits)
-      drop(reinterpret_cast<uint32_t (*)[2 * kBlocks]>(words)[lane], philox, threshold, first_query, first_key, lane,
-           true);
-    else
-      drop(reinterpret_cast<uint32_t (*)[4 * kBlocks]>(words)[lane], philox, threshold, first_query, first_key, lane,
-           false);
-  }
+  for (int lane = 0; lane < 32; ++lane) drop(words[lane], philox, threshold, first_query, first_key, lane);
 }
 
 /// pairs (32, 16): each lane's of 16 keys and 64 queries; bit 0 of a word for its low half, bit 16 for its high one.
