@@ -95,11 +95,10 @@ def test_flops_and_bytes_of_two_head_dims_and_a_window():
     assert row.bytes_moved == 2 * (7 * 6 * (24 + 16) + 9 * 2 * (24 + 16))
 
 
-@pytest.mark.parametrize("group", ["upward", "sideward"])
-def test_a_group_that_is_not_built_says_which_are(group):
-    built = "forward, sweep, window, short, fp8, seed, overhead, decode, backward, tiles, quantize, accuracy, counters"
-    with pytest.raises(ValueError, match=f"there are: {built}$"):
-        shapes.rows(group)
+def test_an_unknown_group_says_which_there_are():
+    groups = "forward, sweep, window, short, fp8, seed, overhead, decode, backward, tiles, quantize, accuracy, counters"
+    with pytest.raises(ValueError, match=f"^group 'sideward' is unknown; there are: {groups}$"):
+        shapes.rows("sideward")
 
 
 def test_a_peer_that_is_not_installed_is_left_out(monkeypatch, capsys):
@@ -270,7 +269,7 @@ def test_without_fa3_one_line_says_so():
 def test_the_help_names_every_group(capsys):
     with pytest.raises(SystemExit, match=r"^0$"):
         command.main(["--help"])
-    assert ", ".join(shapes.BUILT).replace(", counters", " or counters") in " ".join(capsys.readouterr().out.split())
+    assert ", ".join(shapes.GROUPS).replace(", counters", " or counters") in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.skipif(shutil.which("cc") is None and not _has_gpu(), reason="needs a C compiler, or a GPU")
