@@ -334,7 +334,7 @@ def plan(*, str dtype, int batch, int seqlen_q, int seqlen_k, int num_heads, int
          int head_dim_v, bint causal=False, int window_left=-1, int window_right=-1, int attention_chunk=0,
          bint ragged=False, int max_seqlen_q=0, int max_seqlen_k=0, tuple q_strides=None, tuple k_strides=None,
          tuple v_strides=None, uintptr_t address=4096, int num_splits=0, bint batch_invariant=False,
-         object pack_gqa=None, int sm_margin=0, int fp8_accumulate=0, int num_sms=132):
+         object pack_gqa=None, int sm_margin=0, object fp8_accumulate=None, int num_sms=132):
     """What a forward call of these sizes would do, as a dict: see fa3_forward_plan in fa3.h. Needs no GPU.
 
     For a ragged batch, seqlen_q and seqlen_k are the totals. Strides are (batch, row, head) in elements; None:
@@ -366,7 +366,7 @@ def plan(*, str dtype, int batch, int seqlen_q, int seqlen_k, int num_heads, int
     p.pack_gqa = -1 if pack_gqa is None else pack_gqa
     p.sm_margin = sm_margin
     p.tile_m, p.tile_n = _tile_m, _tile_n
-    p.fp8_accumulate = fp8_accumulate
+    p.fp8_accumulate = fp8_accumulate or 0
     check(c.fa3_plan_forward(&p, num_sms, &result))
     return result
 

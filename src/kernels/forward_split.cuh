@@ -69,8 +69,7 @@ class PartRows {
     float descale = 1.f;
     if constexpr (RowSoftmax::kEightBits) descale = args_.v_descale.at(work_.batch, work_.head_kv);
 #pragma unroll 1
-    for (uint32_t first = 0; first < count;
-         first += 128) {  // all of a warp go on together: see uniform() in the consumer
+    for (uint32_t first = 0; first < count; first += 128) {  // a warp goes on together: see uniform() in the consumer
       const uint32_t i = first + thread_, row = i / kVectors % 64, column = i % kVectors * 8;
       const int position = args_.packing.position_of(row), head = args_.packing.head_of(row);
       const Joined joined = join_row(row, column);
@@ -78,12 +77,12 @@ class PartRows {
       const int query_head = places_.first_head + head;
       const auto result = RowSoftmax::result(joined.max, joined.sum, args_.sinks ? args_.sinks[query_head] : -INFINITY);
       const int64_t query = places_.first_row + position;
-      if (args_.lse && column == 0)
-        args_
-            .lse[places_.batch * args_.lse_stride[0] + query_head * args_.lse_stride[1] + query * args_.lse_stride[2]] =
-            result.lse;
+      if (args_.lse && column == 0) {
+        const int64_t* const stride = args_.lse_stride;
+        args_.lse[places_.batch * stride[0] + query_head * stride[1] + query * stride[2]] = result.lse;
+      }
       if (column >= args_.head_dim_v) continue;
-      const float scale = result.scale < 0 ? 0.f : result.scale * descale;
+      const float scale = result.scale < 0 ? 0.f : result.scale * descale * args_.dropout.scale;
       uint32_t words[4];
 #pragma unroll
       for (int word = 0; word < 4; ++word)
