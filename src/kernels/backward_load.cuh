@@ -21,9 +21,9 @@ class BackwardLoader {
     if (steps == 0) return;
     const int key = work_.k.begin + work_.n_block * Traits::kTileN;
     load<typename Traits::TileK>(args_.k, shared_.k, key, work_.head_kv, shared_.k_full, 0);
-    QueryStep at{work_.blocks.begin, 0};
+    QueryStep at(work_);
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step, ring_.advance(), at.advance(work_.blocks)) {
+    for (int step = 0; step < steps; ++step, ring_.advance(), at.advance(work_)) {
       const uint32_t stage = ring_.stage();
       const Ring<Traits::kDoutStages> dout{ring_.count};
       const int head = work_.head_kv * args_.group + at.head, row = work_.q.begin + at.m_block * Traits::kTileM;
@@ -75,29 +75,28 @@ __device__ __forceinline__ void add_dq(const BackwardArgs& args, BackwardShared<
       shared.dq_empty[consumer].arrive();
     }
   }
-  QueryStep at{work.blocks.begin, 0};
+  QueryStep at(work);
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step, at.advance(work.blocks)) {
+  for (int step = 0; step < steps; ++step, at.advance(work)) {
     const int64_t head = work.head_kv * args.group + at.head;
     const int64_t tile =
         (head * args.scratch.query_tiles + work.first_tile + at.m_block) * Traits::kConsumers + consumer;
     float* const sum = args.scratch.dq + tile * Traits::kDqFloats;
+    if (args.scratch.dq_turns) {  // before there is anything to add: both come when they come
+      const int first =
+          first_key_block<Traits::kTileN>(args.visibility, at.m_block * Traits::kTileM, work.q.length, work.k.length);
+      arch::wait_for_turn(args.scratch.dq_turns + tile, work.n_block - first);
+    }
 #pragma unroll
     for (int part = 0; part < Traits::kDqParts; ++part, ring.advance()) {
       shared.dq_full[consumer].wait(ring.parity());
-      if (part == 0 && args.scratch.dq_turns) {
-        const int first =
-            first_key_block<Traits::kTileN>(args.visibility, at.m_block * Traits::kTileM, work.q.length, work.k.length);
-        arch::wait_for_turn(args.scratch.dq_turns + tile, work.n_block - first);
-      }
       arch::add_floats(sum + part * kPartFloats, given, kPartFloats * sizeof(float));
-      if (part == Traits::kDqParts - 1 && args.scratch.dq_turns) {
-        arch::wait_until_added();
-        arch::pass_turn(args.scratch.dq_turns + tile);
-      } else {
-        arch::wait_until_read();
-      }
+      arch::wait_until_read();
       shared.dq_empty[consumer].arrive();
+    }
+    if (args.scratch.dq_turns) {
+      arch::wait_until_added();
+      arch::pass_turn(args.scratch.dq_turns + tile);
     }
   }
   arch::wait_until_added();  // shared memory must outlive the copy engine's reads

@@ -89,9 +89,9 @@ class BackwardConsumer {
       const bool all_plain = args_.softcap_scale == 0 && own_first + 63 < work_.k.length;
       const int plain_begin = arch::uniform(all_plain ? own.plain_begin : work_.blocks.end);
       const int plain_end = arch::uniform(own.plain_end);
-      QueryStep at{work_.blocks.begin, 0};
+      QueryStep at(work_);
 #pragma unroll 1
-      for (int i = 0; i < steps; ++i, at.advance(work_.blocks)) {
+      for (int i = 0; i < steps; ++i, at.advance(work_)) {
         if (at.m_block >= plain_begin && at.m_block < plain_end)
           step(std::true_type(), at);
         else

@@ -134,6 +134,7 @@ struct KeyTile {
   Span q, k;
   QueryBlockRange blocks;  // of queries, for each head of the group
   int first_tile;          // the sequence's first query tile
+  bool last_first;         // the last block of queries comes first
 
   __device__ __forceinline__ int steps(int group) const { return group * blocks.count(); }
 };
@@ -142,9 +143,14 @@ struct KeyTile {
 struct QueryStep {
   int m_block, head;  // head of the group
 
-  __device__ __forceinline__ void advance(const QueryBlockRange& blocks) {
-    if (++m_block == blocks.end) {
-      m_block = blocks.begin;
+  __device__ __forceinline__ explicit QueryStep(const KeyTile& work)
+      : m_block(work.last_first ? work.blocks.end - 1 : work.blocks.begin), head(0) {}
+
+  __device__ __forceinline__ void advance(const KeyTile& work) {
+    const QueryBlockRange& blocks = work.blocks;
+    m_block += work.last_first ? -1 : 1;
+    if (m_block == (work.last_first ? blocks.begin - 1 : blocks.end)) {
+      m_block = work.last_first ? blocks.end - 1 : blocks.begin;
       ++head;
     }
   }
@@ -193,6 +199,9 @@ __device__ __forceinline__ bool find_work(const BackwardArgs& args, KeyTile& wor
   work.blocks = query_block_range<Traits::kTileM>(args.visibility, first, first + Traits::kTileN - 1, work.q.length,
                                                   work.k.length);
   if (work.q.length == 0) work.blocks = {};
+  // Where blocks of keys take turns, all begin with the queries that all see under a causal mask, each a step behind
+  // the one before it. Begun with its first queries, a block would wait there for blocks that have to come all the way.
+  work.last_first = args.scratch.dq_turns != nullptr;
   work.first_tile = arch::uniform(QueryTiles{args.queries, Traits::kTileM}.first(work.batch));
   return true;
 }
