@@ -250,6 +250,13 @@ def test_an_lse_that_is_the_sink_hands_its_gradient_on():
     assert all((x == 0).all() for x in gradients) and dsinks.tolist() == [7, 8]
 
 
+@every_framework
+@pytest.mark.parametrize("softcap", [0.0, 1.0])
+def test_scores_that_a_scale_of_zero_makes_equal(framework, softcap):
+    case = Case(framework, Problem(seqlens_q=(129,), seqlens_k=(5,), softmax_scale=0.0, softcap=softcap))
+    case.check(case.gradients())
+
+
 # The cases of every day.
 
 @every_framework

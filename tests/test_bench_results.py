@@ -26,6 +26,14 @@ def test_results_file(group, tmp_path):
     assert records.load(path) == entries
 
 
+def test_a_share_of_another_row_says_of_what():
+    for group in ("forward", "window", "decode"):
+        row = next(row for row in shapes.GROUPS[group] if row.bar_share)
+        entries = [{"group": group, "case": case, "us": us, "tflops": 1 / us, "gbs": 1.0, "peers": {}}
+                   for case, us in ((row.case, 100.0), (row.reference, 1.0))]
+        assert f"{row.case} (0.010 of " in report.summary(entries)
+
+
 def test_a_part_of_the_rows_leaves_the_others(tmp_path):
     entries = made_up_records("seed")
     records.save(tmp_path, entries)

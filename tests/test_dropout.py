@@ -115,7 +115,15 @@ def test_the_ends_of_the_range():
 @given(data=st.data())
 def test_forward(framework, data):
     problem = data.draw(strategies.problems(dtypes=framework.dtypes[:2], total_work=2**20))
-    p, seed = data.draw(probabilities), data.draw(any_seed)
+    check_forward(framework, problem, data.draw(probabilities), data.draw(any_seed))
+
+
+@pytest.mark.parametrize("framework", frameworks.ALL)
+def test_parts_of_a_split_query_are_scaled_once(framework):
+    check_forward(framework, strategies.Problem(seqlens_q=(1,), seqlens_k=(700,), num_splits=5), 0.25, 3)
+
+
+def check_forward(framework, problem, p, seed):
     arrays = strategies.make(problem)
     out, lse = (framework.numpy(x) for x in pose(framework, problem, arrays, dropout_p=p, dropout_seed=seed,
                                                  return_lse=True))
