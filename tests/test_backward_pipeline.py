@@ -124,17 +124,16 @@ class Model:
     def consumer(self, w):
         for step in range(self.steps):
             yield from self.full_at("q", step)
-            self.q[step % STAGES].read(step)  # S, and dK of the step before
+            self.q[step % STAGES].read(step)  # S
+            yield None
             yield from self.multiply_ds(w, step - 1, step)
-            self.q[step % STAGES].done()
-            if step > 0:
-                self.release("q", self.q, step - 1)
             yield from self.full_at("dout", step)
             self.dout[step % STAGES].read(step)  # dP and dV
-            self.q[step % STAGES].read(step)  # held for dK, which comes in the next step
             yield None
             self.ds[step % 2].write(step, w)
             self.ds_full[step % 2].arrive()
+            yield None
+            self.release("q", self.q, step)  # dK
             yield None
             self.release("dout", self.dout, step)
         yield from self.multiply_ds(w, self.steps - 1, self.steps)
@@ -223,9 +222,7 @@ WAITS = ["q_empty", "dout_empty", "q_full", "dout_full", "ds_full", "dq_full", "
 
 
 @pytest.mark.parametrize(("wait", "apart"), [
-    # Of keys of their own, consumers give back Q a step after dO: who waits for that need not wait for dO.
-    *((wait, False) for wait in WAITS if wait != "dout_empty"),
-    *((wait, True) for wait in [*WAITS, "p_full", "p_empty"])])
+    *((wait, False) for wait in WAITS), *((wait, True) for wait in [*WAITS, "p_full", "p_empty"])])
 def test_each_wait_is_needed(wait, apart):
     with pytest.raises(AssertionError):
         for seed in range(300):

@@ -16,13 +16,6 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-/// log2(x), of a denormal as of 0.
-__device__ __forceinline__ float log2_fast(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 /// The larger; NaN where one of them is.
 __device__ __forceinline__ float max_or_nan(float a, float b) {
   float larger;

@@ -16,9 +16,9 @@
 namespace fa3 {
 
 /// A consumer's rows are its 64 keys, and its columns queries: P^T and dS^T are then A operands as they are. Only dQ
-/// needs all keys' dS. It is worked on a step late, as is dK, together with the next step's S: so a consumer has
-/// products under way beside its exponentials, beside what follows them, and from one step to the next. With dropout it
-/// is a kernel of its own: ptxas finds no registers for more kinds of step in one.
+/// needs all keys' dS. It is worked on half a step late, so that no consumer has to wait for another at once, and one's
+/// exponentials fall beside the other's products. With dropout it is a kernel of its own: ptxas finds
+/// no registers for more kinds of step in one.
 template <class Traits, bool kDropout>
 class BackwardConsumer {
   using Element = typename Traits::Element;
@@ -32,8 +32,6 @@ class BackwardConsumer {
   using Scores = float[kTileM / 2];     // element 4 i + 2 r + e: key r of a thread's two, query 8 i + e from its first
   using Packed = uint32_t[kTileM / 4];  // the same order, packed: already wgmma's A operand
   using QueryGradient = float[Traits::kDqCount];
-  // dQ beside the exponentials, unless a large S leaves it no registers there.
-  static constexpr bool kDqFirst = kTileM > 64;
   using Kept = uint32_t[kTileM / 64];  // see draw_for_keys
 
  public:
@@ -78,7 +76,7 @@ class BackwardConsumer {
     for (int i = 0; i < kCount; ++i) x[i] = 0.f;
   }
 
-  /// Every step, plain or not, and what a consumer that lags still owes.
+  /// Every step, plain or not, and the dQ that a consumer that lags still owes.
   template <class Step>
   __device__ __forceinline__ void take_steps(const Step& step) {
     if (const int steps = work_.steps(args_.group)) {
@@ -103,13 +101,10 @@ class BackwardConsumer {
         QueryGradient dq;
         wait_for_ds(ring_.count - 1);
         wait_for_adder();
-        if constexpr (!Traits::kApart) arch::wgmma_reads(ds_);
         arch::wgmma_fence();
-        if constexpr (!Traits::kApart) add_dk(ds_, ring_.count - 1);
         multiply_ds(dq, ring_.count - 1);
         arch::wgmma_wait<0>();
         arch::wgmma_wrote(dq);
-        if constexpr (!Traits::kApart) arch::wgmma_wrote(dk_);
         hand_over(dq);
         ring_.advance();
       }
@@ -119,68 +114,68 @@ class BackwardConsumer {
   /// A plain one has neither mask nor softcap.
   template <bool kPlain>
   __device__ __forceinline__ void step(const QueryStep& at) {
+    const int m_block = at.m_block;
     Scores s, dp;
-    Packed p, left;
+    Packed p, left, ds;
     QueryGradient dq;
     Kept kept;
     const uint32_t stage = ring_.stage();
     shared_.q_full[stage].wait(ring_.parity());
-    clear_queries(at.m_block);
-    if (ring_.count > 0) wait_for_ds(ring_.count - 1);
-    wait_for_adder();
-    arch::wgmma_reads(ds_);
+    clear_queries(m_block);
     arch::wgmma_fence();
-    // dK and dQ are of the step before; in the first one of nothing, which costs less than a branch here.
-    if constexpr (kDqFirst) multiply_ds(dq, ring_.count - 1);
-    add_dk(ds_, ring_.count - 1);
     multiply_keys(s);
-    if constexpr (kDqFirst) {
-      arch::wgmma_wait<2>();
-      arch::wgmma_wrote(dq);
-      hand_over(dq);
-    } else {
-      multiply_ds(dq, ring_.count - 1);
-    }
     if constexpr (kDropout) draw(kept, at);
-    arch::wgmma_wait<kDqFirst ? 0 : 1>();
-    arch::wgmma_wrote(dk_);
+    arch::wgmma_wait<0>();
     arch::wgmma_wrote(s);
-    if (ring_.count > 0) release(shared_.q_empty[Ring<Traits::kStages>{ring_.count - 1}.stage()]);
     if (!kPlain && args_.softcap_scale != 0) squash(s, {args_.softcap_scale});
     exponentiate(s);
-    if (!kPlain) hide(s, at.m_block);
+    if (!kPlain) hide(s, m_block);
 #pragma unroll
     for (int i = 0; i < kTileM / 4; ++i) p[i] = arch::pack<Element>(s[2 * i], s[2 * i + 1]);
     drop(p, kept, left);
-    if constexpr (!kDqFirst) {
-      arch::wgmma_wait<0>();
-      arch::wgmma_wrote(dq);
-      hand_over(dq);
-    }
 
+    if (ring_.count > 0) wait_for_ds(ring_.count - 1);
+    wait_for_adder();
     shared_.dout_full[stage].wait(ring_.parity());
     arch::wgmma_reads(left);
     arch::wgmma_fence();
-    if constexpr (kDropout && kDqFirst) {  // nor do they hold P twice, with what is dropped and without, beside dP
+    // dQ is of the step before; in the first one of nothing, which costs less than a branch here.
+    multiply_ds(dq, ring_.count - 1);
+    if constexpr (kDropout) {  // registers do not hold both P, with what is dropped and without, beside dP
       add_dv(left);
       arch::wgmma_wait<0>();
+      arch::wgmma_wrote(dq);
       arch::wgmma_wrote(dv_);
       arch::wgmma_fence();
       multiply_values(dp);
+      hand_over(dq);
       arch::wgmma_wait<0>();
+      arch::wgmma_wrote(dp);
+      keep(dp, kept);
     } else {
       multiply_values(dp);
       add_dv(left);
+      arch::wgmma_wait<2>();
+      arch::wgmma_wrote(dq);
+      hand_over(dq);
       arch::wgmma_wait<1>();
+      arch::wgmma_wrote(dp);
     }
-    arch::wgmma_wrote(dp);
-    if constexpr (kDropout) keep(dp, kept);
-    shape_gradient<kPlain>(p, dp, at.m_block);
+    differentiate(p, dp);
+    if (!kPlain) {
+      if (args_.softcap_scale != 0) unsquash(p, dp);
+      hide(dp, m_block);
+    }
 #pragma unroll
-    for (int i = 0; i < kTileM / 4; ++i) ds_[i] = arch::pack<Element>(dp[2 * i], dp[2 * i + 1]);
-    put_ds(ds_);
+    for (int i = 0; i < kTileM / 4; ++i) ds[i] = arch::pack<Element>(dp[2 * i], dp[2 * i + 1]);
+    put_ds(ds);
+
+    arch::wgmma_fence();
+    add_dk(ds);
     arch::wgmma_wait<0>();
+    arch::wgmma_wrote(dk_);
     arch::wgmma_wrote(dv_);
+    release(shared_.q_empty[stage]);
     release(shared_.dout_empty[stage]);
     ring_.advance();
   }
@@ -241,8 +236,12 @@ class BackwardConsumer {
     arch::wgmma_wrote(dp);
     take_p(p, kept);
     if constexpr (kDropout) keep(dp, kept);
-    shape_gradient<kPlain>(p, dp, at.m_block);
+    differentiate(p, dp);
     release(shared_.dout_empty[dout_ring().stage()]);
+    if (!kPlain) {
+      if (args_.softcap_scale != 0) unsquash(p, dp);
+      hide(dp, at.m_block);
+    }
 #pragma unroll
     for (int i = 0; i < kTileM / 4; ++i) ds[i] = arch::pack<Element>(dp[2 * i], dp[2 * i + 1]);
     put_ds(ds);
@@ -251,7 +250,7 @@ class BackwardConsumer {
     wait_for_adder();
     arch::wgmma_fence();
     multiply_ds(dq, ring_.count);
-    add_dk(ds, ring_.count);
+    add_dk(ds);
     arch::wgmma_wait<1>();
     arch::wgmma_wrote(dq);
     hand_over(dq);
@@ -314,15 +313,12 @@ class BackwardConsumer {
     arch::wgmma_commit();
   }
 
-  /// dK of the step with this number. A consumer that lags comes with nothing in its first step: the second one's sum
-  /// begins anew.
-  __device__ __forceinline__ void add_dk(const Packed& ds, uint32_t step_number) {
-    const uint32_t q = q_address_ + Ring<Traits::kStages>{step_number}.stage() * (TileQ::kBytes >> 4);
+  __device__ __forceinline__ void add_dk(const Packed& ds) {
+    const uint32_t q = q_address_ + ring_.stage() * (TileQ::kBytes >> 4);
 #pragma unroll
     for (int step = 0; step < kTileM / 16; ++step)
-      arch::WgmmaRS<Element, Traits::kHeadDim>::mma(dk_, ds + 4 * step,
-                                                    arch::descriptor(TileQ::kMajorRows, q + TileQ::row_step(step)),
-                                                    step > 0 || Traits::kApart || ring_.count > 1);
+      arch::WgmmaRS<Element, Traits::kHeadDim>::mma(
+          dk_, ds + 4 * step, arch::descriptor(TileQ::kMajorRows, q + TileQ::row_step(step)), true);
     arch::wgmma_commit();
   }
 
@@ -348,25 +344,33 @@ class BackwardConsumer {
     }
   }
 
-  /// dP becomes dS, with P as it was rounded for dV: registers would not hold it in fp32 beside dP and dQ. Under a
-  /// softcap its derivative joins, 1 - tanh^2: P and lse give the tanh back, which spares the registers to keep it in.
-  template <bool kCapped>
+  /// dP becomes dS, with P as it was rounded for dV: registers would not hold it in fp32 beside dP and dQ.
   __device__ __forceinline__ void differentiate(const Packed& p, Scores& dp) const {
-    const float to_tanh = kCapped ? __fdividef(1.f, args_.score_scale_log2) : 0.f;
 #pragma unroll
     for (int i = 0; i < kTileM / 8; ++i) {
       const float2 delta = pair(shared_.delta[dout_ring().stage()], i, lane_);
-      const float2 lse = kCapped ? pair(shared_.lse[ring_.stage()], i, lane_) : delta;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float* const at = dp + 4 * i + 2 * r;
         const float2 both = arch::unpack<Element>(p[2 * i + r]);
         at[0] = both.x * (at[0] - delta.x);
         at[1] = both.y * (at[1] - delta.y);
-        if constexpr (kCapped) {
-          at[0] *= slope((arch::log2_fast(both.x) + lse.x) * to_tanh);
-          at[1] *= slope((arch::log2_fast(both.y) + lse.y) * to_tanh);
-        }
+      }
+    }
+  }
+
+  /// The softcap's derivative, 1 - tanh^2. P and lse give the tanh back, which spares the registers to keep it in.
+  __device__ __forceinline__ void unsquash(const Packed& p, Scores& ds) const {
+    const float to_tanh = __fdividef(1.f, args_.score_scale_log2);
+#pragma unroll
+    for (int i = 0; i < kTileM / 8; ++i) {
+      const float2 lse = pair(shared_.lse[ring_.stage()], i, lane_);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float* const at = ds + 4 * i + 2 * r;
+        const float2 both = arch::unpack<Element>(p[2 * i + r]);
+        at[0] *= slope((__log2f(both.x) + lse.x) * to_tanh);
+        at[1] *= slope((__log2f(both.y) + lse.y) * to_tanh);
       }
     }
   }
@@ -379,12 +383,11 @@ class BackwardConsumer {
 
   __device__ __forceinline__ void draw(Kept& kept, const QueryStep& at) const {
     const Philox philox = philox_of(args_.dropout, work_.head_kv * args_.group + at.head, work_.batch);
-    const int thread = arch::thread_anew(), lane = thread % 32;
 #pragma unroll
     for (int i = 0; i < kTileM / 64; ++i) {
-      const uint32_t own = draw_for_keys<4>(philox, args_.dropout.threshold, first_key() + thread % 128 / 32 * 16,
-                                            at.m_block * kTileM + 64 * i, lane);
-      kept[i] = kept_of_keys(own, __shfl_xor_sync(~0u, own, 4), lane);
+      const uint32_t own = draw_for_keys<4>(philox, args_.dropout.threshold, first_key() + 16 * warp_,
+                                            at.m_block * kTileM + 64 * i, lane_);
+      kept[i] = kept_of_keys(own, __shfl_xor_sync(~0u, own, 4), lane_);
     }
   }
 
@@ -406,22 +409,12 @@ class BackwardConsumer {
 
   // ---- masks ------------------------------------------------------------------------------------------
 
-  template <bool kPlain>
-  __device__ __forceinline__ void shape_gradient(const Packed& p, Scores& dp, int m_block) const {
-    if (!kPlain && args_.softcap_scale != 0)
-      differentiate<true>(p, dp);
-    else
-      differentiate<false>(p, dp);
-    if (!kPlain) hide(dp, m_block);
-  }
-
   /// 0 where a key is hidden from a query, whatever was there: an lse or a dP that is NaN too.
   __device__ __forceinline__ void hide(Scores& x, int m_block) const {
-    const int thread = arch::thread_anew();  // what follows from it is then not held in registers between steps
-    const int first_query = m_block * kTileM + 2 * (thread % 4);
+    const int first_query = m_block * kTileM + 2 * (lane_ % 4);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int key = first_key() + thread % 128 / 32 * 16 + thread % 32 / 4 + 8 * r;
+      const int key = first_key() + 16 * warp_ + lane_ / 4 + 8 * r;
       const QueryInterval seeing = args_.visibility.queries(key, work_.q.length, work_.k.length);
       hide_columns(x, r, seeing.begin - first_query, seeing.end - first_query, 0.f);
     }
@@ -558,7 +551,6 @@ class BackwardConsumer {
   const int warpgroup_, lane_, warp_;
   const uint32_t k_address_, v_address_, q_address_, dout_address_, ds_address_;  // in units of 16 bytes
   float dk_[Traits::kHeadDim / 2], dv_[Traits::kHeadDimV / 2];
-  Packed ds_ = {};              // of the step before
   Ring<Traits::kStages> ring_;  // steps: of Q, of dO and of both buffers of dS
 };
 
