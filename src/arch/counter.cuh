@@ -24,6 +24,17 @@ class Counter {
     return static_cast<int>(atomicAdd(reinterpret_cast<unsigned long long*>(word_), 1ull)) & ((1 << kCountBits) - 1);
   }
 
+  /// The same, after all that this thread, or another before a barrier with it, has written, and before what any of
+  /// them reads behind the next barrier. One instruction: fences around add() would each wait for memory once more.
+  __device__ __forceinline__ int add_in_order() const {
+    unsigned long long found;
+    asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], 1;"
+                 : "=l"(found)
+                 : "l"(__cvta_generic_to_global(word_))
+                 : "memory");
+    return static_cast<int>(found) & ((1 << kCountBits) - 1);
+  }
+
   /// Whether the count has come this far, or to its end. Only after open().
   __device__ __forceinline__ bool reached(int count) const {
     const unsigned long long found = *reinterpret_cast<volatile unsigned long long*>(word_);

@@ -45,11 +45,16 @@ __device__ __forceinline__ uint32_t pack_output(const ForwardArgs& args, float l
     return arch::pack<typename Traits::Element>(low, high);
 }
 
-/// Eight of them, to memory that is not aligned to 16 bytes.
-__device__ __forceinline__ void store_elements(uint16_t* to, const uint4& x) {
-  const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+/// Four of them, to memory that is aligned to no more than one.
+__device__ __forceinline__ void store_elements(uint16_t* to, const uint2& x) {
 #pragma unroll
-  for (int e = 0; e < 8; ++e) to[e] = static_cast<uint16_t>(words[e / 2] >> 16 * (e % 2));
+  for (int e = 0; e < 4; ++e) to[e] = static_cast<uint16_t>((e < 2 ? x.x : x.y) >> 16 * (e % 2));
+}
+
+/// Eight.
+__device__ __forceinline__ void store_elements(uint16_t* to, const uint4& x) {
+  store_elements(to, make_uint2(x.x, x.y));
+  store_elements(to + 4, make_uint2(x.z, x.w));
 }
 
 /// Writes a warp's rows. A thread holds parts of two of them, as wgmma left them: rows lane / 4 and 8 below, and of

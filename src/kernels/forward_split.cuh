@@ -50,19 +50,15 @@ class PartRows {
       for (int i = 0; i < kDim / 8; ++i)
         __stcg(to + 4 * i, make_float2(empty ? 0.f : o[4 * i + 2 * r], empty ? 0.f : o[4 * i + 2 * r + 1]));
     }
-    arch::barrier_sync(barrier(), 128);  // now the fence below is about all of the warpgroup's rows
-    bool last = false;
-    if (thread_ == 0) {
-      __threadfence();
-      last = counter().add() + 1 == parts_;
-      if (last) counter().close();
-      __threadfence();
-    }
-    return arch::uniform(arch::barrier_any(barrier(), 128, last));
+    arch::barrier_sync(barrier(), 128);  // now the count below comes after all of the warpgroup's rows
+    const bool last = thread_ == 0 && counter().add_in_order() + 1 == parts_;
+    const bool all_here = arch::uniform(arch::barrier_any(barrier(), 128, last));
+    if (last) counter().close();
+    return all_here;
   }
 
-  /// Read all parts back and write the rows: in order, so that the bits do not depend on who was last. A thread takes 8
-  /// columns of a row, and several parts at once.
+  /// Read all parts back and write the rows: in order, so that the bits do not depend on who was last. A thread takes 4
+  /// columns of each half of a row, for neighbours to read one stretch of memory, and several parts at once.
   __device__ __forceinline__ void join() const {
     constexpr uint32_t kVectors = kDim / 8;
     const uint32_t count = arch::uniform(places_.positions * args_.packing.heads * kVectors);
@@ -70,7 +66,7 @@ class PartRows {
     if constexpr (RowSoftmax::kEightBits) descale = args_.v_descale.at(work_.batch, work_.head_kv);
 #pragma unroll 1
     for (uint32_t first = 0; first < count; first += 128) {  // a warp goes on together: see uniform() in the consumer
-      const uint32_t i = first + thread_, row = i / kVectors % 64, column = i % kVectors * 8;
+      const uint32_t i = first + thread_, row = i / kVectors % 64, column = i % kVectors * 4;
       const int position = args_.packing.position_of(row), head = args_.packing.head_of(row);
       const Joined joined = join_row(row, column);
       if (i >= count || !places_.exist(position, head)) continue;
@@ -81,19 +77,14 @@ class PartRows {
         const int64_t* const stride = args_.lse_stride;
         args_.lse[places_.batch * stride[0] + query_head * stride[1] + query * stride[2]] = result.lse;
       }
-      if (column >= args_.head_dim_v) continue;
       const float scale = result.scale < 0 ? 0.f : result.scale * descale * args_.dropout.scale;
-      uint32_t words[4];
-#pragma unroll
-      for (int word = 0; word < 4; ++word)
-        words[word] = pack_output<Traits>(args_, joined.x[2 * word] * scale, joined.x[2 * word + 1] * scale);
       auto* const to = static_cast<uint16_t*>(args_.out) + places_.batch * args_.out_stride[0] +
-                       query * args_.out_stride[1] + query_head * args_.out_stride[2] + column;
-      const uint4 vector = make_uint4(words[0], words[1], words[2], words[3]);
-      if (args_.out_vectors)
-        *reinterpret_cast<uint4*>(to) = vector;
-      else
-        store_elements(to, vector);
+                       query * args_.out_stride[1] + query_head * args_.out_stride[2];
+#pragma unroll
+      for (uint32_t half = 0; half < 2; ++half) {
+        const uint32_t here = column + half * (kDim / 2);
+        if (here < args_.head_dim_v) store_columns(to + here, joined.x[half], scale);
+      }
     }
   }
 
@@ -102,7 +93,7 @@ class PartRows {
 
   struct Joined {
     float max, sum;
-    float x[8];
+    float4 x[2];
   };
 
   __device__ __forceinline__ Joined join_row(uint32_t row, uint32_t column) const {
@@ -116,11 +107,11 @@ class PartRows {
         head[n] = make_float2(-INFINITY, 0.f);
         x[n][0] = x[n][1] = make_float4(0, 0, 0, 0);
         if (first + n < parts_) {
-          const float* here = part(first + n);
+          const float* const here = part(first + n);
           head[n] = __ldcg(reinterpret_cast<const float2*>(here) + row);
-          const auto* vectors = reinterpret_cast<const float4*>(here + 128 + row * kDim + column);
-          x[n][0] = __ldcg(vectors);
-          x[n][1] = __ldcg(vectors + 1);
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            x[n][half] = __ldcg(reinterpret_cast<const float4*>(here + 128 + row * kDim + column + half * (kDim / 2)));
         }
       }
       float top = joined.max;
@@ -130,21 +121,30 @@ class PartRows {
       joined.max = top;
       joined.sum *= shrink;
 #pragma unroll
-      for (float& value : joined.x) value *= shrink;
+      for (float4& sum : joined.x) sum = make_float4(sum.x * shrink, sum.y * shrink, sum.z * shrink, sum.w * shrink);
 #pragma unroll
       for (int n = 0; n < kTogether; ++n) {
         const float weight = RowSoftmax::weight(head[n].x, top);
         joined.sum += weight * head[n].y;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          joined.x[4 * half] += weight * x[n][half].x;
-          joined.x[4 * half + 1] += weight * x[n][half].y;
-          joined.x[4 * half + 2] += weight * x[n][half].z;
-          joined.x[4 * half + 3] += weight * x[n][half].w;
+          joined.x[half].x += weight * x[n][half].x;
+          joined.x[half].y += weight * x[n][half].y;
+          joined.x[half].z += weight * x[n][half].z;
+          joined.x[half].w += weight * x[n][half].w;
         }
       }
     }
     return joined;
+  }
+
+  __device__ __forceinline__ void store_columns(uint16_t* to, const float4& x, float scale) const {
+    const uint2 words = make_uint2(pack_output<Traits>(args_, x.x * scale, x.y * scale),
+                                   pack_output<Traits>(args_, x.z * scale, x.w * scale));
+    if (args_.out_vectors)
+      *reinterpret_cast<uint2*>(to) = words;
+    else
+      store_elements(to, words);
   }
 
   __device__ __forceinline__ bool has_rows() const { return arch::uniform(places_.positions) > 0; }
