@@ -10,18 +10,28 @@
 namespace fa3 {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kColumns = 4;  // a thread's, of one row
+constexpr int kThreads = 64;  // few, so that few rows still reach many multiprocessors
+constexpr int kColumns = 4;   // a thread's, of one row
+constexpr int kTogether = 8;  // parts on their way at once
 
-__device__ __forceinline__ void load_columns(const CombineArgs& args, const float* from, int count,
-                                             float (&x)[kColumns]) {
+/// Some columns of `parts` parts, the first of them at `from`. Nothing stands between the loads, so that all are on
+/// their way before the first is waited for.
+__device__ __forceinline__ void load_parts(const CombineArgs& args, const float* from, int parts, int count,
+                                           float (&x)[kTogether][kColumns]) {
   if (args.part_vectors && count == kColumns) {
-    const float4 vector = *reinterpret_cast<const float4*>(from);
-    x[0] = vector.x, x[1] = vector.y, x[2] = vector.z, x[3] = vector.w;
+#pragma unroll
+    for (int n = 0; n < kTogether; ++n) {
+      float4 vector = make_float4(0, 0, 0, 0);
+      if (n < parts) vector = *reinterpret_cast<const float4*>(from + n * args.out_partial_step);
+      x[n][0] = vector.x, x[n][1] = vector.y, x[n][2] = vector.z, x[n][3] = vector.w;
+    }
     return;
   }
 #pragma unroll
-  for (int i = 0; i < kColumns; ++i) x[i] = i < count ? from[i * args.out_partial_stride[3]] : 0.f;
+  for (int n = 0; n < kTogether; ++n)
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i)
+      x[n][i] = n < parts && i < count ? from[n * args.out_partial_step + i * args.out_partial_stride[3]] : 0.f;
 }
 
 __device__ __forceinline__ void store_columns(const CombineArgs& args, float* to, int count,
@@ -63,20 +73,31 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
   const float* const parts = args.out_partial + place(args.out_partial_stride) + column * args.out_partial_stride[3];
   const int count = smaller(args.head_dim_v - column, kColumns);
 
-  float largest = -INFINITY;
-#pragma unroll 4
-  for (int n = 0; n < args.splits; ++n) largest = fmaxf(largest, lse[n * args.lse_partial_step]);
-  float sum = 0, x[kColumns] = {};
-#pragma unroll 4
-  for (int n = 0; n < args.splits; ++n) {
-    const float part = lse[n * args.lse_partial_step];
-    if (part == -INFINITY) continue;  // it saw nothing, and its out may hold anything
-    const float weight = expf(part - largest);
-    float values[kColumns];
-    load_columns(args, parts + n * args.out_partial_step, count, values);
-    sum += weight;
+  float largest = -INFINITY, sum = 0, x[kColumns] = {};
+#pragma unroll 1
+  for (int first = 0; first < args.splits; first += kTogether) {
+    const int together = smaller(args.splits - first, kTogether);
+    float part[kTogether], values[kTogether][kColumns];
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) x[i] += weight * values[i];
+    for (int n = 0; n < kTogether; ++n) part[n] = n < together ? lse[(first + n) * args.lse_partial_step] : -INFINITY;
+    load_parts(args, parts + first * args.out_partial_step, together, count, values);
+    float top = largest;
+#pragma unroll
+    for (int n = 0; n < kTogether; ++n) top = fmaxf(top, part[n]);
+    const float shift = top == -INFINITY ? 0.f : top;  // so that a part that saw nothing weighs 0, beside others or not
+    const float shrink = expf(largest - shift);
+    largest = top;
+    sum *= shrink;
+#pragma unroll
+    for (float& value : x) value *= shrink;
+#pragma unroll
+    for (int n = 0; n < kTogether; ++n) {
+      const float share = expf(part[n] - shift);
+      sum += share;
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i)
+        if (part[n] != -INFINITY) x[i] += share * values[n][i];  // else its out may hold anything
+    }
   }
   const float scale = sum == 0 ? 0.f : 1.f / sum;
 #pragma unroll
