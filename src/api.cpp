@@ -71,7 +71,7 @@ struct Launch {
                          .box_group = args.packing.heads,
                          .box_rows = args.packing.positions,
                          .swizzle = variant.swizzle_q_k};
-    if (p.cache.page_table) args.pages = {cache_rows(p), page_box_rows(p, plan.tile_n)};
+    if (p.cache.page_table) args.pages = {cache_rows(p), page_box_rows(p, variant)};
     const int box_rows = args.pages.box_rows > 0 ? args.pages.box_rows : plan.tile_n;
     const OperandShape k{
         .head_dim = p.head_dim, .heads = p.num_heads_kv, .box_rows = box_rows, .swizzle = variant.swizzle_q_k};

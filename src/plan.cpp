@@ -243,9 +243,9 @@ bool tma_addressable(const fa3_array& array, const fa3_lengths& lengths, int ent
   return heads == 1 || step_fits(array.stride[2], true);
 }
 
-int page_box_rows(const fa3_forward_params& params, int tile_n) {
-  const int rows = params.cache.cache_leftpad ? 0 : std::gcd(params.cache.page_size, tile_n);
-  return rows % 8 ? 0 : rows;
+int page_box_rows(const fa3_forward_params& params, const ForwardVariant& variant) {
+  const int rows = params.cache.cache_leftpad ? 1 : std::gcd(params.cache.page_size, variant.tile_n);
+  return rows * std::min(variant.swizzle_q_k, variant.swizzle_v) % kBoxAlignment ? 0 : rows;
 }
 
 Visibility visibility_of(const fa3_mask& mask) {

@@ -30,9 +30,12 @@ inline size_t workspace_aligned(size_t bytes) {
 /// multiples of 16 below 2^40.
 bool tma_addressable(const fa3_array& array, const fa3_lengths& lengths, int entries, int heads, int dtype);
 
-/// Rows of pages that TMA brings at once: the most that divide both a page and a block of tile_n keys. 0 where a box
-/// would begin inside the swizzle's pattern of 8 rows, or, behind left padding, inside a page.
-int page_box_rows(const fa3_forward_params& params, int tile_n);
+/// Bytes of shared memory that TMA wants the place of a box to be a multiple of.
+inline constexpr int kBoxAlignment = 128;
+
+/// Rows of pages that TMA brings at once: the most that divide both a page and a block of keys; behind left padding,
+/// where a box may begin anywhere in a page, one. 0 where so few make no place for a box.
+int page_box_rows(const fa3_forward_params& params, const struct ForwardVariant& variant);
 
 /// How query heads share tiles.
 struct Packing packing_of(const fa3_forward_params& params, bool packed);

@@ -76,28 +76,31 @@ struct PagedKeys {
   __device__ __forceinline__ static void load(const Source& from, int columns, int n_block, const Place& box,
                                               uint8_t* to, arch::Barrier& full) {
     if (from.pages.box_rows > 0)
-      load_boxes<Tile>(from, box, to, full);
+      load_boxes<Tile>(from, box, n_block * Traits::kTileN, to, full);
     else
       gather<Tile>(from, columns, n_block * Traits::kTileN, to, full);
   }
 
  private:
-  /// A lane for each box: no more than tile_n / 8 of them.
+  /// A lane for each box, and where there are more than lanes another: each of those is looked up when it is its turn.
+  /// A box may begin anywhere inside the swizzle's pattern, which goes by addresses.
   template <class Tile>
-  __device__ __forceinline__ static void load_boxes(const Source& from, const CacheRow& found, uint8_t* to,
+  __device__ __forceinline__ static void load_boxes(const Source& from, CacheRow found, int first_row, uint8_t* to,
                                                     arch::Barrier& full) {
-    static_assert(Traits::kTileN <= 8 * 32, "a lane asks for one box");
-    const int first = lane() * from.pages.box_rows;
     if (leads()) full.arrive_expecting(Tile::kBytes);
     __syncwarp();  // announced before the first byte can be there
-    if (first >= Traits::kTileN) return;
-    // A box behind a page's last row brings zeros.
-    const int row = found.exists() ? found.row : from.pages.rows.page_size;
-    const int page = found.exists() ? found.entry * from.operand.batch_step : 0;
+    const int rows = from.pages.box_rows;
+#pragma unroll 1
+    for (int first = lane() * rows; first < Traits::kTileN; first += 32 * rows) {
+      if (first >= 32 * rows) found = from.at(first_row + first);
+      // A box behind a page's last row brings zeros.
+      const int row = found.exists() ? found.row : from.pages.rows.page_size;
+      const int page = found.exists() ? found.entry * from.operand.batch_step : 0;
 #pragma unroll
-    for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
-      arch::load_box(to + chunk * Tile::kChunkBytes + first * Tile::kRowBytes, &from.operand.map,
-                     {chunk * Tile::kChunkColumns, row, from.head(), page}, full);
+      for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
+        arch::load_box(to + chunk * Tile::kChunkBytes + first * Tile::kRowBytes, &from.operand.map,
+                       {chunk * Tile::kChunkColumns, row, from.head(), page}, full);
+    }
   }
 
   /// 16 bytes a lane at a time, each looked up anew: it is registers that are few.
