@@ -28,7 +28,7 @@ def in_pages(array, lengths, page_size, table, num_pages, placement):
 
 def put_pages(framework, data, k, v, lengths):
     """k, v and page_table in the framework. Behind its sequences' ends the table says anything."""
-    page_size = data.draw(st.sampled_from([16, 64, 8, 1, 3, 24, 256]))
+    page_size = data.draw(st.sampled_from([16, 64, 8, 1, 3, 4, 2, 24, 256]))
     used = [-(-length // page_size) for length in lengths]
     max_pages = max(used, default=0) + data.draw(st.integers(0, 2))
     num_pages = sum(used) + data.draw(st.integers(0, 2))

@@ -103,23 +103,28 @@ struct PagedKeys {
     }
   }
 
-  /// 16 bytes a lane at a time, each looked up anew: it is registers that are few.
+  /// 16 bytes a lane at a time. The lanes of a row's chunk bring the row's other chunks as well: looking up takes
+  /// longer than asking.
   template <class Tile>
   __device__ __forceinline__ static void gather(const Source& from, int columns, int first_row, uint8_t* to,
                                                 arch::Barrier& full) {
-    constexpr int kVectorColumns = 16 / Traits::kElementBytes;
-    constexpr int kVectors = Tile::kChunks * Tile::kChunkColumns / kVectorColumns;  // of a row
+    constexpr int kLanes = Tile::kRowBytes / 16;  // of a row
+    const int first_column = lane() % kLanes * (16 / Traits::kElementBytes);
 #pragma unroll 1
-    for (int i = lane(); i < Traits::kTileN * kVectors; i += 32) {
-      const int row = i / kVectors, column = i % kVectors * kVectorColumns;
+    for (int row = lane() / kLanes; row < Traits::kTileN; row += 32 / kLanes) {
       const CacheRow found = from.at(first_row + row);
-      const bool exists = found.exists() && column < columns;
-      const uint8_t* data = from.operand.data;
-      if (exists)
+      uint32_t place = arch::shared_address(to) + Tile::offset(row, first_column);
+      const uint8_t* data = from.operand.data + first_column * Traits::kElementBytes;
+      if (found.exists())
         data += int64_t{found.entry} * from.operand.batch_step * from.operand.batch_bytes +
-                found.row * from.operand.row_bytes + from.head() * from.operand.head_bytes +
-                column * Traits::kElementBytes;
-      arch::copy_vector(arch::shared_address(to) + Tile::offset(row, column), data, exists);
+                found.row * from.operand.row_bytes + from.head() * from.operand.head_bytes;
+      const int end = found.exists() ? columns : 0;  // past which nothing is read
+#pragma unroll 1
+      for (int column = first_column; column < Tile::kChunks * Tile::kChunkColumns; column += Tile::kChunkColumns) {
+        arch::copy_vector(place, data, column < end);
+        place += Tile::kChunkBytes;
+        data += Tile::kRowBytes;
+      }
     }
     arch::wait_for_vectors();
     arch::fence_async_proxy();
