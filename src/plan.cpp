@@ -26,6 +26,9 @@ namespace {
 constexpr double kSectionBytes = 32e6;
 // Microseconds from which a counter that hands out work balances better than dealing it out costs nothing.
 constexpr double kLongTime = 60;
+// Bytes of keys and values that come from memory in a microsecond, however many multiprocessors ask: measured,
+// decoding.
+constexpr double kReadRate = 4.4e6;
 // Split tiles leave their parts in the workspace, which should stay small beside q, k and v.
 constexpr int64_t kMostPartBytes = 256 << 20;
 constexpr int kMostCounted = (1 << 24) - 1;  // pieces: see arch/counter.cuh
@@ -132,18 +135,19 @@ Choice estimate(const Work& work, int index, bool packed) {
   const double mean = std::ceil(blocks_around(last / 2)), longest = std::ceil(blocks_around(last));
   const double tiles =
       double(ceil_div(std::max(work.seqlen_q, 1), tile_queries(v, packing))) * p.batch * p.num_heads_kv * packing.tiles;
-  const double alone = 0.4 + 0.6 * v.blocks_per_sm;  // without neighbours a block runs faster, but not twice
-
+  const double alone = v.blocks_per_sm > 1 ? 1.6 : 1.0;  // without neighbours a block runs faster, but not twice
+  // Keys and values come from memory at least once; each tile has its share of that.
+  const double read_time = mean * v.tile_n * (p.head_dim + p.head_dim_v) * element_bytes(p.dtype) * p.num_heads_kv *
+                           p.batch / kReadRate / std::max(tiles, 1.0);
   const int rows = std::min(work.seqlen_q, packing.positions) * packing.heads;
 
   auto time_of = [&](double pieces, int parts) {
-    auto piece = [&](double blocks) {
-      return cost.tile + std::ceil(blocks / parts) * cost.block + (parts > 1 ? kPartTime : 0.0);
-    };
+    const double around = cost.tile + (parts > 1 ? kPartTime : 0.0);
+    auto piece = [&](double blocks) { return around + std::ceil(blocks / parts) * cost.block; };
     // Equal pieces come in whole rounds; unequal ones fill each other's gaps, up to a rest.
     const double rounds =
         work.equal_tiles ? std::ceil(pieces / work.num_sms) : std::max(pieces / work.num_sms + 0.3, 1.0);
-    return std::max(rounds * piece(mean), alone * piece(longest)) +
+    return std::max({rounds * piece(mean), alone * piece(longest), around + pieces / parts * read_time}) +
            (parts > 1 ? join_time(parts, rows, v.head_dim_v) : 0.0);
   };
 
