@@ -27,7 +27,7 @@ struct TmaOperand {
 /// Where the keys of a paged cache are: its pages are what is the batch of k and v else.
 struct KeyPages {
   CacheRows rows;
-  int box_rows;  // that TMA brings at once: they divide a page and a block of keys; 0: rows are gathered one by one
+  int box_rows;  // that TMA brings at once: they divide a page and a block of keys; 0: rows are gathered
 
   FA3_HOST_DEVICE bool used() const { return rows.page_table != nullptr; }
 };
