@@ -108,7 +108,7 @@ struct BackwardLaunch {
     args.group = p.num_heads / p.num_heads_kv;
     args.head_dim = p.head_dim;
     args.head_dim_v = p.head_dim_v;
-    const bool capped = p.softcap > 0 && p.softmax_scale != 0;  // scores that are all 0 are what their cap makes of them
+    const bool capped = p.softcap > 0 && p.softmax_scale != 0;  // scores that are all 0 stay so
     args.score_scale_log2 = (capped ? p.softcap : p.softmax_scale) * kLog2e;
     args.softcap_scale = capped ? p.softmax_scale / p.softcap : 0;
     args.softmax_scale = p.softmax_scale;

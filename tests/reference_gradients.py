@@ -21,8 +21,10 @@ class Result:
 
     A gradient may be the small difference of large terms, 0 where there is one key, and `out`, which is rounded
     before the backward begins, errs as any of its roundings: twice the root of their squares' sum is allowed, five
-    standard deviations, of the hundred thousand rows of a test. So does the tanh of a capped score, rounded too, whose
-    square the derivative has: a backward of 16 bits may take it from probabilities that are rounded to them.
+    standard deviations, of the hundred thousand rows of a test. Where one key has all the weight, its probability,
+    rounded relative to a maximum that may be any, moves all of `out` at once, by a unit of rounding. The tanh of a
+    capped score is rounded too, whose square the derivative has: a backward of 16 bits may take it from probabilities
+    that are rounded to them.
     """
 
     out: np.ndarray  # (sq, h, dv)
@@ -97,7 +99,8 @@ def evaluate(dout, q, k, v, *, scale, keep, p_drop=0.0, causal=False, window=(-1
                                   + reference.SMALLEST_SUBNORMAL[q.dtype])
             terms = abs(given) @ abs(values).T * keep[i] / (1 - p_drop) + abs(delta)[:, None] + abs(from_lse)[:, None]
             size = lost[:, None] * abs(p) * np.nan_to_num(terms)
-            shift = 2 * np.sqrt((moved**2).sum(axis=1))[:, None] * p * slope
+            together = reference.UNIT_ROUNDOFF.get(q.dtype, 0.0) * abs(delta)
+            shift = (2 * np.sqrt((moved**2).sum(axis=1)) + together)[:, None] * p * slope
             bent = 2 * reference.UNIT_ROUNDOFF.get(q.dtype, 0.0) * bend * p * np.nan_to_num(terms)
             result.slack_dq[:, i] = abs(scale) * (
                 size @ abs(keys) + abs(shift @ keys) + np.sqrt(bent**2 @ keys**2)).max(axis=1, initial=0)

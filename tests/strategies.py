@@ -208,7 +208,7 @@ def place(values, placement, poison=np.nan):
         buffer = np.full((*lead, heads, rows, dim), poison, values.dtype)
         view = buffer.swapaxes(-3, -2)
     elif placement == "broadcast":
-        buffer = np.full((*lead, rows, 1, dim), poison, values.dtype)
+        buffer = np.full((*lead, rows, min(heads, 1), dim), poison, values.dtype)
         strides = (*buffer.strides[:-2], 0, buffer.strides[-1])
         view = np.lib.stride_tricks.as_strided(buffer, values.shape, strides)
         buffer[...] = values[..., :1, :]
