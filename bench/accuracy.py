@@ -1,4 +1,4 @@
-"""What fp8's sums lose, by how often they move on to fp32: errors against float64 by the number of keys, and the time.
+"""What fp8's sums lose, moved on to fp32 or not: errors against float64 by the number of keys, and the time.
 
 Tensor cores align what they add to the largest of it and drop what lies below some 14 bits. So a long sum loses more,
 and most where all values have one sign: rows come with values of mean 0 and of mean 1.
@@ -9,21 +9,18 @@ from __future__ import annotations
 from . import report, timing
 from .runner import import_torch, provenance
 
-BLOCKS = (1, 2, 4, 8)  # of keys, after which a sum moves on
 TIMED_QUERIES = 4096  # rows with fewer do not fill the machine: their time says nothing
 
 
 def prepare(budget: timing.Budget, commit: str):
-    """What compares the intervals on a row: a function from a row to its record."""
-    from fa3 import _core
-
+    """What compares the two on a row: a function from a row to its record."""
     torch = import_torch()
     clock = timing.CudaClock(torch)
     device = torch.cuda.get_device_name()
 
     def run_row(row):
         arrays = problem(torch, row)
-        choices = candidates(_core, row, *arrays)
+        choices = candidates(*arrays)
         expected = exact(torch, *arrays)
         errors = {choice.name: relative_error(torch, choice.call(), expected) for choice in choices}
         times = timing.measure(choices, clock, budget) if row.seqlens_q[0] >= TIMED_QUERIES else {}
@@ -49,23 +46,13 @@ def problem(torch, row, device="cuda"):
         row.seqlens_k, row.num_heads, mean(row))
 
 
-def candidates(core, row, q, k, v) -> list[timing.Candidate]:
-    """The plan's kernel without promotion, and one that promotes every so many blocks, or once at the end.
-
-    Raises
-    ------
-    NotImplementedError
-        Where this build has no kernel that promotes.
-    """
+def candidates(q, k, v) -> list[timing.Candidate]:
+    """The plan's kernel without promotion, and with it."""
     import fa3
 
-    fits = [v["tile_n"] for v in core.variants() if v["promotes"] and v["head_dim"] == row.head_dim]
-    if not fits:
-        raise NotImplementedError(f"no kernel that promotes has head dim {row.head_dim} in this build")
-    keys = {"none": 0, "once": 2**30} | {str(blocks): blocks * fits[0] for blocks in BLOCKS}
     # Parts along the keys would be shorter sums, each of them exact to fp32.
     return [timing.Candidate(name, lambda n=n: fa3.flash_attn_func(q, k, v, fp8_accumulate=n, num_splits=1))
-            for name, n in keys.items()]
+            for name, n in {"none": 0, "promoted": 1}.items()]
 
 
 def exact(torch, q, k, v):
@@ -90,7 +77,7 @@ def record(row, errors: dict[str, float], times: dict[str, float], device: str, 
 
 
 def table(entries: list[dict]) -> str:
-    """Errors and times by interval."""
+    """Errors and times of both."""
     names = list(entries[0]["errors"])
     columns = {"case": [entry["case"] for entry in entries]}
     columns |= {name: [f"{entry['errors'][name]:.1e}" for entry in entries] for name in names}
@@ -99,7 +86,7 @@ def table(entries: list[dict]) -> str:
 
 
 def summary(entries: list[dict]) -> str:
-    """What each interval costs against no promotion, on the rows that fill the machine."""
+    """What promotion costs on the rows that fill the machine."""
     timed = [entry["times"] for entry in entries if entry["times"]]
     costs = {name: report.geometric_mean([times[name] / times["none"] for times in timed])
              for name in entries[0]["errors"]} if timed else {}

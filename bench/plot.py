@@ -45,9 +45,8 @@ def _errors_figure(entries):
         shown = [(rows[entry["case"]].seqlens_k[0], entry["errors"]) for entry in entries
                  if entry["case"].endswith(f"mean{values}") and not entry["times"]]
         for name in entries[0]["errors"]:
-            label = name if name in ("none", "once") else f"every {name}"
             axis.plot([keys for keys, _ in shown], [errors[name] for _, errors in shown], marker="o", markersize=3.5,
-                      label=label)
+                      label=name)
         axis.set_title(f"values of mean {values}", loc="left", fontsize=10)
         axis.set_xlabel("keys")
         axis.set_xscale("log", base=2)

@@ -206,13 +206,14 @@ def _tile_rows():
 
 
 def _accuracy_rows():
-    """Few queries on many keys for what sums lose, and two rows that fill the machine for what promotion costs."""
-    def row(batch, queries, keys, heads, values):
-        name = f"e4m3 d128 b{batch} q{queries} k{keys} h{heads} mean{values}"
-        return Row("accuracy", name, "fp8", (queries,) * batch, (keys,) * batch, heads, heads, 128)
+    """Few queries on many keys for what sums lose, and rows that fill the machine for what promotion costs."""
+    def row(batch, queries, keys, heads, values, head_dim=128):
+        name = f"e4m3 d{head_dim} b{batch} q{queries} k{keys} h{heads} mean{values}"
+        return Row("accuracy", name, "fp8", (queries,) * batch, (keys,) * batch, heads, heads, head_dim)
 
     rows = [row(1, 128, 1024 << i, 4, values) for values in (0, 1) for i in range(9)]
-    return [*rows, row(4, 4096, 4096, 16, 0), row(1, 16384, 16384, 16, 0)]
+    filling = [row(4, 4096, 4096, 2048 // head_dim, 0, head_dim) for head_dim in (64, 128, 256)]
+    return [*rows, *filling, row(1, 16384, 16384, 16, 0)]
 
 
 def _counter_rows():

@@ -385,8 +385,7 @@ cdef dict described(const c.fa3_variant *variant):
     return {
         "name": variant.name.decode(), "dtype": DTYPE_NAMES[variant.dtype], "head_dim": variant.head_dim,
         "head_dim_v": variant.head_dim_v, "tile_m": variant.tile_m, "tile_n": variant.tile_n,
-        "threads": variant.threads, "shared_memory": variant.shared_memory, "blocks_per_sm": variant.blocks_per_sm,
-        "promotes": bool(variant.promotes)}
+        "threads": variant.threads, "shared_memory": variant.shared_memory, "blocks_per_sm": variant.blocks_per_sm}
 
 
 def variants():

@@ -173,6 +173,7 @@ cdef extern from "fa3.h" nogil:
         int32_t copy_q
         int32_t copy_k
         int32_t copy_v
+        int32_t promotes
         size_t workspace
 
     ctypedef struct fa3_variant:
@@ -185,7 +186,6 @@ cdef extern from "fa3.h" nogil:
         int32_t threads
         int32_t shared_memory
         int32_t blocks_per_sm
-        int32_t promotes
 
     ctypedef struct fa3_device:
         char name[256]

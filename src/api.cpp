@@ -103,7 +103,7 @@ struct Launch {
     args.q_descale = descale(p.q_descale);
     args.k_descale = descale(p.k_descale);
     args.v_descale = descale(p.v_descale);
-    args.promotion_mask = promotion_mask(p.fp8_accumulate, plan.tile_n);
+    args.promotes = plan.promotes;
     // A zero scale would make minus infinity, the masked score, NaN; this one makes every visible score 0 all the same.
     const float scale = p.softmax_scale == 0 ? 1e-30f : p.softmax_scale;
     args.score_scale_log2 = (p.softcap > 0 ? p.softcap : scale) * kLog2e;
@@ -195,7 +195,7 @@ extern "C" int fa3_forward_variant(int32_t index, fa3_variant* variant) {
   if (index < 0 || index >= static_cast<int>(variants.size()))
     return fa3::fail(FA3_ERROR_SHAPE, "index: %d, but there are %zu variants", index, variants.size());
   const fa3::ForwardVariant& v = variants[index];
-  *variant = {v.name,   v.dtype,   v.head_dim,      v.head_dim_v,    v.tile_m(),
-              v.tile_n, v.threads, v.shared_memory, v.blocks_per_sm, v.promotes};
+  *variant = {v.name,   v.dtype,   v.head_dim,      v.head_dim_v,   v.tile_m(),
+              v.tile_n, v.threads, v.shared_memory, v.blocks_per_sm};
   return FA3_OK;
 }

@@ -47,8 +47,6 @@ struct WorkspaceSizes {
 WorkspaceSizes workspace_sizes(const fa3_forward_params& params, const fa3_forward_plan& plan);
 
 /// Tiles of all queries: exact for dense batches, an upper bound for ragged ones whose sequences do not overlap.
-/// ForwardArgs' mask for sums of as many keys as fp8_accumulate says.
-int promotion_mask(int keys, int tile_n);
 int64_t most_tiles(const fa3_forward_params& params, const fa3_forward_plan& plan);
 
 /// Bytes of an element of q, k and v.

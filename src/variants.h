@@ -14,7 +14,6 @@ struct ForwardVariant {
   int consumers, tile_n;  // consumer warpgroups of 64 query rows each; keys of a block
   int threads, shared_memory;
   int blocks_per_sm;           // thread blocks that share a multiprocessor
-  bool promotes;               // fp8: sums of products move on to fp32
   int part_bytes;              // of workspace, for each part of a split tile
   int swizzle_q_k, swizzle_v;  // bytes: the width of a shared memory chunk, and of a TMA box
   cudaError_t (*launch)(const ForwardArgs& args, int grid, int device, cudaStream_t stream);  // device: the current

@@ -8,28 +8,21 @@ from bench import accuracy, plot, records, shapes
 ROWS = shapes.GROUPS["accuracy"]
 
 
-class FakeCore:
-    def variants(self):
-        return [{"head_dim": 128, "tile_n": 128, "promotes": False}, {"head_dim": 128, "tile_n": 96, "promotes": True}]
-
-
 def test_rows_go_from_1k_to_256k_keys():
     for values in (0, 1):
         keys = [row.seqlens_k[0] for row in ROWS if accuracy.mean(row) == values and len(row.seqlens_q) == 1]
         assert set(keys) >= {1024 << i for i in range(9)}
-    assert sum(row.seqlens_q[0] >= accuracy.TIMED_QUERIES for row in ROWS) == 2
+    assert sum(row.seqlens_q[0] >= accuracy.TIMED_QUERIES for row in ROWS) == 4
 
 
-def test_intervals_are_blocks_of_the_kernel_that_promotes(monkeypatch):
+def test_a_row_is_run_with_promotion_and_without(monkeypatch):
     import fa3
 
     asked = []
     monkeypatch.setattr(fa3, "flash_attn_func", lambda q, k, v, **options: asked.append(options))
-    for choice in accuracy.candidates(FakeCore(), ROWS[0], None, None, None):
+    for choice in accuracy.candidates(None, None, None):
         choice.call()
-    assert [options["fp8_accumulate"] for options in asked] == [0, 2**30, 96, 192, 384, 768]
-    with pytest.raises(NotImplementedError, match="head dim 64"):
-        accuracy.candidates(FakeCore(), shapes.Row("accuracy", "", "fp8", (1,), (1,), 1, 1, 64), None, None, None)
+    assert [options["fp8_accumulate"] for options in asked] == [0, 1]
 
 
 def test_errors_are_relative_to_float64():
@@ -44,7 +37,7 @@ def test_errors_are_relative_to_float64():
 
 
 def test_results_are_kept_shown_and_drawn(tmp_path):
-    errors = {"none": 0.2, "once": 0.2, "1": 1e-3, "2": 2e-3, "4": 3e-3, "8": 4e-3}
+    errors = {"none": 0.2, "promoted": 1e-3}
     times = {name: 500.0 + 50 * (name != "none") for name in errors}
     entries = [accuracy.record(row, errors, times if row.seqlens_q[0] >= 4096 else {}, "Imaginary GPU", "0123abcd")
                for row in ROWS]
@@ -52,8 +45,8 @@ def test_results_are_kept_shown_and_drawn(tmp_path):
     assert records.load(path) == entries
     assert "error_none" in path.with_suffix(".csv").read_text()
     lines = accuracy.table(entries).splitlines()
-    assert lines[1].split()[-7:] == ["1.0e-03", "2.0e-03", "3.0e-03", "4.0e-03", *["-"] * 6][-7:]
-    assert "none 1.000, once 1.100" in accuracy.summary(entries)
+    assert lines[1].split()[-4:] == ["2.0e-01", "1.0e-03", "-", "-"]
+    assert "none 1.000, promoted 1.100" in accuracy.summary(entries)
     assert accuracy.summary(entries[:3]).endswith("not measured")
     pytest.importorskip("matplotlib")
     assert [image.suffix for image in plot.draw(path)] == [".png"]

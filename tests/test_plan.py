@@ -2,7 +2,6 @@
 
 import csv
 import ctypes
-import itertools
 
 import numpy as np
 import plan_choices
@@ -364,15 +363,17 @@ def test_strides_of_one_operand(strides, copied):
     assert (plan["copy_q"], plan["copy_k"], plan["copy_v"]) == (0, copied, 0)
 
 
-@pytest.mark.skipif(not any(variant["promotes"] for variant in VARIANTS), reason="no such kernel in this build")
-def test_fp8_accumulate_takes_kernels_that_promote():
+@pytest.mark.skipif(not any(variant["dtype"] == "float8_e4m3fn" for variant in VARIANTS), reason="no such kernel")
+@pytest.mark.parametrize(("changes", "promotes"), [
+    ({}, 0), ({"seqlen_k": 4097}, 1), ({"seqlen_k": 4097, "fp8_accumulate": -1}, 0), ({"fp8_accumulate": 1}, 1),
+    ({"seqlen_k": 16384, "num_splits": 4}, 0), ({"seqlen_k": 16384, "window_left": 4094, "window_right": 1}, 0),
+    ({"seqlen_k": 16384, "window_left": 100}, 1), ({"seqlen_k": 16384, "attention_chunk": 4096}, 0),
+    ({"seqlen_k": 16384, "ragged": True, "max_seqlen_k": 4096}, 0), ({"seqlen_k": 16384, "ragged": True}, 1),
+    ({"seqlen_k": 64, "batch_invariant": True}, 1), ({"dtype": "bfloat16", "seqlen_k": 16384}, 0)], ids=str)
+def test_long_sums_of_fp8_move_on_to_fp32(changes, promotes):
     call = {"dtype": "float8_e4m3fn", "batch": 4, "seqlen_q": 4096, "seqlen_k": 4096, "num_heads": 16,
-            "num_heads_kv": 16}
-    for accumulate, head_dim in itertools.product((-1, 0, 1, 384), (64, 80, 128)):
-        plan = _core.plan(**call, head_dim=head_dim, head_dim_v=head_dim, fp8_accumulate=accumulate)
-        assert VARIANTS[plan["variant"]]["promotes"] == (accumulate > 0)
-    with pytest.raises(NotImplementedError, match=r"^fp8_accumulate: 96, but .* \(192, 192\)"):
-        _core.plan(**call, head_dim=192, head_dim_v=192, fp8_accumulate=96)
+            "num_heads_kv": 16, "head_dim": 128, "head_dim_v": 128, "num_splits": 1}
+    assert _core.plan(**call | changes)["promotes"] == promotes
 
 
 # What needs no built package: the plan's own C++, compiled here.

@@ -63,7 +63,7 @@ struct ForwardArgs {
   Packing packing;  // of the query heads of each KV head
 
   Descale q_descale, k_descale, v_descale;  // of fp8 operands
-  int promotion_mask;  // sums of fp8 products move on to fp32 at a block whose index + 1 has none of these bits
+  bool promotes;                            // of fp8: each block's P V is added to O in fp32
 
   float score_scale_log2;  // exponent = score * score_scale_log2 - max
   float hidden;            // what a masked score becomes: minus infinity once scaled

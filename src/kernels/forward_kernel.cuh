@@ -97,7 +97,6 @@ ForwardVariant describe_forward(const char* name, int dtype) {
           Traits::kThreads,
           static_cast<int>(sizeof(ForwardShared<Traits>)),
           Traits::kBlocksPerSm,
-          Traits::kPromotes,
           PartRows<Traits>::kBytes,
           Traits::kSwizzleQK,
           Traits::kSwizzleV,

@@ -85,12 +85,6 @@ class Consumer {
     softmax_.reset();
 #pragma unroll
     for (float& x : o) x = 0.f;
-    Output recent;  // what is not in o yet, where sums are promoted
-    if constexpr (kPromotes) {
-#pragma unroll
-      for (float& x : recent) x = 0.f;
-    }
-    Output& sums = sums_of(o, recent);
     const BlockRange blocks = uniform(work.blocks[warpgroup_]);
     k_ring_.count = v_ring_.count = arch::uniform(v_ring_.count);
     if constexpr (Traits::kEightBits) take_descales(work);
@@ -103,26 +97,23 @@ class Consumer {
 
       // A plain block has no mask, softcap or dropout. Its code stands apart: jumping over them cost 4% at head dim
       // 256.
-      auto step = [&](int n_block, bool plain) {
+      auto step = [&](int n_block, bool plain, bool promoted) {
         shared_.k_full[k_ring_.stage()].wait(k_ring_.parity());
         shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());
         turns_.take();
+        if (promoted) promote_values(o, s, p);
         arch::wgmma_fence();
-        add_values(sums, p, goes_on(n_block + 1));
+        if (!promoted) add_values(o, p);
         multiply_keys(s);
         turns_.pass();
         arch::wgmma_wait<0>();
-        arch::wgmma_wrote(sums);
+        arch::wgmma_wrote(o);
         arch::wgmma_wrote(s);
         release_k();
         release_v();
-        if (!goes_on(n_block)) promote(o, sums);  // before the next block's product starts anew
         if (!plain) shape_scores(s, work, n_block, n_block >= blocks.settled || n_block < blocks.plain_begin);
         const bool exact = args_.exact_max || (!plain && softmax_.met_no_key());
-        if constexpr (kPromotes)
-          softmax_.update(s, p, exact, o, sums);
-        else
-          softmax_.update(s, p, exact, o);
+        softmax_.update(s, p, exact, o);
         if (!plain) take_dropped(p, work, n_block);
       };
 
@@ -137,23 +128,35 @@ class Consumer {
       softmax_.first(s, p, args_.exact_max);
       take_dropped(p, work, n_block);
       if constexpr (!Traits::kEightBits) clear_values_past(work.seqlen_k - n_block * kTileN);  // else when turned
-#pragma unroll 1
-      while (--n_block >= blocks.begin) {
-        if (n_block < blocks.settled && n_block >= blocks.plain_begin && args_.plain_blocks)
-          step(n_block, true);
-        else
-          step(n_block, false);
-      }
-      release(shared_.q_empty[warpgroup_][q_ring().stage()]);
 
-      shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());
-      arch::wgmma_fence();
-      add_values(sums, p, goes_on(blocks.begin));
-      meanwhile();
-      arch::wgmma_wait<0>();
-      arch::wgmma_wrote(sums);
-      if constexpr (kPromotes) promote(o, sums);
-      release_v();
+      // Sums of e4m3 products lose what lies below some 14 bits of them, unless each block's is added in fp32.
+      auto go_on = [&](bool promoted) {
+#pragma unroll 1
+        while (--n_block >= blocks.begin) {
+          if (n_block < blocks.settled && n_block >= blocks.plain_begin && args_.plain_blocks)
+            step(n_block, true, promoted);
+          else
+            step(n_block, false, promoted);
+        }
+        release(shared_.q_empty[warpgroup_][q_ring().stage()]);
+
+        shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());
+        if (promoted) {
+          promote_values(o, s, p);
+          meanwhile();
+        } else {
+          arch::wgmma_fence();
+          add_values(o, p);
+          meanwhile();
+          arch::wgmma_wait<0>();
+          arch::wgmma_wrote(o);
+        }
+        release_v();
+      };
+      if (Traits::kEightBits && args_.promotes)
+        go_on(true);
+      else
+        go_on(false);
     } else {
       meanwhile();
       release(shared_.q_empty[warpgroup_][q_ring().stage()]);
@@ -166,30 +169,6 @@ class Consumer {
   __device__ __forceinline__ RowSoftmax& softmax() { return softmax_; }
 
  private:
-  static constexpr bool kPromotes = Traits::kPromotes;
-
-  /// What products add to.
-  __device__ __forceinline__ static Output& sums_of(Output& o, Output& recent) {
-    if constexpr (kPromotes)
-      return recent;
-    else
-      return o;
-  }
-
-  /// Whether a block's product goes on with the sums of the blocks after it. Which do not depends on the block alone,
-  /// so that a sequence's bits do not depend on how its tile is scheduled.
-  __device__ __forceinline__ bool goes_on(int n_block) const {
-    if constexpr (kPromotes)
-      return (n_block + 1) & args_.promotion_mask;
-    else
-      return true;
-  }
-
-  __device__ __forceinline__ static void promote(Output& o, const Output& sums) {
-#pragma unroll
-    for (int i = 0; i < Traits::kHeadDimV / 2; ++i) o[i] += sums[i];
-  }
-
   /// The factor of row r's scores. Rows that stand idle have that of a head that exists.
   __device__ __forceinline__ float descale(const Work& work, int r) const {
     if (args_.packing.heads == 1) return work.score_descale;
@@ -271,14 +250,38 @@ class Consumer {
     arch::wgmma_commit();
   }
 
-  /// onto: to what o holds; else o starts anew.
-  __device__ __forceinline__ void add_values(Output& o, const Probabilities& p, bool onto = true) const {
-    const uint32_t v = v_address_ + v_ring_.stage() * (TileV::kBytes >> 4);
+  __device__ __forceinline__ void add_values(Output& o, const Probabilities& p) const {
+    multiply_values<Traits::kHeadDimV>(o, p, 0, true);
+  }
+
+  /// Columns of the next block of V, as many as the product has: from `offset` on, in units of 16 bytes.
+  template <int kColumns>
+  __device__ __forceinline__ void multiply_values(float (&product)[kColumns / 2], const Probabilities& p,
+                                                  uint32_t offset, bool accumulate) const {
+    const uint32_t v = v_address_ + v_ring_.stage() * (TileV::kBytes >> 4) + offset;
 #pragma unroll
     for (int step = 0; step < kTileN / Traits::kStepKeys; ++step)
-      arch::WgmmaRS<Element, Traits::kHeadDimV>::mma(
-          o, p + 4 * step, arch::descriptor(Traits::kLayoutV, v + TileV::row_step(step)), step > 0 || onto);
+      arch::WgmmaRS<Element, kColumns>::mma(
+          product, p + 4 * step, arch::descriptor(Traits::kLayoutV, v + TileV::row_step(step)), step > 0 || accumulate);
     arch::wgmma_commit();
+  }
+
+  /// Add P V to o in fp32. P is made, so the registers of S are free: they take the product, as many columns at a time
+  /// as a block has keys. Products that want other registers than all of S's together would make ptxas spill. So the
+  /// last one may have columns that V lacks: of whatever lies behind it, and for nobody.
+  __device__ __forceinline__ void promote_values(Output& o, Scores& s, const Probabilities& p) const {
+    if constexpr (Traits::kEightBits) {
+#pragma unroll
+      for (int first = 0; first < Traits::kHeadDimV; first += kTileN) {
+        arch::wgmma_fence();
+        multiply_values<kTileN>(s, p, TileV::column(first), false);
+        arch::wgmma_wait<0>();
+        arch::wgmma_wrote(s);
+#pragma unroll
+        for (int i = 0; i < kTileN / 2; ++i)
+          if (first / 2 + i < Traits::kHeadDimV / 2) o[first / 2 + i] += s[i];
+      }
+    }
   }
 
   /// The next block of V holds `rows` of the sequence's keys. Their probabilities past the end are 0, but 0 times NaN

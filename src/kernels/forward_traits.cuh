@@ -16,23 +16,19 @@ FA3_HOST_DEVICE constexpr int swizzle_for(int bytes) {
   return ceil_div(bytes, 128) * 128 > ceil_div(bytes, 64) * 64 ? 64 : 128;
 }
 
-/// kPromotes_: tensor cores keep some 14 bits of a sum of e4m3 products, so every few blocks O moves on to sums in
-/// fp32. It takes the registers of a second O.
-template <class Element_, int kHeadDim_, int kHeadDimV_, int kConsumers_, int kTileN_, bool kPromotes_ = false>
+template <class Element_, int kHeadDim_, int kHeadDimV_, int kConsumers_, int kTileN_>
 struct ForwardTraits {
   using Element = Element_;
   static constexpr int kElementBytes = sizeof(Element);
   static constexpr bool kEightBits = kElementBytes == 1;
   static constexpr int kStepKeys = 32 / kElementBytes;  // that a product of P and V consumes
-  static constexpr bool kPromotes = kPromotes_;
   static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;
   static constexpr int kConsumers = kConsumers_;  // warpgroups, 64 query rows each
   static constexpr int kTileM = 64 * kConsumers, kTileN = kTileN_;
   static constexpr int kStages = 2;  // of K and of V: a third never helped
   static constexpr int kThreads = 128 * (kConsumers + 1);
 
-  static constexpr int kOutputs = kPromotes ? 2 : 1;  // O, twice where it is promoted
-  static constexpr int kOperands = kTileN / 2 + kTileN * kElementBytes / 8 + kOutputs * kHeadDimV / 2;  // S, P and O
+  static constexpr int kOperands = kTileN / 2 + kTileN * kElementBytes / 8 + kHeadDimV / 2;  // S, P and O
 
   // One warpgroup leaves its multiprocessor half idle while it waits: such blocks are small enough for two on each, or
   // for three where S, P and O leave 32 of 120 registers.
@@ -53,7 +49,6 @@ struct ForwardTraits {
   static_assert(kConsumers >= 1 && kConsumers <= 3, "registers are split for one to three consumer warpgroups");
   static constexpr int kMostOperands = kConsumers == 3 ? (kEightBits ? 124 : 128) : kConsumerRegisters - 24;
   static_assert(kOperands <= kMostOperands, "S, P and O must fit in a consumer's registers, or ptxas serialises wgmma");
-  static_assert(kEightBits || !kPromotes, "sums of 16-bit products are fp32");
 
   // A product of 64 columns with Q in shared memory takes all that shared memory gives, one of 8 bits and 96 columns
   // five sixths. Where registers are left, they hold the first of Q's columns, 32 bytes a step.
@@ -76,6 +71,8 @@ struct ForwardTraits {
     else
       return TileV::kMajorRows;
   }();
+  // Bytes behind V that Consumer::promote_values reads, whose products have a block's keys of columns each.
+  static constexpr int kPastV = (ceil_div(kHeadDimV, kTileN) * kTileN - kHeadDimV) * kStepKeys;
   static constexpr int kTransposers = kEightBits ? 2 : 0;  // warps: those of the producers without another role
 
   static constexpr int kKeyBytes = kStages * (TileK::kBytes + TileV::kBytes + (kEightBits ? TileLoadedV::kBytes : 0));
@@ -136,6 +133,8 @@ struct ForwardShared : LoadedValues<Traits> {
   alignas(1024) uint8_t q[Traits::kConsumers][Traits::kQueryStages][Traits::TileQ::kBytes];
   alignas(1024) uint8_t k[Traits::kStages][Traits::TileK::kBytes];
   alignas(1024) uint8_t v[Traits::kStages][Traits::TileV::kBytes];
+  // Products that fp32 adds up may read past V's last column: there is something.
+  static_assert(!Traits::kEightBits || Traits::kPastV <= 4 * Traits::kConsumers * sizeof(StagedRows));
   StagedRows staging[4 * Traits::kConsumers];  // each consumer warp's own
 
   // full: the loader announces bytes, the copy engine delivers them; of a turned V, each transposing warp arrives once.

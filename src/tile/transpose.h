@@ -36,6 +36,8 @@ struct TurnedTile {
   static constexpr int kSwizzle = 32, kStrideOffset = 8 * kSwizzle;  // from 8 dims to the next 8
   /// Where the products' step-th 32 keys begin, in a descriptor's units of 16 bytes.
   FA3_HOST_DEVICE static constexpr int row_step(int step) { return step * kStepBytes >> 4; }
+  /// How much further a product's first dim is than dim 0: a multiple of 8.
+  FA3_HOST_DEVICE static constexpr int column(int dim) { return dim * kStepKeys >> 4; }
 };
 
 /// What one lane does, 32 keys x 16 dims at a time.
