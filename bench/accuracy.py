@@ -1,4 +1,4 @@
-"""What fp8's sums lose, moved on to fp32 or not: errors against float64 by the number of keys, and the time.
+"""What fp8's sums lose, by how often they move on to fp32: errors against float64 by the number of keys, and the time.
 
 Tensor cores align what they add to the largest of it and drop what lies below some 14 bits. So a long sum loses more,
 and most where all values have one sign: rows come with values of mean 0 and of mean 1.
@@ -9,11 +9,12 @@ from __future__ import annotations
 from . import report, timing
 from .runner import import_torch, provenance
 
+INTERVALS = (128, 256, 512, 1024, 2048)  # keys; of head dims above 128 each means every block
 TIMED_QUERIES = 4096  # rows with fewer do not fill the machine: their time says nothing
 
 
 def prepare(budget: timing.Budget, commit: str):
-    """What compares the two on a row: a function from a row to its record."""
+    """What compares the intervals on a row: a function from a row to its record."""
     torch = import_torch()
     clock = timing.CudaClock(torch)
     device = torch.cuda.get_device_name()
@@ -47,12 +48,12 @@ def problem(torch, row, device="cuda"):
 
 
 def candidates(q, k, v) -> list[timing.Candidate]:
-    """The plan's kernel without promotion, and with it."""
+    """The plan's kernel, whose sums move on to fp32 after so many keys, or never."""
     import fa3
 
     # Parts along the keys would be shorter sums, each of them exact to fp32.
     return [timing.Candidate(name, lambda n=n: fa3.flash_attn_func(q, k, v, fp8_accumulate=n, num_splits=1))
-            for name, n in {"none": 0, "promoted": 1}.items()]
+            for name, n in {"none": 0, **{str(keys): keys for keys in INTERVALS}}.items()]
 
 
 def exact(torch, q, k, v):
@@ -77,7 +78,7 @@ def record(row, errors: dict[str, float], times: dict[str, float], device: str, 
 
 
 def table(entries: list[dict]) -> str:
-    """Errors and times of both."""
+    """Errors and times by interval."""
     names = list(entries[0]["errors"])
     columns = {"case": [entry["case"] for entry in entries]}
     columns |= {name: [f"{entry['errors'][name]:.1e}" for entry in entries] for name in names}
@@ -86,7 +87,7 @@ def table(entries: list[dict]) -> str:
 
 
 def summary(entries: list[dict]) -> str:
-    """What promotion costs on the rows that fill the machine."""
+    """What each interval costs on the rows that fill the machine."""
     timed = [entry["times"] for entry in entries if entry["times"]]
     costs = {name: report.geometric_mean([times[name] / times["none"] for times in timed])
              for name in entries[0]["errors"]} if timed else {}

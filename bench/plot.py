@@ -46,7 +46,7 @@ def _errors_figure(entries):
                  if entry["case"].endswith(f"mean{values}") and not entry["times"]]
         for name in entries[0]["errors"]:
             axis.plot([keys for keys, _ in shown], [errors[name] for _, errors in shown], marker="o", markersize=3.5,
-                      label=name)
+                      label=name if name == "none" else f"every {name} keys")
         axis.set_title(f"values of mean {values}", loc="left", fontsize=10)
         axis.set_xlabel("keys")
         axis.set_xscale("log", base=2)

@@ -173,7 +173,7 @@ cdef extern from "fa3.h" nogil:
         int32_t copy_q
         int32_t copy_k
         int32_t copy_v
-        int32_t promotes
+        int32_t accumulate_blocks
         size_t workspace
 
     ctypedef struct fa3_variant:

@@ -103,7 +103,7 @@ struct Launch {
     args.q_descale = descale(p.q_descale);
     args.k_descale = descale(p.k_descale);
     args.v_descale = descale(p.v_descale);
-    args.promotes = plan.promotes;
+    args.accumulate_blocks = plan.accumulate_blocks;
     // A zero scale would make minus infinity, the masked score, NaN; this one makes every visible score 0 all the same.
     const float scale = p.softmax_scale == 0 ? 1e-30f : p.softmax_scale;
     args.score_scale_log2 = (p.softcap > 0 ? p.softcap : scale) * kLog2e;

@@ -154,8 +154,9 @@ typedef struct fa3_forward_params {
   int32_t pack_gqa;        /* -1: chosen; 0, 1 */
   int32_t sm_margin;       /* multiprocessors to leave free */
   int32_t tile_m, tile_n;  /* 0: chosen; else a tile of fa3_forward_variant, for measurements */
-  /* Of fp8. Tensor cores keep some 14 bits of a sum of weighted values. n > 0: it moves on to fp32 after each block of
-   * keys, whatever n is; -1: never; 0: chosen: where a row may sum more than 4,096 keys, or with batch_invariant. */
+  /* Of fp8. Tensor cores keep some 14 bits of a sum of weighted values. n > 0: it moves on to fp32 after n keys, or
+   * fewer, a power of two of blocks of keys and at least one; -1: never; 0: chosen, after 2,048 keys, or, where a tile
+   * has no room for such sums, after each block if a row may sum more than 4,096 keys, or with batch_invariant. */
   int32_t fp8_accumulate;
 } fa3_forward_params;
 
@@ -236,7 +237,7 @@ typedef struct fa3_forward_plan {
   int32_t dynamic;                           /* 1: work is handed out by a counter in the workspace */
   int32_t heads_per_section, short_m_blocks; /* the order of tiles: see attention/tile_scheduler.h */
   int32_t copy_q, copy_k, copy_v;            /* 1: copied to the workspace first: TMA cannot address it, or q turns */
-  int32_t promotes;                          /* 1: sums of fp8 products move on to fp32: see fp8_accumulate */
+  int32_t accumulate_blocks;                 /* of keys, whose fp8 products are added up before fp32 goes on; 0: all */
   size_t workspace;                          /* bytes */
 } fa3_forward_plan;
 

@@ -31,9 +31,10 @@ constexpr double kLongTime = 60;
 constexpr double kReadRate = 4.4e6;
 // Split tiles leave their parts in the workspace, which should stay small beside q, k and v.
 constexpr int64_t kMostPartBytes = 256 << 20;
-// Keys up to which sums of fp8 products stay in the tensor cores: values of mean 1 lose 5% there, 1% at 1,024 keys, 18%
-// at 16,384, and those of mean 0 nothing.
-constexpr int kMostKeysUnpromoted = 4096;
+// Keys up to which sums of fp8 products stay in the tensor cores. Values of mean 1 lose 1% at 1,024 keys, 2% at 2,048,
+// 5% at 4,096 and 18% at 16,384, and those of mean 0 nothing. Totals every 2,048 keys cost 0 to 2% of the time, every
+// 512 keys 4 to 11%. A tile without room for them adds each block in fp32, which takes 11 to 17%.
+constexpr int kMostKeysSummed = 2048, kMostKeysUnpromoted = 4096;
 constexpr int kMostCounted = (1 << 24) - 1;  // pieces: see arch/counter.cuh
 
 /// Rows of a typical sequence: between the mean and the caller's maximum, or the mean where no maximum was given.
@@ -185,11 +186,16 @@ Choice estimate(const Work& work, int index, bool packed) {
   return choice;
 }
 
-/// Whether sums of fp8 products are to move on to fp32. What a sequence may sum must not depend on the batch where bits
-/// must not.
-bool promotes(const fa3_forward_params& p, const Visibility& visibility, const Splits& splits) {
-  if (p.dtype != FA3_FLOAT8_E4M3 || p.fp8_accumulate < 0) return false;
-  if (p.fp8_accumulate > 0 || p.batch_invariant) return true;
+/// After how many blocks of keys sums of fp8 products move on to fp32; 0: never. What a sequence may sum must not
+/// depend on the batch where bits must not.
+int accumulate_blocks(const fa3_forward_params& p, const Visibility& visibility, const ForwardVariant& variant,
+                      const Splits& splits) {
+  if (p.dtype != FA3_FLOAT8_E4M3 || p.fp8_accumulate < 0) return 0;
+  if (variant.totals) {
+    const int keys = p.fp8_accumulate > 0 ? p.fp8_accumulate : kMostKeysSummed;
+    return static_cast<int>(std::bit_floor(static_cast<unsigned>(std::max(keys / variant.tile_n, 1))));
+  }
+  if (p.fp8_accumulate > 0 || p.batch_invariant) return 1;
   const fa3_lengths keys = lengths_of_keys(p);
   int64_t most = keys.cu_seqlens && keys.max_seqlen ? std::min(keys.max_seqlen, keys.rows) : keys.rows;
   if (visibility.chunk) most = std::min<int64_t>(most, visibility.chunk);
@@ -337,7 +343,7 @@ fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_pl
   plan.whole_tiles = choice.splits.whole_tiles;
   plan.num_splits = choice.splits.count;
   plan.num_m_blocks = ceil_div(work.seqlen_q, tile_queries(variant, packing));
-  plan.promotes = promotes(p, work.visibility, choice.splits);
+  plan.accumulate_blocks = accumulate_blocks(p, work.visibility, variant, choice.splits);
   plan_order(work, packing, plan);
 
   const int64_t tiles = count_tiles(p, variant, packing), pieces = choice.splits.pieces(tiles);
@@ -371,13 +377,13 @@ void log_plan(const fa3_forward_params& p, const fa3_forward_plan& plan) {
   std::fprintf(
       stderr,
       "fa3 forward: batch %d, heads %d on %d, head_dim %d and %d, rows %d on %d%s: %s, tile %d x %d, %d heads a tile, "
-      "%d splits after %d tiles, grid %d%s, sections of %d heads, %d short m_blocks, copies q %d k %d v %d%s, "
-      "workspace %zu bytes\n",
+      "%d splits after %d tiles, grid %d%s, sections of %d heads, %d short m_blocks, copies q %d k %d v %d, fp32 "
+      "after %d blocks, workspace %zu bytes\n",
       p.batch, p.num_heads, p.num_heads_kv, p.head_dim, p.head_dim_v, p.queries.rows, p.keys.rows,
       p.queries.cu_seqlens ? " (ragged)" : "", forward_variants()[plan.variant].name, plan.tile_m, plan.tile_n,
       plan.pack_gqa, plan.num_splits, plan.num_splits > 1 ? plan.whole_tiles : 0, plan.grid,
       plan.dynamic ? " (dynamic)" : "", plan.heads_per_section, plan.short_m_blocks, plan.copy_q, plan.copy_k,
-      plan.copy_v, plan.promotes ? ", sums in fp32" : "", plan.workspace);
+      plan.copy_v, plan.accumulate_blocks, plan.workspace);
 }
 
 }  // namespace fa3

@@ -14,6 +14,7 @@ struct ForwardVariant {
   int consumers, tile_n;  // consumer warpgroups of 64 query rows each; keys of a block
   int threads, shared_memory;
   int blocks_per_sm;           // thread blocks that share a multiprocessor
+  bool totals;                 // fp8: sums in fp32 have room beside O, so that few blocks need to move on to them
   int part_bytes;              // of workspace, for each part of a split tile
   int swizzle_q_k, swizzle_v;  // bytes: the width of a shared memory chunk, and of a TMA box
   cudaError_t (*launch)(const ForwardArgs& args, int grid, int device, cudaStream_t stream);  // device: the current

@@ -301,5 +301,5 @@ def problems(draw, dtypes=("float16", "bfloat16"), head_dims=HEAD_DIMS, ratios=R
         placement_out=draw(st.sampled_from([p for p in placements if p != "broadcast"])),
         num_splits=draw(st.sampled_from([0, 0, 1, 2, 3, 7, 1000])), pack_gqa=draw(st.sampled_from([None, False, True])),
         sm_margin=draw(st.sampled_from([0, 0, 500])),  # 500: one multiprocessor has to do it all
-        fp8_accumulate=draw(st.sampled_from([None, 0, 1, 10**9])) if fp8 else None,
+        fp8_accumulate=draw(st.sampled_from([None, 0, 1, 192, 10**9])) if fp8 else None,
     )

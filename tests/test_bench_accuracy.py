@@ -15,14 +15,14 @@ def test_rows_go_from_1k_to_256k_keys():
     assert sum(row.seqlens_q[0] >= accuracy.TIMED_QUERIES for row in ROWS) == 4
 
 
-def test_a_row_is_run_with_promotion_and_without(monkeypatch):
+def test_a_row_is_run_with_each_interval(monkeypatch):
     import fa3
 
     asked = []
     monkeypatch.setattr(fa3, "flash_attn_func", lambda q, k, v, **options: asked.append(options))
     for choice in accuracy.candidates(None, None, None):
         choice.call()
-    assert [options["fp8_accumulate"] for options in asked] == [0, 1]
+    assert [options["fp8_accumulate"] for options in asked] == [0, 128, 256, 512, 1024, 2048]
 
 
 def test_errors_are_relative_to_float64():
@@ -37,7 +37,7 @@ def test_errors_are_relative_to_float64():
 
 
 def test_results_are_kept_shown_and_drawn(tmp_path):
-    errors = {"none": 0.2, "promoted": 1e-3}
+    errors = {"none": 0.2, "512": 1e-3}
     times = {name: 500.0 + 50 * (name != "none") for name in errors}
     entries = [accuracy.record(row, errors, times if row.seqlens_q[0] >= 4096 else {}, "Imaginary GPU", "0123abcd")
                for row in ROWS]
@@ -46,7 +46,7 @@ def test_results_are_kept_shown_and_drawn(tmp_path):
     assert "error_none" in path.with_suffix(".csv").read_text()
     lines = accuracy.table(entries).splitlines()
     assert lines[1].split()[-4:] == ["2.0e-01", "1.0e-03", "-", "-"]
-    assert "none 1.000, promoted 1.100" in accuracy.summary(entries)
+    assert "none 1.000, 512 1.100" in accuracy.summary(entries)
     assert accuracy.summary(entries[:3]).endswith("not measured")
     pytest.importorskip("matplotlib")
     assert [image.suffix for image in plot.draw(path)] == [".png"]

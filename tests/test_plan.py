@@ -364,16 +364,29 @@ def test_strides_of_one_operand(strides, copied):
 
 
 @pytest.mark.skipif(not any(variant["dtype"] == "float8_e4m3fn" for variant in VARIANTS), reason="no such kernel")
+@pytest.mark.parametrize(("changes", "keys"), [
+    ({}, 2048), ({"seqlen_k": 64}, 2048), ({"batch_invariant": True}, 2048), ({"fp8_accumulate": 1}, 1),
+    ({"fp8_accumulate": 900}, 900), ({"fp8_accumulate": 2**31 - 1}, 2**31 - 1), ({"fp8_accumulate": -1}, None),
+    ({"dtype": "bfloat16"}, None)], ids=str)
+def test_sums_of_fp8_move_on_to_fp32_after_a_power_of_two_of_blocks(changes, keys):
+    call = {"dtype": "float8_e4m3fn", "batch": 4, "seqlen_q": 4096, "seqlen_k": 16384, "num_heads": 16,
+            "num_heads_kv": 16, "head_dim": 128, "head_dim_v": 128, "num_splits": 1}
+    plan = _core.plan(**call | changes)
+    most = max(keys // plan["tile_n"], 1) if keys else 0
+    assert plan["accumulate_blocks"] == (1 << most.bit_length() - 1 if most else 0)
+
+
+@pytest.mark.skipif(not any(variant["dtype"] == "float8_e4m3fn" for variant in VARIANTS), reason="no such kernel")
 @pytest.mark.parametrize(("changes", "promotes"), [
     ({}, 0), ({"seqlen_k": 4097}, 1), ({"seqlen_k": 4097, "fp8_accumulate": -1}, 0), ({"fp8_accumulate": 1}, 1),
     ({"seqlen_k": 16384, "num_splits": 4}, 0), ({"seqlen_k": 16384, "window_left": 4094, "window_right": 1}, 0),
     ({"seqlen_k": 16384, "window_left": 100}, 1), ({"seqlen_k": 16384, "attention_chunk": 4096}, 0),
     ({"seqlen_k": 16384, "ragged": True, "max_seqlen_k": 4096}, 0), ({"seqlen_k": 16384, "ragged": True}, 1),
     ({"seqlen_k": 64, "batch_invariant": True}, 1), ({"dtype": "bfloat16", "seqlen_k": 16384}, 0)], ids=str)
-def test_long_sums_of_fp8_move_on_to_fp32(changes, promotes):
+def test_each_block_of_long_fp8_sums_moves_on_where_totals_have_no_room(changes, promotes):
     call = {"dtype": "float8_e4m3fn", "batch": 4, "seqlen_q": 4096, "seqlen_k": 4096, "num_heads": 16,
-            "num_heads_kv": 16, "head_dim": 128, "head_dim_v": 128, "num_splits": 1}
-    assert _core.plan(**call | changes)["promotes"] == promotes
+            "num_heads_kv": 16, "head_dim": 256, "head_dim_v": 256, "num_splits": 1}
+    assert _core.plan(**call | changes)["accumulate_blocks"] == promotes
 
 
 # What needs no built package: the plan's own C++, compiled here.

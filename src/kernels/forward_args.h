@@ -63,7 +63,7 @@ struct ForwardArgs {
   Packing packing;  // of the query heads of each KV head
 
   Descale q_descale, k_descale, v_descale;  // of fp8 operands
-  bool promotes;                            // of fp8: each block's P V is added to O in fp32
+  int accumulate_blocks;  // of fp8: a power of two of blocks' P V that tensor cores add up, then fp32; 0: all
 
   float score_scale_log2;  // exponent = score * score_scale_log2 - max
   float hidden;            // what a masked score becomes: minus infinity once scaled

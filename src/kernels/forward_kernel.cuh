@@ -97,6 +97,7 @@ ForwardVariant describe_forward(const char* name, int dtype) {
           Traits::kThreads,
           static_cast<int>(sizeof(ForwardShared<Traits>)),
           Traits::kBlocksPerSm,
+          Traits::kTotals,
           PartRows<Traits>::kBytes,
           Traits::kSwizzleQK,
           Traits::kSwizzleV,

@@ -100,8 +100,8 @@ class Consumer {
       auto step = [&](int n_block, bool plain, bool promoted) {
         shared_.k_full[k_ring_.stage()].wait(k_ring_.parity());
         shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());
+        if (promoted) promote_values(o, s, p);  // tensor cores idle meanwhile, if nobody else has them
         turns_.take();
-        if (promoted) promote_values(o, s, p);
         arch::wgmma_fence();
         if (!promoted) add_values(o, p);
         multiply_keys(s);
@@ -129,7 +129,8 @@ class Consumer {
       take_dropped(p, work, n_block);
       if constexpr (!Traits::kEightBits) clear_values_past(work.seqlen_k - n_block * kTileN);  // else when turned
 
-      // Sums of e4m3 products lose what lies below some 14 bits of them, unless each block's is added in fp32.
+      // Sums of e4m3 products lose what lies below some 14 bits of them. So every few blocks they move on to totals in
+      // fp32, or, where these have no place, each block's are added in fp32.
       auto go_on = [&](bool promoted) {
 #pragma unroll 1
         while (--n_block >= blocks.begin) {
@@ -137,6 +138,10 @@ class Consumer {
             step(n_block, true, promoted);
           else
             step(n_block, false, promoted);
+          if constexpr (Traits::kTotals) {
+            const uint32_t done = blocks.end - n_block;
+            if ((done & (args_.accumulate_blocks - 1)) == 0) move_to_totals(o, done > args_.accumulate_blocks);
+          }
         }
         release(shared_.q_empty[warpgroup_][q_ring().stage()]);
 
@@ -153,10 +158,13 @@ class Consumer {
         }
         release_v();
       };
-      if (Traits::kEightBits && args_.promotes)
+      if (Traits::kPromotes && args_.accumulate_blocks)
         go_on(true);
       else
         go_on(false);
+      if constexpr (Traits::kTotals) {
+        if (args_.accumulate_blocks && blocks.count() >= args_.accumulate_blocks) add_totals(o);
+      }
     } else {
       meanwhile();
       release(shared_.q_empty[warpgroup_][q_ring().stage()]);
@@ -270,7 +278,7 @@ class Consumer {
   /// as a block has keys. Products that want other registers than all of S's together would make ptxas spill. So the
   /// last one may have columns that V lacks: of whatever lies behind it, and for nobody.
   __device__ __forceinline__ void promote_values(Output& o, Scores& s, const Probabilities& p) const {
-    if constexpr (Traits::kEightBits) {
+    if constexpr (Traits::kPromotes) {
 #pragma unroll
       for (int first = 0; first < Traits::kHeadDimV; first += kTileN) {
         arch::wgmma_fence();
@@ -282,6 +290,44 @@ class Consumer {
           if (first / 2 + i < Traits::kHeadDimV / 2) o[first / 2 + i] += s[i];
       }
     }
+  }
+
+  /// Add o, which no product is under way to, to its totals, if there are any yet, and begin anew. Like o, totals count
+  /// relative to their row's maximum, at the time.
+  __device__ __forceinline__ void move_to_totals(Output& o, bool again) {
+    const float weight[2] = {weight_of_totals(0), weight_of_totals(1)};
+#pragma unroll
+    for (int i = 0; i < Traits::kHeadDimV / 8; ++i) {
+      float4& total = totals(i);
+      float4 sum = make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]);
+      if (again) {
+        sum = make_float4(fmaf(total.x, weight[0], sum.x), fmaf(total.y, weight[0], sum.y),
+                          fmaf(total.z, weight[1], sum.z), fmaf(total.w, weight[1], sum.w));
+      }
+      total = sum;
+      o[4 * i] = o[4 * i + 1] = o[4 * i + 2] = o[4 * i + 3] = 0.f;
+    }
+    totals_max_[0] = softmax_.row_max[0];
+    totals_max_[1] = softmax_.row_max[1];
+  }
+
+  /// The last o, with all that went before.
+  __device__ __forceinline__ void add_totals(Output& o) const {
+    const float weight[2] = {weight_of_totals(0), weight_of_totals(1)};
+#pragma unroll
+    for (int i = 0; i < Traits::kHeadDimV / 8; ++i) {
+      const float4 total = totals(i);
+      o[4 * i] = fmaf(total.x, weight[0], o[4 * i]);
+      o[4 * i + 1] = fmaf(total.y, weight[0], o[4 * i + 1]);
+      o[4 * i + 2] = fmaf(total.z, weight[1], o[4 * i + 2]);
+      o[4 * i + 3] = fmaf(total.w, weight[1], o[4 * i + 3]);
+    }
+  }
+
+  /// This thread's totals of O's columns 8 i and on: each thread's are its own.
+  __device__ __forceinline__ float4& totals(int i) const { return shared_.totals[warpgroup_][i][threadIdx.x % 128]; }
+  __device__ __forceinline__ float weight_of_totals(int r) const {
+    return RowSoftmax::weight(totals_max_[r], softmax_.row_max[r]);
   }
 
   /// The next block of V holds `rows` of the sequence's keys. Their probabilities past the end are 0, but 0 times NaN
@@ -353,6 +399,7 @@ class Consumer {
   const uint32_t q_address_, k_address_, v_address_;  // in units of 16 bytes
   uint32_t queries_[larger(Traits::kQuerySteps, 1)][4];
   RowSoftmax softmax_;
+  float totals_max_[2];  // row_max when the totals were last added to
   Ring<Traits::kStages> k_ring_, v_ring_;
   Ring<Shared::kTileSlots> tiles_;  // every piece has its queries, so it counts them too
 };

@@ -71,8 +71,6 @@ struct ForwardTraits {
     else
       return TileV::kMajorRows;
   }();
-  // Bytes behind V that Consumer::promote_values reads, whose products have a block's keys of columns each.
-  static constexpr int kPastV = (ceil_div(kHeadDimV, kTileN) * kTileN - kHeadDimV) * kStepKeys;
   static constexpr int kTransposers = kEightBits ? 2 : 0;  // warps: those of the producers without another role
 
   static constexpr int kKeyBytes = kStages * (TileK::kBytes + TileV::kBytes + (kEightBits ? TileLoadedV::kBytes : 0));
@@ -80,8 +78,17 @@ struct ForwardTraits {
   static constexpr int kSharedLimit = 228 * 1024 / kBlocksPerSm - 1024;
   static constexpr int kSharedRest = kEightBits ? 2048 : 1024;  // barriers and gaps
   static constexpr int kStagingBytes = 4 * kConsumers * static_cast<int>(sizeof(StagedRows));
+  static constexpr int kBytesBesideQ = kKeyBytes + kStagingBytes + kSharedRest;
+  // O in fp32 beside it: where sums of fp8 products that grow too long move on to.
+  static constexpr int kTotalBytes = kConsumers * 64 * kHeadDimV * static_cast<int>(sizeof(float));
+  static constexpr bool kTotals =
+      kEightBits && kBytesBesideQ + kTotalBytes + kConsumers * TileQ::kBytes <= kSharedLimit;
   static constexpr int kQueryStages =
-      kKeyBytes + 2 * kConsumers * TileQ::kBytes + kStagingBytes + kSharedRest <= kSharedLimit ? 2 : 1;
+      kBytesBesideQ + (kTotals ? kTotalBytes : 0) + 2 * kConsumers * TileQ::kBytes <= kSharedLimit ? 2 : 1;
+  // Without room for them each block's products are summed in fp32. Bytes behind V that Consumer::promote_values then
+  // reads, whose products have a block's keys of columns each:
+  static constexpr bool kPromotes = kEightBits && !kTotals;
+  static constexpr int kPastV = (ceil_div(kHeadDimV, kTileN) * kTileN - kHeadDimV) * kStepKeys;
 };
 
 /// A piece of work: a tile, or its part along the keys.
@@ -124,8 +131,17 @@ struct LoadedValues<Traits, true> {
   }
 };
 
+/// Sums of O in fp32, where there is room.
+template <class Traits, bool = Traits::kTotals>
+struct Totals {};
+
 template <class Traits>
-struct ForwardShared : LoadedValues<Traits> {
+struct Totals<Traits, true> {
+  float4 totals[Traits::kConsumers][Traits::kHeadDimV / 8][128];  // four of each thread's O
+};
+
+template <class Traits>
+struct ForwardShared : LoadedValues<Traits>, Totals<Traits> {
   static constexpr int kTileSlots = 4;
 
   using Work = TileWork<Traits::kConsumers>;
@@ -134,7 +150,7 @@ struct ForwardShared : LoadedValues<Traits> {
   alignas(1024) uint8_t k[Traits::kStages][Traits::TileK::kBytes];
   alignas(1024) uint8_t v[Traits::kStages][Traits::TileV::kBytes];
   // Products that fp32 adds up may read past V's last column: there is something.
-  static_assert(!Traits::kEightBits || Traits::kPastV <= 4 * Traits::kConsumers * sizeof(StagedRows));
+  static_assert(!Traits::kPromotes || Traits::kPastV <= 4 * Traits::kConsumers * sizeof(StagedRows));
   StagedRows staging[4 * Traits::kConsumers];  // each consumer warp's own
 
   // full: the loader announces bytes, the copy engine delivers them; of a turned V, each transposing warp arrives once.

@@ -158,7 +158,7 @@ int main(void) {
   FIELD(fa3_forward_plan, copy_q)
   FIELD(fa3_forward_plan, copy_k)
   FIELD(fa3_forward_plan, copy_v)
-  FIELD(fa3_forward_plan, promotes)
+  FIELD(fa3_forward_plan, accumulate_blocks)
   FIELD(fa3_forward_plan, workspace)
   SIZE(fa3_variant)
   FIELD(fa3_variant, name)
