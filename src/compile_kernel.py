@@ -3,7 +3,8 @@
 ptxas tells the two worst faults of a Hopper kernel, serialised wgmma and an ignored setmaxnreg, in info lines with
 exit code 0. Here any C75xx message fails the build, and so do spills and local memory that resources.csv does not list.
 
-    compile_kernel.py compile RESOURCES.csv OBJECT nvcc ARGUMENTS...    one file; writes OBJECT.resources beside it
+    compile_kernel.py compile RESOURCES.csv OBJECT nvcc ARGUMENTS...    one file; writes OBJECT.resources beside it,
+                                                                        with a line for each forward kernel in it
     compile_kernel.py check RESOURCES.csv BUILD_FOLDER                  the table is what was built: CI's question
     compile_kernel.py update RESOURCES.csv BUILD_FOLDER                 write the table anew, reasons kept
 
@@ -27,6 +28,16 @@ def read_table(path):
         return {row["kernel"]: row for row in csv.DictReader(file)}
 
 
+def by_kernel(report, file):
+    """The report cut up by kernel, and each one's name in the table: a file's, and the tile of a forward kernel."""
+    parts = {}
+    for part in re.split(r"(?=.*Compiling entry function)", report):
+        tile = re.search(r"Compiling entry function '\w+ForwardTraits\w+?Li\d+ELi\d+ELi(\d+)ELi(\d+)E", part)
+        kernel = f"{file}_{tile[1]}x{tile[2]}" if tile else file
+        parts[kernel] = parts.get(kernel, "") + part
+    return {kernel: part for kernel, part in parts.items() if "Used " in part}
+
+
 def measured(report, kernel):
     """What `ptxas -v` said of the worst function in this report, as a row of the table."""
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
@@ -36,7 +47,7 @@ def measured(report, kernel):
 
 
 def compile_file(table, target, command):
-    kernel = Path(target).name.split(".")[0]
+    file = Path(target).name.split(".")[0]
     done = subprocess.run([*command, "-Xptxas=-v"], stderr=subprocess.PIPE, text=True)
     figures = re.compile(r"ptxas info|\s+\d+ bytes stack frame")
     ordinary = [line for line in done.stderr.splitlines() if not figures.match(line)]
@@ -44,15 +55,18 @@ def compile_file(table, target, command):
     if done.returncode:
         return done.returncode
     if faults := [line for line in done.stderr.splitlines() if "C75" in line]:
-        print(f"{kernel}: ptxas weakened the kernel:", *faults, sep="\n  ", file=sys.stderr)
+        print(f"{file}: ptxas weakened a kernel:", *faults, sep="\n  ", file=sys.stderr)
         return 1
-    row = measured(done.stderr, kernel)
-    allowed = read_table(table).get(kernel, {})
-    if any(int(row[name]) > int(allowed.get(name) or 0) for name in LIMITS):
-        print(f"{kernel}: {row['stack']} bytes of stack, {row['spill_stores']} + {row['spill_loads']} bytes spilled; "
-              f"{Path(table).name} allows no more than it lists, each with a measured reason", file=sys.stderr)
-        return 1
-    Path(target + ".resources").write_text(",".join(row.values()) + "\n")
+    rows = [measured(part, kernel) for kernel, part in by_kernel(done.stderr, file).items()]
+    listed = read_table(table)
+    for row in rows:
+        allowed = listed.get(row["kernel"], {})
+        if any(int(row[name]) > int(allowed.get(name) or 0) for name in LIMITS):
+            print(f"{row['kernel']}: {row['stack']} bytes of stack, {row['spill_stores']} + {row['spill_loads']} bytes "
+                  f"spilled; {Path(table).name} allows no more than it lists, each with a measured reason",
+                  file=sys.stderr)
+            return 1
+    Path(target + ".resources").write_text("".join(",".join(row.values()) + "\n" for row in rows))
     return 0
 
 
@@ -67,8 +81,9 @@ def collect(folder):
     rows = {}
     dynamic = shared_memory()
     for path in sorted(Path(folder).rglob("*.resources")):
-        row = dict(zip(MEASURED, next(csv.reader([path.read_text()])), strict=True))
-        rows[row["kernel"]] = row | {"shared_memory": dynamic.get(row["kernel"], 0)}
+        for figures in csv.reader(path.read_text().splitlines()):
+            row = dict(zip(MEASURED, figures, strict=True))
+            rows[row["kernel"]] = row | {"shared_memory": dynamic.get(row["kernel"], 0)}
     if not rows:
         sys.exit(f"no kernel was compiled in {folder}")
     return rows

@@ -134,6 +134,17 @@ def test_a_spill_of_any_function(compile_kernel):
     assert compile_kernel(helper + PTXAS.format(**CLEAN)).returncode == 1
 
 
+def test_each_forward_kernel_of_a_file_has_a_line(compile_kernel):
+    entry = "_ZN3fa314forward_kernelINS_13ForwardTraitsI6__halfLi64ELi64ELi{}ELi{}EEEEEvNS_11ForwardArgsE"
+    one, three = (PTXAS.replace("'kernel'", f"'{entry.format(*tile)}'") for tile in ((1, 64), (3, 128)))
+    done = compile_kernel(one.format(**CLEAN) + three.format(**CLEAN | {"registers": 128}))
+    assert (done.returncode, done.resources) == (0, "some_kernel_1x64,168,0,0,0\nsome_kernel_3x128,128,0,0,0\n")
+    spilling = one.format(**CLEAN) + three.format(**SPILLED)
+    assert compile_kernel(spilling, HEADER + "some_kernel_1x64,168,16,24,32,0,of another\n").returncode == 1
+    done = compile_kernel(spilling, HEADER + "some_kernel_3x128,168,16,24,32,0,a reason\n")
+    assert (done.returncode, done.resources) == (0, "some_kernel_1x64,168,0,0,0\nsome_kernel_3x128,168,16,24,32\n")
+
+
 def test_a_compiler_that_fails(compile_kernel):
     done = compile_kernel("kernel.cu(3): error: a shared array of 300000 bytes is too large\n", exit_code=2)
     assert (done.returncode, done.resources) == (2, None)
