@@ -74,7 +74,8 @@ def naive(q, k, v, *, scale=None, causal=False, window=(-1, -1), chunk=0, softca
 
     Scores, capped scores, probabilities and the result are each rounded to q's dtype. For fp8 the scores stay in
     fp32, probabilities are scaled and rounded to e4m3 before they are normalised, and the result is bf16; of the
-    scales that FP8_PROBABILITY_SCALES has, each row has that which is worst for it.
+    scales that FP8_PROBABILITY_SCALES has, each row has that which is worst for it. In fp32 the result is off by what
+    sums in any order may be, see `_float32_error`.
     """
     rounded = _in_fp8 if q.dtype == FP8 else _in_input_dtype
     return _evaluate(q, k, v, scale, causal, window, chunk, softcap, sinks, qv, q_descale, k_descale, v_descale,
@@ -108,19 +109,23 @@ def _evaluate(q, k, v, scale, causal, window, chunk, softcap, sinks, qv, q_desca
     k_descale = np.broadcast_to(np.asarray(k_descale, dtype=np.float64), num_heads_kv)
     v_descale = np.broadcast_to(np.asarray(v_descale, dtype=np.float64), num_heads_kv)
     sees = visible(seqlen_q, seqlen_k, causal, window, chunk)
-    # Sums in the input dtype would be worse than any library's for 16 bits, and are what there is for fp32.
-    arithmetic = np.float32 if head is _in_input_dtype and q.dtype == np.float32 else np.float64
     out = np.zeros((seqlen_q, num_heads, head_dim_v))
     lse = np.full((num_heads, seqlen_q), -np.inf)
     with np.errstate(all="ignore"):
         for i in range(num_heads):
             j = i * num_heads_kv // num_heads
-            values = v[:, j].astype(arithmetic)
-            s = q[:, i].astype(arithmetic) @ k[:, j].astype(arithmetic).T * (q_descale[i] * k_descale[j])
+            queries, keys, values = (x.astype(np.float64) for x in (q[:, i], k[:, j], v[:, j]))
+            s = queries @ keys.T * (q_descale[i] * k_descale[j])
             if qv is not None:
-                s = s + qv[:, i].astype(arithmetic) @ values.T * (q_descale[i] * v_descale[j])
+                s = s + qv[:, i].astype(np.float64) @ values.T * (q_descale[i] * v_descale[j])
             sink = -np.inf if sinks is None else float(sinks[i])
             out[:, i], lse[i] = head(s * scale, values, sees, softcap, sink, q.dtype)
+            if head is _in_input_dtype and q.dtype == np.float32:
+                sizes = np.abs(queries) @ np.abs(keys).T * np.abs(q_descale[i] * k_descale[j])
+                if qv is not None:
+                    sizes += np.abs(qv[:, i]) @ np.abs(values).T * np.abs(q_descale[i] * v_descale[j])
+                terms = head_dim + (head_dim_v if qv is not None else 0)
+                out[:, i] += _float32_error(s * scale, sizes * abs(scale), terms, values, sees, softcap, sink) / 2
             out[:, i] *= v_descale[j]
     if head is not _in_float64:
         out = out.astype(BF16 if q.dtype == FP8 else q.dtype).astype(np.float64)
@@ -140,6 +145,23 @@ def _in_input_dtype(s, values, sees, softcap, sink, dtype):
         s = (softcap * np.tanh(s / softcap)).astype(dtype).astype(np.float64)
     p, lse = _softmax(np.where(sees, s, -np.inf), sink)
     return _weighted(p.astype(dtype).astype(values.dtype), values, sees), lse
+
+
+def _float32_error(s, sizes, terms, values, sees, softcap, sink):
+    """What sums in fp32, in whatever order, may be off by: an array like out.
+
+    A sum of n terms makes n roundings, each of at most u = 2^-24 of a partial sum, and so of `sizes`, the sum of the
+    terms' sizes. As independent errors of mean 0 they come to a standard deviation of at most sqrt(n)/3 u: six of them
+    are allowed, and 16 u for what happens to a score besides (scale, softcap, maximum, exponential). Scores off by d_j
+    move a row by the sum of p_j d_j (v_j - out), which is at most max|d| times the values' standard deviation under p.
+    """
+    unit = 2.0**-24
+    out, _ = _in_float64(s, values, sees, softcap, sink, None)
+    squares, _ = _in_float64(s, values**2, sees, softcap, sink, None)
+    magnitudes, _ = _in_float64(s, np.abs(values), sees, softcap, sink, None)
+    deviation = np.sqrt(np.maximum(squares - out**2, 0))
+    score = np.where(sees, sizes, 0).max(axis=1, initial=0)[:, None]
+    return unit * ((2 * terms**0.5 + 16) * score * deviation + (2 * s.shape[1]**0.5 + 16) * magnitudes)
 
 
 def _in_fp8(s, values, sees, softcap, sink, dtype):
@@ -284,8 +306,9 @@ def assert_close(out, ref_out, naive_out, dtype, slack=0.0):
     between. Twice the naive error counts as no less than that rounding once more: a probability of exactly 1 or
     1/2 costs the naive formula nothing, but a kernel rounds it relative to its running maximum. And a row of few
     elements can be right by luck as a whole: it counts with no less than nine in ten rows have.
-    In fp32 `naive` is one order of the same operations, not a coarser one: there |naive - ref| is the worst of
-    the whole array, and 64 roundings are allowed; in fp64, where the reference is no better, 2^-37.
+    In fp32 any order of the same operations is as good as the naive one: `naive` is off by half of what an order may
+    add up to, |naive - ref| is the worst of the whole array, and 64 roundings are allowed; in fp64, where the
+    reference is no better, 2^-37.
     Where the reference is NaN or infinite, so must `out` be, and nowhere else.
 
     Parameters
