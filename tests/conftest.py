@@ -57,6 +57,12 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture(scope="session")
+def torch():
+    """PyTorch, which makes the arrays of tests of the GPU alone."""
+    return pytest.importorskip("torch")
+
+
 @pytest.fixture(params=["tiles as they are", "small tiles"], scope="module")
 def tiles(request):
     """The CPU backend's tiles; small ones bring several tiles of queries and keys into small problems."""

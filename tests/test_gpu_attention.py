@@ -17,11 +17,6 @@ pytestmark = pytest.mark.gpu
 cuda = frameworks.TorchCuda()
 
 
-@pytest.fixture(scope="module")
-def torch():
-    return pytest.importorskip("torch")
-
-
 def half(torch, *shape):
     return torch.zeros(shape, dtype=torch.float16, device="cuda")
 

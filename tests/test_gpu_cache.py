@@ -12,11 +12,6 @@ pytestmark = pytest.mark.gpu
 cuda = frameworks.TorchCuda()
 
 
-@pytest.fixture(scope="module")
-def torch():
-    return pytest.importorskip("torch")
-
-
 def ints(torch, *values):
     return torch.tensor(values, dtype=torch.int32, device="cuda")
 

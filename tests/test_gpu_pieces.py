@@ -20,11 +20,6 @@ cuda = frameworks.TorchCuda()
 CONTENTS = ("zeros", "ones", "random")
 
 
-@pytest.fixture(scope="module")
-def torch():
-    return pytest.importorskip("torch")
-
-
 def plan_of(problem):
     sms = _core.device_info(0)["num_sms"]
     return _core.plan(
