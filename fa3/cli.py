@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import math
+import os
 import sys
 
-WRONG, ERROR, INTERRUPTED = 1, 2, 130
+WRONG, ERROR, INTERRUPTED, CLOSED_PIPE = 1, 2, 130, 141
 
 _EPILOG = """\
 Flags may be written with underscores or with hyphens.
@@ -49,7 +51,12 @@ def main(argv=None) -> int:
     """Run the command line and return its exit code."""
     args = _parser().parse_args([_underscored(word) for word in (sys.argv[1:] if argv is None else argv)])
     try:
-        return args.function(args)
+        code = args.function(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read the output, as `head`, has enough; Python's last flush must not fail either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
     except KeyboardInterrupt:
         print(f"fa3 {args.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -69,6 +76,9 @@ def run(args) -> int:
 
     device = choose_device(args.device)
     problem = make_problem(args)
+    # First of all, for whoever waits for a large problem on the CPU.
+    print(f"problem   {problem.describe()}" + (", backward" if args.backward else ""))
+    print(f"device    {device.name}", flush=True)
     call = problem.call(device, **({"return_lse": True} if args.backward else {}))
     result = call()
     out, lse = (device.get(x) for x in result) if args.return_lse or args.backward else (device.get(result), None)
@@ -78,8 +88,6 @@ def run(args) -> int:
     gradients = None
     if args.backward and report.ok:
         call, gradients = _backward(problem, device, result, out, lse, args.seed)
-    print(f"problem   {problem.describe()}" + (", backward" if args.backward else ""))
-    print(f"device    {device.name}")
     if args.time:
         seconds, runs = device.median_seconds(call)
         flops, amount = problem.flops, problem.bytes_moved(out.dtype.itemsize)
@@ -87,7 +95,7 @@ def run(args) -> int:
             flops, amount = problem.backward_flops, problem.backward_bytes_moved()
         time = f"{seconds * 1e6:,.1f} µs" if seconds < 0.01 else f"{seconds * 1e3:,.1f} ms"
         print(f"time      {time} (median of {runs})")
-        print(f"speed     {flops / seconds / 1e12:,.3g} TFLOP/s, {amount / seconds / 1e9:,.4g} GB/s")
+        print(f"speed     {_digits(flops / seconds / 1e12)} TFLOP/s, {_digits(amount / seconds / 1e9)} GB/s")
     print(f"check     {report}")
     if gradients is not None:
         print(f"gradients {gradients}")
@@ -161,6 +169,14 @@ def _print_table(title, columns, rows):
     for row in (columns, *rows):
         cells = (str(cell).ljust(width) for cell, width in zip(row, widths, strict=True))
         print("  " + "  ".join(cells).rstrip())
+
+
+def _digits(value: float) -> str:
+    """Three digits at least, and no exponent: 0.0000709, 5.11, 1,234."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    decimals = 2 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:.{decimals}f}"
 
 
 def _underscored(word: str) -> str:

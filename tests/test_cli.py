@@ -23,6 +23,10 @@ SMALL_CASES = {
          "--causal",
     "4": "--fp16 --batch_size 1 --max_seqlen_q 1 --max_seqlen_k 300 --num_heads 16 --num_heads_k 2 --head_size 80 "
          "--causal --fixed",
+    "4 in pages": "--fp16 --batch_size 1 --max_seqlen_q 1 --max_seqlen_k 300 --num_heads 16 --num_heads_k 2 "
+                  "--head_size 80 --causal --fixed --page_size 16",
+    "4 in odd pages": "--fp16 --batch_size 3 --max_seqlen_q 1 --max_seqlen_k 300 --num_heads 16 --num_heads_k 2 "
+                      "--head_size 80 --causal --page_size 13 --seqused_k --return_lse",
     "5": "--fp8 --seqlens 64x3,48x2,64x2 --num_heads 4 --head_size 128 --q_descale 1 --k_descale 1 --v_descale 1",
     "6 prefill": "--fp16 --batch_size 2 --max_seqlen_q 96 --max_seqlen_k 96 --num_heads 4 --head_size 192 --causal "
                  "--fixed",
@@ -98,6 +102,20 @@ def test_what_is_printed(capsys):
     assert "CPU, NumPy" in lines[1]
     assert "TFLOP/s" in lines[3] and "GB/s" in lines[3]
     assert lines[4].startswith("check     ok: all 512 rows")
+
+
+@pytest.mark.parametrize(("value", "printed"), [
+    (0, "0"), (7.09e-5, "0.0000709"), (0.5, "0.500"), (9.876, "9.88"), (99.96, "100.0"), (655.4, "655"),
+    (4293.4, "4,293")])
+def test_figures_have_no_exponent(value, printed):
+    assert cli._digits(value) == printed
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path):
+    program = subprocess.Popen([sys.executable, "-P", "-m", "fa3", "info"], cwd=tmp_path, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    program.stdout.close()
+    assert program.stderr.read() == b"" and program.wait() == cli.CLOSED_PIPE
 
 
 def test_what_is_printed_of_gradients(capsys):
@@ -245,6 +263,15 @@ def test_refusals_exit_2_with_one_line(flags, words, capsys):
     error = capsys.readouterr().err
     assert error.startswith("fa3 run: ") and words in error
     assert error.count("\n") == 1
+
+
+def test_the_problem_is_printed_before_it_is_computed(monkeypatch, capsys):
+    def interrupted(*arrays, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_numpy, "forward", interrupted)
+    assert run(FEW) == cli.INTERRUPTED
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["problem", "device"]
 
 
 @pytest.mark.parametrize("flags", ["--batch_size -1", "--no_such_flag", "--fp8 --fp16", "--window_size 1"])
