@@ -97,10 +97,7 @@ def find_sequences(
         new_starts, seqlens_new = _spans("cu_seqlens_k_new", cu_seqlens_k_new, k_new, batch)
         for b, (length, new, capacity) in enumerate(zip(cached, seqlens_new, capacities, strict=True)):
             if length + new > capacity:
-                raise ValueError(
-                    f"{name}: sequence {b} has {length} keys and gets {new} new ones, "
-                    f"but its cache has room for {capacity}"
-                )
+                raise ValueError(f"{name}: sequence {b} has {length} keys and gets {new}, but has room for {capacity}")
 
     leftpads = [0] * batch if cache_leftpad is None else _integers(cache_leftpad)
     for b, (leftpad, length) in enumerate(zip(leftpads, cached, strict=True)):

@@ -103,8 +103,10 @@ cdef class Problem:
         """Read the keys' sizes off k (batch, seqlen_k, num_heads_kv, head_dim), a cache's of `any_batch`."""
         check.ndim(self.k, self.k_name, 4, "(batch, seqlen_k, num_heads_kv, head_dim)")
         self.size_kv("batch", "seqlen_k")
-        if not any_batch:
-            check.same_size(self.k.c_shape[0], self.k_name, "batch", self.batch, self.batch_name())
+        if not any_batch and self.k.c_shape[0] != self.batch:
+            hint = "; pages need a page_table, chosen entries a cache_batch_idx" if self.k_name == "k_cache" else ""
+            raise ValueError(f"{self.k_name}: batch {self.k.c_shape[0]}, but {self.batch_name()} has {self.batch}"
+                             + hint)
         self.max_seqlen_k = self.k.c_shape[1]
         return 0
 
@@ -150,8 +152,9 @@ cdef class Problem:
         if self.head_dim < 1 or self.head_dim_v < 1:
             raise ValueError(f"{'q' if self.head_dim < 1 else self.v_name}: head_dim 0, needs at least 1")
         if self.num_heads_kv < 1 or self.num_heads % self.num_heads_kv:
-            raise ValueError(f"{self.k_name}: num_heads_kv {self.num_heads_kv}, "
-                             f"needs a divisor of q's num_heads {self.num_heads}")
+            row_axes = first_axis if second_axis is None else f"{first_axis}, {second_axis}"
+            raise ValueError(f"{self.k_name}: num_heads_kv {self.num_heads_kv}, needs a divisor of q's num_heads "
+                             f"{self.num_heads}: ({row_axes}, num_heads_kv, head_dim)")
         return 0
 
     cdef str batch_name(self):

@@ -204,7 +204,7 @@ RULES = [
      "out: dtype bfloat16, needs float16"),
     # a cache
     (kvcache, {"k_cache": zeros(3, 7, 2, 16), "v_cache": zeros(3, 7, 2, 8)}, ValueError,
-     "k_cache: batch 3, but q has 2"),
+     "k_cache: batch 3, but q has 2; pages need a page_table, chosen entries a cache_batch_idx"),
     (kvcache, {"q": zeros(10, 4, 16), "cu_seqlens_q": ints(0, 10)}, ValueError,
      "k_cache: batch 2, but cu_seqlens_q has 1"),
     (kvcache, {"v_cache": zeros(2, 8, 2, 8)}, ValueError, "v_cache: seqlen_k 8, but k_cache has 7"),
@@ -259,6 +259,8 @@ RULES = [
      "k_cache: page_size 0, needs at least 1"),
     (paged, {"v_cache": zeros(5, 4, 2, 8)}, ValueError, "v_cache: num_pages 5, but k_cache has 6"),
     (paged, {"v_cache": zeros(6, 3, 2, 8)}, ValueError, "v_cache: page_size 3, but k_cache has 4"),
+    (paged, {"k_cache": zeros(6, 3, 5, 16), "v_cache": zeros(6, 3, 5, 8)}, ValueError,
+     "k_cache: num_heads_kv 5, needs a divisor of q's num_heads 4: (num_pages, page_size, num_heads_kv, head_dim)"),
     (paged, {"cache_batch_idx": ints(0, 1)}, ValueError,
      "cache_batch_idx: given, but page_table is too, and needs it to be None"),
     # parts to combine
