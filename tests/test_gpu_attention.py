@@ -102,7 +102,7 @@ def test_stream_is_followed(torch, how):
     fa3.flash_attn_func(late, k, v, causal=True)  # the first call loads the kernel, which waits for the GPU
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # some 25 ms: what does not wait for it reads zeros
+        torch.cuda._sleep(200_000_000)  # some 100 ms: what does not wait for it reads zeros
         late.copy_(q)
         if how == "current":
             out = fa3.flash_attn_func(late, k, v, causal=True)
