@@ -3,18 +3,20 @@
 
 #include <algorithm>
 
+#include "plan.h"
+
 namespace fa3 {
 namespace {
 
-constexpr int kAlignment = 16;
+constexpr int kVector = 8;  // elements
 
-bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % kAlignment == 0; }
+bool aligned(const void* address, int bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }
 
-StridedRows rows_of(const fa3_array& array) {
-  StridedRows rows{static_cast<uint16_t*>(array.data), {}, aligned(array.data)};
+StridedRows rows_of(const fa3_array& array, int dtype) {
+  StridedRows rows{array.data, {}, aligned(array.data, kVector * element_bytes(dtype))};
   for (int axis = 0; axis < 3; ++axis) {
     rows.stride[axis] = array.stride[axis];
-    rows.vectors &= array.stride[axis] % (kAlignment / int{sizeof(uint16_t)}) == 0;
+    rows.vectors &= array.stride[axis] % kVector == 0;
   }
   return rows;
 }
@@ -62,19 +64,19 @@ PrepareArgs plan_prepare(const fa3_forward_params& p) {
                    .rows = c.rotary_rows,
                    .dim = c.rotary_dim,
                    .fp32 = c.rotary_dtype == FA3_FLOAT32,
-                   .vectors = aligned(c.rotary_cos) && aligned(c.rotary_sin),
+                   .vectors = aligned(c.rotary_cos, 16) && aligned(c.rotary_sin, 16),
                    .interleaved = c.rotary_interleaved != 0,
                    .each_query = m.causal || m.window_left >= 0 || m.window_right >= 0 || m.attention_chunk > 0};
-    args.q = rows_of(p.q);
+    args.q = rows_of(p.q, p.dtype);
     args.query_rows = int64_t{p.queries.rows} * (p.queries.cu_seqlens ? 1 : p.batch);
     args.query_rows_per_block = rows_per_block(args.units_of_query());
     args.blocks = (args.query_rows + args.query_rows_per_block - 1) / args.query_rows_per_block;
   }
   if (appends(p)) {
-    args.k_new = rows_of(c.k_new);
-    args.v_new = rows_of(c.v_new);
-    args.k = rows_of(p.k);
-    args.v = rows_of(p.v);
+    args.k_new = rows_of(c.k_new, p.dtype);
+    args.v_new = rows_of(c.v_new, p.dtype);
+    args.k = rows_of(p.k, p.dtype);
+    args.v = rows_of(p.v, p.dtype);
     args.new_rows = int64_t{c.rows_new} * (c.cu_seqlens_k_new ? 1 : p.batch);
     args.new_rows_per_block = rows_per_block(args.units_of_new_row());
     args.new_blocks = (args.new_rows + args.new_rows_per_block - 1) / args.new_rows_per_block;

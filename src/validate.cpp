@@ -134,8 +134,6 @@ fa3_status check_pages(const fa3_forward_params& p) {
 
 fa3_status check_new_keys(const fa3_forward_params& p) {
   const fa3_cache& c = p.cache;
-  if (p.dtype == FA3_FLOAT8_E4M3 && (c.k_new.data || c.v_new.data))
-    return fail(FA3_ERROR_NO_CACHE_UPDATE, "k, v: appending fp8 to a cache is not built for the GPU yet");
   if (!c.k_new.data != !c.v_new.data)
     return fail(FA3_ERROR_NULL, "%s: null data, but the other is given", c.k_new.data ? "v_new" : "k_new");
   if (!c.k_new.data) {
@@ -157,7 +155,7 @@ fa3_status check_new_keys(const fa3_forward_params& p) {
 fa3_status check_rotary(const fa3_forward_params& p) {
   const fa3_cache& c = p.cache;
   if (p.dtype == FA3_FLOAT8_E4M3 && c.rotary_cos)
-    return fail(FA3_ERROR_NO_CACHE_UPDATE, "rotary_cos: turning fp8 is not built for the GPU yet");
+    return fail(FA3_ERROR_NO_CACHE_UPDATE, "rotary_cos: fp8 does not turn on the GPU; turn q and k, then quantise");
   if (!c.rotary_cos != !c.rotary_sin)
     return fail(FA3_ERROR_NULL, "%s: null pointer, but the other is given", c.rotary_cos ? "rotary_sin" : "rotary_cos");
   if (!c.rotary_cos) {

@@ -30,10 +30,6 @@ class NumpyArrays:
     def __init__(self, seed):
         self._random = np.random.default_rng([seed, 1])
 
-    def appends(self, dtype):
-        """Whether the library appends rows of this dtype to a cache here."""
-        return True
-
     def put(self, values):
         """A list or array of integers or floats from the host."""
         return np.array(values)
@@ -97,9 +93,6 @@ class TorchArrays(NumpyArrays):
             self.name = f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}"
             self.num_streams = 3
             self._streams = [torch.cuda.Stream() for _ in range(self.num_streams)]
-
-    def appends(self, dtype):
-        return not self.has_graphs or dtype != "float8_e4m3fn"  # which the GPU has no kernel for yet
 
     def put(self, values):
         return self.xp.from_numpy(np.array(values)).to(self._device)

@@ -44,7 +44,7 @@ class Day:
         self.arrays, self.model, self.load = arrays, model, load
         self.random = np.random.default_rng(seed)
         self.pool, self.tally = Pool(arrays, model, self.random), Tally()
-        self.schedule = Schedule(self.pool, load, self.random, self.tally, not arrays.appends(model.dtype))
+        self.schedule = Schedule(self.pool, load, self.random, self.tally)
         self.digest = hashlib.blake2b(digest_size=8)
         self._readings = []  # (how to take it, what it is of, a scalar on the device)
         longest = load.prompt + load.output + 8

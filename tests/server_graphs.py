@@ -65,5 +65,4 @@ def capture_graphs(day):
     """Small and large steps of decoding, four drafted tokens, a ragged mix: each appending, and reading alone."""
     few, many = day.load.graph_sequences, day.load.live + 8
     sizes = (("decode", few, few), ("decode", many, many), ("draft", few, 4 * few), ("mix", few, 3 * day.load.chunk))
-    ways = (False, True) if day.arrays.appends(day.model.dtype) else (True,)
-    return [Captured(day, *size, reads) for size in sizes for reads in ways]
+    return [Captured(day, *size, reads) for size in sizes for reads in (False, True)]

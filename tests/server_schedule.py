@@ -66,10 +66,9 @@ class Tally:
 class Schedule:
     """The live sequences of one pool, and what becomes of them."""
 
-    def __init__(self, pool, load, random, tally, always_written_first):
+    def __init__(self, pool, load, random, tally):
         self.pool, self.load, self.random, self.tally = pool, load, random, tally
         self.live = []
-        self._always_written_first = always_written_first
 
     def batches(self):
         """The calls of a step, with pages for all their new rows; some may be empty."""
@@ -144,7 +143,7 @@ class Schedule:
         batches = [Batch("decode", ready[:cut[0]], [1] * cut[0]),
                    Batch("draft", ready[cut[0]:cut[1]], [drafted] * (cut[1] - cut[0])), Batch("mix", mix, counts)]
         for batch in batches:
-            batch.written_first = self.random.random() < 0.25 or self._always_written_first
+            batch.written_first = self.random.random() < 0.25
         return batches
 
     def _with_pages(self, batch):

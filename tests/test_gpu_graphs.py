@@ -18,7 +18,6 @@ class Step:
 
     def __init__(self, arrays, model, each, seed):
         self.arrays, self.model, self.each = arrays, model, each
-        self.appends = arrays.appends(model.dtype)  # else rows are written before
         self.random = np.random.default_rng(seed)
         self.capacity = MAX_PAGES * model.page_size
         self.rows = RAGGED_ROWS if each is None else SLOTS * each
@@ -52,12 +51,10 @@ class Step:
             given = {"cu_seqlens_q": self.starts, "cu_seqlens_k_new": self.starts}
         else:
             q, k, v = (x.reshape(SLOTS, self.each, *x.shape[1:]) for x in (q, k, v))
-        if self.appends:
-            given |= {"k": k, "v": v}
         self.out, self.lse = fa3.flash_attn_with_kvcache(
             q, *(self.arrays.typed(bits, self.model.dtype) for bits in self.pools), page_table=self.table,
-            cache_seqlens=self.lengths, scheduler_metadata=self.metadata, return_lse=True, **given, **self.given,
-            **self.model.options)
+            k=k, v=v, cache_seqlens=self.lengths, scheduler_metadata=self.metadata, return_lse=True, **given,
+            **self.given, **self.model.options)
 
     def next_round(self):
         """Other lengths, pages, rows and queries; a replay; what is wrong with it, as scalars on the device."""
@@ -86,8 +83,7 @@ class Step:
         for bits in self.pools:
             rows = bits.reshape(-1, *bits.shape[2:])
             rows[cached] = arrays.bits(arrays.normal((len(cached), *rows.shape[1:]), model.dtype))
-        said = np.array(lengths, np.int32) + (0 if self.appends else np.array(counts, np.int32))
-        for array, values in ((self.table, table), (self.starts, starts), (self.lengths, said)):
+        for array, values in ((self.table, table), (self.starts, starts), (self.lengths, np.array(lengths, np.int32))):
             array.copy_(arrays.put(values))
         q, k, v = (arrays.typed(bits[:starts[-1]], model.dtype) for bits in self.new)
         if model.rotary_dim:
@@ -96,10 +92,6 @@ class Step:
         expected = [bits.clone() for bits in self.pools]
         for bits, new in zip(expected, (k, v), strict=True):
             bits.reshape(-1, *bits.shape[2:])[appended] = arrays.bits(new)
-        if not self.appends:
-            for bits, right in zip(self.pools, expected, strict=True):
-                bits.copy_(right)
-
         self.replay()
         for bits, right in zip(self.pools, expected, strict=True):
             self.found.append((f"pool of {model.name}, lengths {lengths} and {counts}", arrays.total(bits != right)))

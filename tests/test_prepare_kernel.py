@@ -18,7 +18,8 @@ from test_quantize_kernel import embedded
 
 from fa3._numpy_cache import Rotary, append, find_sequences
 
-DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+          "float32": np.float32}
 INT_MAX, INT_MIN = 2**31 - 1, -2**31
 
 
@@ -77,9 +78,9 @@ def cases(draw, longest=12, page_sizes=(1, 3, 4, 16)):
         return tuple(draw(strategy) for _ in range(batch)) if free else (draw(strategy),) * batch
 
     new = lengths(st.integers(0, 9), varlen_new) if draw(st.booleans()) else None
-    dtype = draw(st.sampled_from(["float16", "bfloat16"]))
+    dtype = draw(st.sampled_from(["float16", "bfloat16", "float8_e4m3fn"]))
     head_dim = draw(st.sampled_from([64, 16, 40, 72, 128, 256]))
-    rotary_dim = draw(st.sampled_from([0, 16, 32, head_dim // 16 * 16]))
+    rotary_dim = draw(st.sampled_from([0, 16, 32, head_dim // 16 * 16])) if dtype != "float8_e4m3fn" else 0
     return Case(
         cached=lengths(st.integers(0, longest), not (new and one_length)), new=new,
         one_length=one_length and new is not None, seqlens_q=lengths(st.integers(0, 6), varlen_q),
@@ -182,10 +183,11 @@ class Call:
         """(rotated q, lengths) out of the kernel, which has written no element around its arrays."""
         count = self.q.size
         rotated = np.full(count + 32, fill, self.dtype)
-        start = -address(rotated) % 16 // 2 + 8
+        size = rotated.itemsize
+        start = -address(rotated) % 16 // size + 8
         seqlens_k = np.full(self.case.batch + 2, -7, np.int32)
         around = [self.outside(array, buffer) for array, buffer in self.kept]
-        host.prepare_emulated(ctypes.byref(self.params()), address(rotated) + 2 * start, address(seqlens_k) + 4)
+        host.prepare_emulated(ctypes.byref(self.params()), address(rotated) + size * start, address(seqlens_k) + 4)
         for before, (array, buffer) in zip(around, self.kept, strict=True):
             assert before == self.outside(array, buffer), "written around an array"
         assert seqlens_k[0] == seqlens_k[-1] == -7
@@ -210,7 +212,8 @@ def cumulated(lengths):
 def same(found, expected):
     """Equal bits, or NaN in both."""
     nan = np.isnan(found.astype(np.float32)) & np.isnan(expected.astype(np.float32))
-    return ((found.view(np.uint16) == expected.view(np.uint16)) | nan).all()
+    bits = f"u{found.itemsize}"
+    return ((found.view(bits) == expected.view(bits)) | nan).all()
 
 
 def as_the_cpu(call):

@@ -1,7 +1,9 @@
 // Before attention on a cache: new keys and values are put into it, turned by their positions, and queries are turned
-// into a packed copy. Each element is read once and written once, in 16 bytes where addresses allow that; cos and sin
+// into a packed copy. Each element is read once and written once, 8 at a time where addresses allow that; cos and sin
 // are read once for all heads of a row, as far as caches hold them.
 #include "kernels/prepare.h"
+
+#include <type_traits>
 
 #include "arch/convert.cuh"
 #include "fa3.h"
@@ -10,28 +12,45 @@ namespace fa3 {
 namespace {
 
 constexpr int kThreads = kPrepareThreads;
-constexpr int kVector = 8;  // elements of 16 bytes; head dims are multiples of it
+constexpr int kVector = 8;  // elements that are moved at once; head dims are multiples of it
 
-/// 16 bytes of 16-bit elements; without `vectors` the address is aligned to an element only.
-__device__ __forceinline__ uint4 load(const uint16_t* from, bool vectors) {
-  if (vectors) return *reinterpret_cast<const uint4*>(from);
-  uint32_t words[kVector / 2];
+/// How an Element moves: as bits.
+template <class Element>
+using BitsOf = std::conditional_t<sizeof(Element) == 1, uint8_t, uint16_t>;
+
+template <class Bits>
+struct Vector {
+  static constexpr int kPerWord = 4 / sizeof(Bits), kWords = kVector / kPerWord;
+  using Whole = std::conditional_t<sizeof(Bits) == 1, uint2, uint4>;
+  alignas(Whole) uint32_t word[kWords];
+};
+
+/// Eight elements; without `vectors` the address is aligned to an element only.
+template <class Bits>
+__device__ __forceinline__ Vector<Bits> load(const Bits* from, bool vectors) {
+  using Whole = typename Vector<Bits>::Whole;
+  constexpr int kPerWord = Vector<Bits>::kPerWord;
+  Vector<Bits> value{};
+  if (vectors) {
+    *reinterpret_cast<Whole*>(value.word) = *reinterpret_cast<const Whole*>(from);
+    return value;
+  }
 #pragma unroll
-  for (int i = 0; i < kVector / 2; ++i) words[i] = from[2 * i] | uint32_t{from[2 * i + 1]} << 16;
-  return make_uint4(words[0], words[1], words[2], words[3]);
+  for (int i = 0; i < kVector; ++i) value.word[i / kPerWord] |= uint32_t{from[i]} << i % kPerWord * 8 * sizeof(Bits);
+  return value;
 }
 
-__device__ __forceinline__ void store(uint16_t* to, bool vectors, const uint4& value) {
+template <class Bits>
+__device__ __forceinline__ void store(Bits* to, bool vectors, const Vector<Bits>& value) {
+  using Whole = typename Vector<Bits>::Whole;
+  constexpr int kPerWord = Vector<Bits>::kPerWord;
   if (vectors) {
-    *reinterpret_cast<uint4*>(to) = value;
+    *reinterpret_cast<Whole*>(to) = *reinterpret_cast<const Whole*>(value.word);
     return;
   }
-  const uint32_t words[kVector / 2] = {value.x, value.y, value.z, value.w};
 #pragma unroll
-  for (int i = 0; i < kVector / 2; ++i) {
-    to[2 * i] = static_cast<uint16_t>(words[i]);
-    to[2 * i + 1] = static_cast<uint16_t>(words[i] >> 16);
-  }
+  for (int i = 0; i < kVector; ++i)
+    to[i] = static_cast<Bits>(value.word[i / kPerWord] >> i % kPerWord * 8 * sizeof(Bits));
 }
 
 /// Eight of cos or of sin from element `first` on, a multiple of 8, as floats.
@@ -54,11 +73,10 @@ __device__ __forceinline__ void load_table(const void* table, const RotaryArgs& 
       for (int i = 0; i < kVector; ++i) out[i] = from[i];
     }
   } else {
-    const uint4 eight = load(static_cast<const uint16_t*>(table) + first, rotary.vectors);
-    const uint32_t words[kVector / 2] = {eight.x, eight.y, eight.z, eight.w};
+    const auto eight = load(static_cast<const uint16_t*>(table) + first, rotary.vectors);
 #pragma unroll
     for (int i = 0; i < kVector / 2; ++i) {
-      const float2 two = arch::unpack<Element>(words[i]);
+      const float2 two = arch::unpack<Element>(eight.word[i]);
       out[2 * i] = two.x;
       out[2 * i + 1] = two.y;
     }
@@ -74,15 +92,15 @@ __device__ __forceinline__ void turn(float& x, float& y, float cos, float sin) {
 
 /// Turn the 8 pairs of a unit, within its vectors or across them.
 template <class Element>
-__device__ __forceinline__ void turn_unit(uint4& a, uint4& b, const RotaryArgs& rotary, int unit, int position) {
+__device__ __forceinline__ void turn_unit(Vector<uint16_t>& a, Vector<uint16_t>& b, const RotaryArgs& rotary, int unit,
+                                          int position) {
   float cos[kVector], sin[kVector];
   const int64_t first = int64_t{position} * (rotary.dim / 2) + unit * kVector;
   load_table<Element>(rotary.cos, rotary, first, cos);
   load_table<Element>(rotary.sin, rotary, first, sin);
-  uint32_t words[2][kVector / 2] = {{a.x, a.y, a.z, a.w}, {b.x, b.y, b.z, b.w}};
 #pragma unroll
   for (int i = 0; i < kVector / 2; ++i) {
-    float2 x = arch::unpack<Element>(words[0][i]), y = arch::unpack<Element>(words[1][i]);
+    float2 x = arch::unpack<Element>(a.word[i]), y = arch::unpack<Element>(b.word[i]);
     if (rotary.interleaved) {
       turn(x.x, x.y, cos[i], sin[i]);
       turn(y.x, y.y, cos[kVector / 2 + i], sin[kVector / 2 + i]);
@@ -90,24 +108,24 @@ __device__ __forceinline__ void turn_unit(uint4& a, uint4& b, const RotaryArgs& 
       turn(x.x, y.x, cos[2 * i], sin[2 * i]);
       turn(x.y, y.y, cos[2 * i + 1], sin[2 * i + 1]);
     }
-    words[0][i] = arch::pack<Element>(x.x, x.y);
-    words[1][i] = arch::pack<Element>(y.x, y.y);
+    a.word[i] = arch::pack<Element>(x.x, x.y);
+    b.word[i] = arch::pack<Element>(y.x, y.y);
   }
-  a = make_uint4(words[0][0], words[0][1], words[0][2], words[0][3]);
-  b = make_uint4(words[1][0], words[1][1], words[1][2], words[1][3]);
 }
 
-/// Move a unit of a row, turned as at `position` where it is one of `turning`.
-template <class Element>
-__device__ __forceinline__ void move_unit(const uint16_t* from, bool from_vectors, uint16_t* to, bool to_vectors,
-                                          int unit, int head_dim, const RotaryArgs& rotary, int turning, int position) {
+/// Move a unit of a row, turned as at `position` where it is one of `turning`. Rows of 8 bits do not turn.
+template <class Element, class Bits = BitsOf<Element>>
+__device__ __forceinline__ void move_unit(const Bits* from, bool from_vectors, Bits* to, bool to_vectors, int unit,
+                                          int head_dim, const RotaryArgs& rotary, int turning, int position) {
   const bool turns = unit < turning, across = turns && !rotary.interleaved;
   const int first = kVector * (across ? unit : 2 * unit);
   const int second = across ? first + kVector * turning : first + kVector;
   const bool both = second < head_dim;
-  uint4 a = load(from + first, from_vectors), b = make_uint4(0, 0, 0, 0);
+  Vector<Bits> a = load(from + first, from_vectors), b{};
   if (both) b = load(from + second, from_vectors);
-  if (turns) turn_unit<Element>(a, b, rotary, unit, position);
+  if constexpr (sizeof(Element) == 2) {
+    if (turns) turn_unit<Element>(a, b, rotary, unit, position);
+  }
   store(to + first, to_vectors, a);
   if (both) store(to + second, to_vectors, b);
 }
@@ -140,9 +158,9 @@ __device__ __forceinline__ void append(const PrepareArgs& args, int64_t block) {
     const StridedRows& target = is_key ? args.k : args.v;
     const int turning = is_key ? args.rotary.dim / kPrepareUnit : 0;
     const int64_t entry = args.new_keys.ragged() ? 0 : owner.batch, row = args.new_keys.ragged() ? index : owner.row;
-    const uint16_t* from = source.data + entry * source.stride[0] + row * source.stride[1] + head * source.stride[2];
-    uint16_t* to =
-        target.data + place.entry * target.stride[0] + place.row * target.stride[1] + head * target.stride[2];
+    using Bits = BitsOf<Element>;
+    const Bits* from = static_cast<const Bits*>(source.data) + source.offset(entry, row, head);
+    Bits* to = static_cast<Bits*>(target.data) + target.offset(place.entry, place.row, head);
     move_unit<Element>(from, source.vectors, to, target.vectors, unit - head * units,
                        is_key ? args.head_dim : args.head_dim_v, args.rotary, turning,
                        turning ? position_of(args, owner.batch, owner.row) : 0);
@@ -160,7 +178,7 @@ __device__ __forceinline__ void rotate_queries(const PrepareArgs& args, int64_t 
     if (!owner.used) continue;
     const int rest = i - local * row_units, head = rest / units;
     const int64_t entry = args.queries.ragged() ? 0 : owner.batch, row = args.queries.ragged() ? index : owner.row;
-    const uint16_t* from = args.q.data + entry * args.q.stride[0] + row * args.q.stride[1] + head * args.q.stride[2];
+    const uint16_t* from = static_cast<const uint16_t*>(args.q.data) + args.q.offset(entry, row, head);
     uint16_t* to = args.rotated_q + (index * args.num_heads + head) * args.head_dim;
     const int position = position_of(args, owner.batch, args.rotary.each_query ? owner.row : 0);
     move_unit<Element>(from, args.q.vectors, to, true, rest - head * units, args.head_dim, args.rotary,
@@ -177,7 +195,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
   }
   if (block < args.new_blocks) {
     append<Element>(args, block);
-  } else {
+  } else if constexpr (sizeof(Element) == 2) {
     rotate_queries<Element>(args, block - args.new_blocks);
   }
 }
@@ -194,7 +212,14 @@ cudaError_t launch(const PrepareArgs& args, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_prepare(const PrepareArgs& args, int dtype, cudaStream_t stream) {
-  return dtype == FA3_FLOAT16 ? launch<__half>(args, stream) : launch<__nv_bfloat16>(args, stream);
+  switch (dtype) {
+    case FA3_FLOAT16:
+      return launch<__half>(args, stream);
+    case FA3_BFLOAT16:
+      return launch<__nv_bfloat16>(args, stream);
+    default:
+      return launch<__nv_fp8_e4m3>(args, stream);
+  }
 }
 
 }  // namespace fa3

@@ -7,15 +7,18 @@
 namespace fa3 {
 
 inline constexpr int kPrepareThreads = 256;
-/// Elements of a unit, the work of a thread: two vectors of 16 bytes, whose elements make 8 pairs where they are
-/// turned.
+/// Elements of a unit, the work of a thread: two vectors of 8, whose elements make 8 pairs where they are turned.
 inline constexpr int kPrepareUnit = 16;
 
-/// A 16-bit array: element (b, r, h, d) at b stride[0] + r stride[1] + h stride[2] + d.
+/// An array of 16 or 8 bits: element (b, r, h, d) at b stride[0] + r stride[1] + h stride[2] + d.
 struct StridedRows {
-  uint16_t* data;
+  void* data;
   int64_t stride[3];
-  bool vectors;  // 16-byte accesses fit its address and strides
+  bool vectors;  // accesses of 8 elements fit its address and strides
+
+  FA3_HOST_DEVICE int64_t offset(int64_t entry, int64_t row, int head) const {
+    return entry * stride[0] + row * stride[1] + head * stride[2];
+  }
 };
 
 /// Rotary embedding of the first `dim` elements of a row, as cos and sin (rows, dim / 2) say.

@@ -27,7 +27,7 @@
 using std::max;
 using std::min;
 
-struct uint2 {
+struct alignas(8) uint2 {
   unsigned x, y;
 };
 struct alignas(16) uint4 {
@@ -206,6 +206,9 @@ struct __half2 {
 };
 struct __nv_bfloat16 {
   uint16_t bits;
+};
+struct __nv_fp8_e4m3 {
+  uint8_t bits;
 };
 inline float half_to_float(__half half) {
   const int exponent = half.bits >> 10 & 31, fraction = half.bits & 1023;
