@@ -107,6 +107,8 @@ QuantizePlan plan_quantize(const fa3_quantize_params& p, int num_sms) {
   args.x_vectors = multiples_of(16, p.x, p.dtype == FA3_FLOAT32 ? 4 : 2);
   args.out_vectors = multiples_of(8, p.out, 1);
   describe_rows(p, args);
+  args.plain = args.x_vectors && args.out_vectors && args.rows.count == 1 && 32 % args.row_lanes == 0 &&
+               args.row_lanes * plan.kind.slots * 8 == p.head_dim;
   // How long sequences are only the device knows: cut up as if they were equal, and every block copes with any length.
   const int64_t rows = p.cu_seqlens && p.batch ? ceil_quotient(args.unit_rows, p.batch) : args.unit_rows;
   share_units(plan, ceil_quotient(rows, args.step_rows), num_sms, args);

@@ -38,6 +38,8 @@ struct Traits {
   static constexpr int kWords = kKind.group_bytes() / sizeof(uint4);
   // amax of 16 bits needs no fp32: a pair is one instruction, and instructions bound this kernel, not memory.
   static constexpr bool kPairs = !kHadamard && sizeof(Element) == 2;
+  // Whole steps in code of their own: see Share::whole(). The rotation has no registers left for it.
+  static constexpr bool kPlain = !kHadamard && kSlots == 2;
 };
 
 /// Which elements of a step's rows are this lane's: a group of 8 in each slot, and how they take part in the rotation.
@@ -152,21 +154,30 @@ class Share {
     end_ = end;
     first_ =
         begin + static_cast<uint32_t>(rank * each) * step_rows + threadIdx.x / 32 * (step_rows / kWarps) + lane.row;
+    if (!T::kPlain || !args.plain) return;
+    whole_ = min(static_cast<int>((end - begin) / step_rows) - rank * each, steps);
+    plain_x_ = x_ + first_ * args.rows.x[0] + lane.group[0] * kGroup;
+    plain_out_ = out_ + first_ * args.rows.out[0] + lane.group[0] * kGroup;
   }
 
   int steps;
   bool wild = false;  // of this warp's values some are infinite, or count as that
 
+  /// Whether a step may be taken as `kWhole`: each lane has a row of it, in vectors, at a multiple of a step's stride.
+  /// Tests and addresses of other steps are most of their instructions, which bound this kernel.
+  __device__ __forceinline__ bool whole(int step) const { return T::kPlain && step < whole_; }
+
   /// Loads are on their way after this; `place` is of step `step`.
+  template <bool kWhole>
   __device__ __forceinline__ void load(int step, int place) {
     const uint32_t row = row_of(step);
-    if (row >= end_) return;
-    const Element* from = x_ + args_.rows.of(row).x;
+    if (!kWhole && row >= end_) return;
+    const Element* from = kWhole ? plain_x_ + step * step_rows() * args_.rows.x[0] : x_ + args_.rows.of(row).x;
 #pragma unroll
     for (int slot = 0; slot < T::kSlots; ++slot) {
-      if (!lane_.has[slot]) continue;
-      const Element* group = from + lane_.group[slot] * kGroup;
-      if (args_.x_vectors) {
+      if (!kWhole && !lane_.has[slot]) continue;
+      const Element* group = from + (kWhole ? slot * slot_columns() : lane_.group[slot] * kGroup);
+      if (kWhole || args_.x_vectors) {
 #pragma unroll
         for (int w = 0; w < T::kLoadedWords; ++w)
           __pipeline_memcpy_async(word(place, slot, w), reinterpret_cast<const uint4*>(group) + w, sizeof(uint4));
@@ -181,14 +192,15 @@ class Share {
   }
 
   /// amax of a step that has been loaded; keeps what it is rotated to.
+  template <bool kWhole>
   __device__ __forceinline__ float scan(int step, int place) {
-    const bool valid = row_of(step) < end_;
+    const bool valid = kWhole || row_of(step) < end_;
     Values<T> v;
     float largest = 0;
     if constexpr (T::kPairs) {
-      largest = largest_of_pairs(place, valid);
+      largest = largest_of_pairs<kWhole>(place, valid);
     } else {
-      unpack(v, place, valid);
+      unpack<kWhole>(v, place, valid);
       if constexpr (T::kHadamard) rotate<T>(v, lane_);
 #pragma unroll
       for (int slot = 0; slot < T::kSlots; ++slot) {
@@ -210,9 +222,10 @@ class Share {
   }
 
   /// Round a step; `again`: it has been loaded anew since scan().
+  template <bool kWhole>
   __device__ __forceinline__ void write(int step, int place, bool again, float descale, float inverse) {
     const uint32_t row = row_of(step);
-    const bool valid = row < end_;
+    const bool valid = kWhole || row < end_;
     Values<T> v;
     if (T::kHadamard && !again) {
 #pragma unroll
@@ -221,7 +234,7 @@ class Share {
         from_word(v[slot] + 4, *word(place, slot, T::kWords - 1));
       }
     } else {
-      unpack(v, place, valid);
+      unpack<kWhole>(v, place, valid);
       if constexpr (T::kHadamard) {
         if (wild) clip(v, kHuge, kHuge);
         rotate<T>(v, lane_);
@@ -230,10 +243,10 @@ class Share {
     if (!valid) return;
     // In the rotation's product infinity saturates by itself; in the quotient's remainder it would be NaN.
     if (!T::kHadamard && wild) clip(v, args_.limit, kMaxE4m3 * descale);
-    uint8_t* to = out_ + args_.rows.of(row).out;
+    uint8_t* to = kWhole ? plain_out_ + step * step_rows() * args_.rows.out[0] : out_ + args_.rows.of(row).out;
 #pragma unroll
     for (int slot = 0; slot < T::kSlots; ++slot) {
-      if (!lane_.has[slot]) continue;
+      if (!kWhole && !lane_.has[slot]) continue;
       uint32_t codes[kGroup / 4];
       const float factor = T::kHadamard ? __fdiv_rn(lane_.norm[slot], descale) : 0.f;
 #pragma unroll
@@ -243,8 +256,8 @@ class Share {
       for (int i = 0; i < kGroup; i += 4)
         codes[i / 4] = arch::pack_e4m3(v[slot][i], v[slot][i + 1]) | arch::pack_e4m3(v[slot][i + 2], v[slot][i + 3])
                                                                          << 16;
-      uint8_t* group = to + lane_.group[slot] * kGroup;
-      if (args_.out_vectors) {  // past L2's keeping, which is for x
+      uint8_t* group = to + (kWhole ? slot * slot_columns() : lane_.group[slot] * kGroup);
+      if (kWhole || args_.out_vectors) {  // past L2's keeping, which is for x
         __stcs(reinterpret_cast<uint2*>(group), make_uint2(codes[0], codes[1]));
       } else {
 #pragma unroll
@@ -257,6 +270,9 @@ class Share {
   __device__ __forceinline__ uint32_t row_of(int step) const {
     return first_ + static_cast<uint32_t>(step) * args_.step_rows;
   }
+  __device__ __forceinline__ int64_t step_rows() const { return args_.step_rows; }
+  /// From a whole lane's group to that in the next slot.
+  __device__ __forceinline__ int slot_columns() const { return args_.row_lanes * kGroup; }
 
   /// A warp's words lie side by side: no two lanes share a bank.
   __device__ __forceinline__ uint4* word(int place, int slot, int w) const {
@@ -272,11 +288,12 @@ class Share {
   }
 
   /// amax of a step's 16-bit elements as they were loaded.
+  template <bool kWhole>
   __device__ __forceinline__ float largest_of_pairs(int place, bool valid) const {
     uint32_t largest = 0;
 #pragma unroll
     for (int slot = 0; slot < T::kSlots; ++slot) {
-      if (!valid || !lane_.has[slot]) continue;
+      if (!kWhole && (!valid || !lane_.has[slot])) continue;
       const uint4 loaded = *word(place, slot, 0);
 #pragma unroll
       for (uint32_t pair : {loaded.x, loaded.y, loaded.z, loaded.w})
@@ -287,13 +304,14 @@ class Share {
   }
 
   /// What was loaded, or zeros where this lane has nothing.
+  template <bool kWhole>
   __device__ __forceinline__ void unpack(Values<T>& v, int place, bool valid) const {
 #pragma unroll
     for (int slot = 0; slot < T::kSlots; ++slot) {
       uint4 loaded[T::kLoadedWords];
 #pragma unroll
       for (int w = 0; w < T::kLoadedWords; ++w)
-        loaded[w] = valid && lane_.has[slot] ? *word(place, slot, w) : make_uint4(0, 0, 0, 0);
+        loaded[w] = kWhole || (valid && lane_.has[slot]) ? *word(place, slot, w) : make_uint4(0, 0, 0, 0);
       if constexpr (std::is_same_v<Element, float>) {
         from_word(v[slot], loaded[0]);
         from_word(v[slot] + 4, loaded[1]);
@@ -320,7 +338,7 @@ class Share {
 
   /// The rare part of scan(), for warps with a NaN or what counts as infinite.
   __device__ __forceinline__ float scan_wild(Values<T>& v, int place, bool valid) {
-    unpack(v, place, valid);
+    unpack<false>(v, place, valid);
     if constexpr (T::kHadamard) {
       clip(v, kHuge, kHuge);
       rotate<T>(v, lane_);
@@ -351,6 +369,9 @@ class Share {
   const Element* x_;
   uint8_t* out_;
   uint32_t first_, end_;
+  int whole_ = 0;                     // steps, from the first on
+  const Element* plain_x_ = nullptr;  // this lane's first group of the first step
+  uint8_t* plain_out_ = nullptr;
 };
 
 /// amax of the thread block. `parts` has a float for each warp, and is not written again before all have passed the
@@ -401,15 +422,24 @@ __global__ void __launch_bounds__(kQuantizeThreads, T::kKind.blocks_per_sm())
     Share<T> share(args, lane, memory, unit, rank);
     const Places places(args.places, share.steps);
 
+    const auto load = [&](int step) {
+      if (share.whole(step))
+        share.template load<true>(step, places.of(step));
+      else
+        share.template load<false>(step, places.of(step));
+    };
+
     float amax = 0;
     for (int step = 0; step < kQuantizeRing; ++step) {
-      if (step < share.steps) share.load(step, places.of(step));
+      if (step < share.steps) load(step);
       __pipeline_commit();
     }
     for (int step = 0; step < share.steps; ++step) {
       __pipeline_wait_prior(kQuantizeRing - 1);
-      amax = fmaxf(amax, share.scan(step, places.of(step)));
-      if (step + kQuantizeRing < share.steps) share.load(step + kQuantizeRing, places.of(step + kQuantizeRing));
+      const float largest = share.whole(step) ? share.template scan<true>(step, places.of(step))
+                                              : share.template scan<false>(step, places.of(step));
+      amax = fmaxf(amax, largest);
+      if (step + kQuantizeRing < share.steps) load(step + kQuantizeRing);
       __pipeline_commit();  // empty or not: the waits count commits
     }
 
@@ -423,9 +453,12 @@ __global__ void __launch_bounds__(kQuantizeThreads, T::kKind.blocks_per_sm())
 
     for (int step = share.steps - 1; step >= 0; --step) {
       __pipeline_wait_prior(kQuantizeRing - 1);
-      share.write(step, places.of(step), places.lost(step), descale, inverse);
+      if (share.whole(step))
+        share.template write<true>(step, places.of(step), places.lost(step), descale, inverse);
+      else
+        share.template write<false>(step, places.of(step), places.lost(step), descale, inverse);
       const int next = step - kQuantizeRing;
-      if (next >= 0 && places.lost(next)) share.load(next, places.of(next));
+      if (next >= 0 && places.lost(next)) load(next);
       __pipeline_commit();
     }
   }

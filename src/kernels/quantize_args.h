@@ -100,6 +100,7 @@ struct QuantizeArgs {
   int step_rows;                 // of a thread block
   int places;
   bool x_vectors, out_vectors;  // addresses and strides are multiples of 16 and 8 bytes
+  bool plain;                   // vectors, rows along one axis that fill their lanes: a whole step needs no tests
 
   uint64_t ticket;     // what the counters count for: see arch/counter.cuh
   uint64_t* arrivals;  // (groups) counters
