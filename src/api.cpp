@@ -65,6 +65,7 @@ struct Launch {
   fa3_status fill(ForwardArgs& args) {
     const fa3_forward_params& p = params;
     args.packing = packing_of(p, plan.pack_gqa > 1);
+    args.heads = Divisor::of(p.num_heads_kv * args.packing.tiles);
     const OperandShape q{.head_dim = p.head_dim,
                          .heads = p.num_heads,
                          .group = args.packing.ratio,
@@ -115,7 +116,9 @@ struct Launch {
     args.exact_max = p.batch_invariant;
     args.most_tiles = static_cast<int>(most_tiles(p, plan));
     args.order = {plan.heads_per_section, plan.short_m_blocks};
-    args.splits = {plan.whole_tiles, plan.num_splits};
+    args.plain_pieces = !p.queries.cu_seqlens && !p.queries.seqused && plan.num_m_blocks == 1 && !args.piece_counter &&
+                        args.visibility.full() && !p.keys.cu_seqlens && !p.cache.cache_leftpad;
+    args.splits = Splits::of(plan.whole_tiles, plan.num_splits);
     return FA3_OK;
   }
 

@@ -159,7 +159,7 @@ Choice estimate(const Work& work, int index, bool packed) {
 
   Choice choice{index, packed, kNoSplits, time_of(tiles, 1)};
   auto consider = [&](int whole_tiles, int parts, double time) {
-    const Splits splits{whole_tiles, parts};
+    const Splits splits = Splits::of(whole_tiles, parts);
     if (time < choice.time && split_tiles(p, v, packing, splits) * parts * v.part_bytes <= kMostPartBytes) {
       choice.splits = splits;
       choice.time = time;
@@ -167,8 +167,8 @@ Choice estimate(const Work& work, int index, bool packed) {
   };
   const int key_blocks = std::max(ceil_div(p.keys.rows, v.tile_n), 1);  // a part without one has nothing to do
   if (p.num_splits > 0 || p.batch_invariant) {
-    const int parts = p.batch_invariant ? 1 : std::min(p.num_splits, key_blocks);
-    if (parts > 1) choice.splits = {0, parts}, choice.time = time_of(tiles * parts, parts);
+    const int parts = p.batch_invariant ? 1 : std::min({p.num_splits, key_blocks, Splits::kMost});
+    if (parts > 1) choice.splits = Splits::of(0, parts), choice.time = time_of(tiles * parts, parts);
     return choice;
   }
   const int slots = work.num_sms * v.blocks_per_sm;
@@ -317,7 +317,7 @@ WorkspaceSizes workspace_sizes(const fa3_forward_params& params, const fa3_forwa
   if (appends(params)) sizes.seqlens_k = workspace_aligned(params.batch * sizeof(int32_t));
   if (plan.num_splits > 1) {
     const ForwardVariant& v = forward_variants()[plan.variant];
-    const Splits splits{plan.whole_tiles, plan.num_splits};
+    const Splits splits = Splits::of(plan.whole_tiles, plan.num_splits);
     const size_t tiles = split_tiles(params, v, packing_of(params, plan.pack_gqa > 1), splits);
     sizes.parts_done = workspace_aligned(tiles * v.consumers * sizeof(uint64_t));
     sizes.parts = workspace_aligned(tiles * plan.num_splits * v.part_bytes);
@@ -341,7 +341,7 @@ fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_pl
   plan.tile_n = variant.tile_n;
   plan.pack_gqa = packing.heads;
   plan.whole_tiles = choice.splits.whole_tiles;
-  plan.num_splits = choice.splits.count;
+  plan.num_splits = choice.splits.count.divisor;
   plan.num_m_blocks = ceil_div(work.seqlen_q, tile_queries(variant, packing));
   plan.accumulate_blocks = accumulate_blocks(p, work.visibility, variant, choice.splits);
   plan_order(work, packing, plan);

@@ -130,6 +130,14 @@ def ranges(host, tile_n, mask, groups, seqlen_q, seqlen_k):
     return list(out)
 
 
+@given(st.sampled_from(TILE_NS), st.integers(1, 300), huge_lengths)
+def test_every_block_is_the_range_of_queries_that_see_all(host, tile_n, seqlen_q, seqlen_k):
+    every = BlockRange()
+    host.all_blocks(tile_n, seqlen_k, ctypes.byref(every))
+    mask, = ranges(host, tile_n, (-1, -1, 0), [(0, seqlen_q - 1)], seqlen_q, seqlen_k)
+    assert bytes(every) == bytes(mask)
+
+
 def by_block(seen, tile_n):
     """(rows, blocks) of: sees a key of the block, sees all tile_n keys of it (a cut block has fewer)."""
     rows, seqlen_k = seen.shape

@@ -23,7 +23,8 @@ class Packing(ctypes.Structure):
 
 
 class Splits(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int) for name in ("whole_tiles", "count")]
+    _fields_ = [("whole_tiles", ctypes.c_int), ("count", ctypes.c_int), ("multiplier", ctypes.c_uint32),
+                ("shift", ctypes.c_int)]
 
 
 class TileOrder(ctypes.Structure):
@@ -98,12 +99,31 @@ def test_heads_are_dealt_to_tiles_evenly(host, ratio):
 
 # Splits.
 
-splits_of = st.tuples(st.integers(0, 40), st.integers(1, 20)).map(lambda pair: Splits(*pair))
+splits_drawn = st.tuples(st.integers(0, 40), st.integers(1, 20))
 
 
-@given(splits_of, st.integers(0, 60))
-def test_pieces_of_tiles(host, splits, tiles):
+def splits_of(host, whole_tiles, count):
+    splits = Splits()
+    host.splits_of(whole_tiles, count, ctypes.byref(splits))
+    assert (splits.whole_tiles, splits.count) == (whole_tiles, count)
+    return splits
+
+
+@given(st.integers(1, 300) | st.integers(1, INT_MAX), st.lists(st.integers(0, INT_MAX), min_size=1))
+@example(INT_MAX, [INT_MAX, INT_MAX - 1])
+@example(2**30 + 1, [2**30, INT_MAX])
+@example(46340, [46340 * 46340 - 1])
+def test_quotients(host, divisor, n):
+    n = np.array([*n, *(x for i in range(1, 4) for x in (i * divisor - 1, i * divisor) if x <= INT_MAX)], np.int32)
+    out = np.empty_like(n)
+    host.quotients(divisor, n.ctypes.data_as(ctypes.c_void_p), len(n), out.ctypes.data_as(ctypes.c_void_p))
+    assert np.array_equal(out, n // divisor)
+
+
+@given(splits_drawn, st.integers(0, 60))
+def test_pieces_of_tiles(host, drawn, tiles):
     """Each tile whole, or each of its parts, once; and pieces() counts them."""
+    splits = splits_of(host, *drawn)
     expected = [(tile, 0, 1) if tile < splits.whole_tiles else (tile, part, splits.count) for tile in range(tiles)
                 for part in range(1 if tile < splits.whole_tiles else splits.count)]
     count = host.count_pieces(ctypes.byref(splits), tiles)
@@ -112,7 +132,7 @@ def test_pieces_of_tiles(host, splits, tiles):
 
 
 def test_nothing_is_split(host):
-    none = Splits(host.unsplit(), 1)
+    none = splits_of(host, host.unsplit(), 1)
     for tile in (0, 1, 12345, INT_MAX - 1):
         assert tuple(pieces(host, none, tile, 1)[0]) == (tile, 0, 1)
         assert host.count_pieces(ctypes.byref(none), tile) == tile
@@ -122,7 +142,7 @@ def test_nothing_is_split(host):
 @example(0, 64, INT_MAX)
 @example(INT_MAX - 1, 2, INT_MAX)
 def test_pieces_of_very_many_tiles(host, whole_tiles, count, index):
-    splits = Splits(whole_tiles, count)
+    splits = splits_of(host, whole_tiles, count)
     tile, part, parts = map(int, pieces(host, splits, index, 1)[0])
     if index < whole_tiles:
         assert (tile, part, parts) == (index, 0, 1)
@@ -134,6 +154,8 @@ def test_pieces_of_very_many_tiles(host, whole_tiles, count, index):
 
 @given(st.integers(0, 200) | st.integers(0, 2**30), st.integers(1, 100))
 @example(2**30, 1000)
+@example(INT_MAX, 46340)
+@example(46339, 46340)
 def test_parts_of_a_tile(host, blocks, parts):
     """Parts follow each other without a gap, and none has two blocks more than another."""
     edges = boundaries(host, blocks, parts)
@@ -170,12 +192,13 @@ def tiles_of(host, order, lengths, ragged, heads, tile_m):
 
 
 @pytest.mark.parametrize("consumers", [1, 2, 3], ids=lambda n: f"tile {64 * n}")
-@given(batches(), st.booleans(), splits_of, st.integers(1, 6), st.integers(0, 4))
+@given(batches(), st.booleans(), splits_drawn, st.integers(1, 6), st.integers(0, 4))
 def test_each_row_is_computed_once_from_every_part(host, consumers, batch, packed, splits, section, short):
     """place_of each row of each piece: every query of every head once for each part, and nothing else."""
     lengths, heads_kv, ratio, ragged = batch
     packing = packing_of(host, ratio, packed)
     positions, heads = rows_of(host, packing)
+    splits = splits_of(host, *splits)
     tile_m, heads_of_tiles = consumers * packing.positions, heads_kv * packing.tiles
     tiles = list(tiles_of(host, TileOrder(section, short), lengths, ragged, heads_of_tiles, tile_m))
     parts_seen = [np.zeros((heads_kv * ratio, length), np.float64) for length in lengths]

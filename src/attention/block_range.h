@@ -73,6 +73,13 @@ struct BlockRange {
   }
 };
 
+/// The range for queries that see all of seqlen_k keys.
+template <int kTileN>
+FA3_HOST_DEVICE BlockRange every_block(int seqlen_k) {
+  const int end = ceil_div(seqlen_k, kTileN);
+  return {0, end, 0, seqlen_k / kTileN, larger(end - 1, 0)};
+}
+
 /// The range for query rows [first, last] (both inside the sequence).
 template <int kTileN>
 FA3_HOST_DEVICE BlockRange block_range(const Visibility& visibility, int first, int last, int seqlen_q, int seqlen_k) {

@@ -16,6 +16,7 @@ struct TileOrder {
   };
 
   FA3_HOST_DEVICE Tile at(int index, int heads, int num_m_blocks) const {
+    if (num_m_blocks == 1) return {0, index};  // short calls should not wait for divisions
     const int tail = smaller(short_m_blocks, num_m_blocks), body = num_m_blocks - tail;
     if (index >= heads * body) {
       const int rest = index - heads * body, step = rest / heads;

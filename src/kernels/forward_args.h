@@ -7,6 +7,7 @@
 
 #include "attention/block_range.h"
 #include "attention/cache.h"
+#include "attention/divisor.h"
 #include "attention/dropout.h"
 #include "attention/packing.h"
 #include "attention/splits.h"
@@ -61,6 +62,7 @@ struct ForwardArgs {
   Visibility visibility;
   int batch, num_heads_kv, head_dim, head_dim_v;
   Packing packing;  // of the query heads of each KV head
+  Divisor heads;    // tiles side by side of a sequence: num_heads_kv * packing.tiles
 
   Descale q_descale, k_descale, v_descale;  // of fp8 operands
   int accumulate_blocks;  // of fp8: a power of two of blocks' P V that tensor cores add up, then fp32; 0: all
@@ -75,6 +77,7 @@ struct ForwardArgs {
 
   int most_tiles;  // of a ragged batch: sequences that overlap would make more, and the workspace has no room for them
   TileOrder order;
+  bool plain_pieces;  // every sequence is one tile of each head, and its queries see all keys, from the first row on
   Splits splits;
   uint64_t ticket;          // this call's, for its counters
   uint64_t* piece_counter;  // of the pieces of work handed out, or null: they are dealt out in turn

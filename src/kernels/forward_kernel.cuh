@@ -21,21 +21,20 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
 
   const int warpgroup = arch::uniform(threadIdx.x / 128);
-  if (threadIdx.x == 0) {
-    shared.init_barriers();
-    arch::publish_barriers();
-  } else if (threadIdx.x == Traits::kThreads - 1) {
-    arch::prefetch_map(&args.q.map);
-    arch::prefetch_map(&args.k.map);
-    arch::prefetch_map(&args.v.map);
-  }
-  __syncthreads();
-
   if (warpgroup == Traits::kConsumers) {
     arch::shrink_registers<Traits::kProducerRegisters>();
     // Of 16 bits only two of four have a role, but fewer warps would save no registers.
     const int warp = arch::uniform(threadIdx.x / 32 % 4);
-    if (warp == 0) Scheduler<Traits>(args, shared).run();
+    if (warp == 0) {
+      Scheduler<Traits>(args, shared).run();
+      return;
+    }
+    if (warp == 1 && threadIdx.x % 32 == 0) {
+      arch::prefetch_map(&args.q.map);
+      arch::prefetch_map(&args.k.map);
+      arch::prefetch_map(&args.v.map);
+    }
+    shared.wait_for_barriers();
     if (warp == 1) {
       if (args.pages.used())
         Loader<Traits, PagedKeys<Traits>>(args, shared).run();
@@ -45,6 +44,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     if constexpr (Traits::kEightBits)
       if (warp >= 2) Transposer<Traits>(shared, warp - 2).run();
   } else {
+    if (threadIdx.x == 0) {
+      shared.init_barriers();
+      arch::publish_barriers();
+    }
+    shared.wait_for_barriers();
     arch::grow_registers<Traits::kConsumerRegisters>();
     Consumer<Traits> consumer(args, shared, warpgroup);
     typename Consumer<Traits>::Output o;

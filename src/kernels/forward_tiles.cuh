@@ -18,11 +18,12 @@ class Scheduler {
       : args_(args),
         shared_(shared),
         lane_(threadIdx.x % 32),
-        heads_(args.num_heads_kv * args.packing.tiles),
+        heads_(args.heads.divisor),
         tile_m_(Traits::kConsumers * args.packing.positions),
         index_(blockIdx.x),
         stride_(2 * (gridDim.x - blockIdx.x) - 1) {}
 
+  /// Everyone else waits for the first piece of work, so it is found even before there are barriers.
   __device__ __forceinline__ void run() {
     constexpr uint32_t kSlots = ForwardShared<Traits>::kTileSlots;
     for (;; take_index()) {
@@ -31,6 +32,7 @@ class Scheduler {
         shared_.tile_empty[before.stage()].wait(before.parity());
       }
       const bool found = describe(shared_.tile[tiles_.stage()]);
+      if (tiles_.count == 0) shared_.wait_for_barriers();
       __syncwarp();
       if (lane_ == 0) shared_.tile_full[tiles_.stage()].arrive();
       tiles_.advance();
@@ -48,20 +50,38 @@ class Scheduler {
     for (;; take_index()) {
       const Splits::Piece piece = args_.splits.at(index_);
       Tile tile;
-      if (!(args_.queries.ragged() ? find_ragged(piece.tile, tile) : find_dense(piece.tile, tile))) {
-        finish();
-        if (lane_ == 0) work.m_block = TileHead::kNone;
-        return false;
+      Span q, k;
+      BlockRange all;
+      int first = 0, last;
+      // What most short calls are. They end soon after they have begun, with caches that are cold: each jump over what
+      // they do not need costs 200 cycles until instructions come, and there would be fourteen.
+      if (args_.plain_pieces) {
+        tile.batch = args_.heads.quotient(piece.tile);
+        if (tile.batch >= args_.batch) return nothing_left(work);
+        tile.m_block = 0;
+        tile.head = piece.tile - tile.batch * heads_;
+        q = {0, args_.queries.rows};
+        k = {0, args_.keys.rows};
+        if (args_.keys.seqused) k.length = clamped(args_.keys.seqused[tile.batch], 0, k.length);
+        last = q.length - 1;
+        all = every_block<Traits::kTileN>(k.length);
+      } else {
+        if (!(args_.queries.ragged() ? find_ragged(piece.tile, tile) : find_dense(piece.tile, tile)))
+          return nothing_left(work);
+        q = args_.queries.span(tile.batch);
+        k = args_.keys.span(tile.batch);
+        first = tile.m_block * tile_m_;
+        last = smaller(first + tile_m_, q.length) - 1;
+        if (last < first) continue;  // past seqused_q
+        all = range(first, last, q, k);
       }
-      const Span q = args_.queries.span(tile.batch), k = args_.keys.span(tile.batch);
-      const int first = tile.m_block * tile_m_, last = smaller(first + tile_m_, q.length) - 1;
-      if (last < first) continue;  // past seqused_q
       if (lane_ == 0) {
         work.m_block = tile.m_block;
         work.batch = tile.batch;
         work.batch_kv = args_.keys.entry(tile.batch);
-        work.head_kv = tile.head / args_.packing.tiles;
-        work.first_head = tile.head % args_.packing.tiles * args_.packing.heads;
+        const int tiles = args_.packing.tiles;
+        work.head_kv = tiles == 1 ? tile.head : tile.head / tiles;
+        work.first_head = (tile.head - work.head_kv * tiles) * args_.packing.heads;
         work.q_begin = q.begin;
         work.k_begin = k.begin;
         work.seqlen_q = q.length;
@@ -70,9 +90,11 @@ class Scheduler {
         work.part = piece.part;
         work.parts = piece.parts;
       }
-      const BlockRange all = range(first, last, q, k);
-      const int first_block = all.begin + Splits::boundary(all.count(), piece.part, piece.parts);
-      const int end_block = all.begin + Splits::boundary(all.count(), piece.part + 1, piece.parts);
+      int first_block = all.begin, end_block = all.end;
+      if (piece.parts > 1) {
+        first_block += args_.splits.boundary(all.count(), piece.part);
+        end_block = all.begin + args_.splits.boundary(all.count(), piece.part + 1);
+      }
       if (lane_ == 0) {
         work.first_block = first_block;
         work.end_block = end_block;
@@ -81,7 +103,12 @@ class Scheduler {
           work.value_descale = args_.v_descale.at(work.batch, work.head_kv);
         }
       }
-      if (lane_ < Traits::kConsumers) {
+      if constexpr (Traits::kConsumers == 1) {
+        if (lane_ == 0) {
+          all.clip(first_block, end_block);
+          work.blocks[0] = all;
+        }
+      } else if (lane_ < Traits::kConsumers) {
         const int own_first = first + args_.packing.positions * lane_;
         const int own_last = smaller(own_first + args_.packing.positions, q.length) - 1;
         BlockRange own = own_last < own_first ? no_blocks(first_block) : range(own_first, own_last, q, k);
@@ -90,6 +117,12 @@ class Scheduler {
       }
       return true;
     }
+  }
+
+  __device__ __forceinline__ bool nothing_left(TileWork<Traits::kConsumers>& work) const {
+    finish();
+    if (lane_ == 0) work.m_block = TileHead::kNone;
+    return false;
   }
 
   __device__ __forceinline__ BlockRange range(int first, int last, const Span& q, const Span& k) const {
@@ -122,14 +155,16 @@ class Scheduler {
   }
 
   __device__ __forceinline__ arch::Counter counter() const { return {args_.piece_counter, args_.ticket}; }
-  __device__ __forceinline__ int m_blocks() const { return ceil_div(args_.queries.rows, tile_m_); }
+  __device__ __forceinline__ int m_blocks() const {
+    return args_.queries.rows <= tile_m_ ? 1 : ceil_div(args_.queries.rows, tile_m_);
+  }
 
   __device__ __forceinline__ bool find_dense(int index, Tile& tile) const {
     const int heads = heads_ * args_.batch;
     if (index >= heads * m_blocks()) return false;
     const TileOrder::Tile found = args_.order.at(index, heads, m_blocks());
     tile.m_block = found.m_block;
-    tile.batch = found.head / heads_;
+    tile.batch = args_.batch == 1 ? 0 : args_.heads.quotient(found.head);
     tile.head = found.head - tile.batch * heads_;
     return true;
   }

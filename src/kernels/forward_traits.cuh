@@ -4,6 +4,7 @@
 
 #include "arch/barrier.cuh"
 #include "arch/convert.cuh"
+#include "arch/warpgroup.cuh"
 #include "attention/block_range.h"
 #include "tile/shared_tile.cuh"
 #include "tile/staged_rows.cuh"
@@ -186,6 +187,9 @@ struct ForwardShared : LoadedValues<Traits>, Totals<Traits> {
       tile_empty[slot].init(kWarps + 1 + Traits::kTransposers);
     }
   }
+
+  /// Every thread, once, each where it begins to need barriers: one of them makes them.
+  __device__ __forceinline__ void wait_for_barriers() const { arch::barrier_sync(0, Traits::kThreads); }
 };
 
 }  // namespace fa3

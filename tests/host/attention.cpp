@@ -55,6 +55,12 @@ void block_ranges(int tile_n, const Visibility* visibility, int seqlen_q, int se
 #undef CALL
 }
 
+void all_blocks(int tile_n, int seqlen_k, BlockRange* out) {
+#define CALL(n) (void)(*out = every_block<n>(seqlen_k))
+  FOR_TILE_N(tile_n, CALL)
+#undef CALL
+}
+
 int needs_mask(const BlockRange* range, int block) { return range->needs_mask(block); }
 
 void no_blocks_at(int block, BlockRange* out) { *out = no_blocks(block); }

@@ -19,6 +19,15 @@ void rows_of(const Packing* packing, int* positions, int* heads) {
 
 int unsplit() { return kNoSplits.whole_tiles; }
 
+int most_parts() { return Splits::kMost; }
+
+void quotients(int divisor, const int* n, int count, int* out) {
+  const Divisor by = Divisor::of(divisor);
+  for (int i = 0; i < count; ++i) out[i] = by.quotient(n[i]);
+}
+
+void splits_of(int whole_tiles, int count, Splits* out) { *out = Splits::of(whole_tiles, count); }
+
 int64_t count_pieces(const Splits* splits, int64_t tiles) { return splits->pieces(tiles); }
 
 void pieces(const Splits* splits, int first, int count, Splits::Piece* out) {
@@ -26,7 +35,8 @@ void pieces(const Splits* splits, int first, int count, Splits::Piece* out) {
 }
 
 void boundaries(int blocks, int parts, int* out) {
-  for (int part = 0; part <= parts; ++part) out[part] = Splits::boundary(blocks, part, parts);
+  const Splits splits = Splits::of(0, parts);
+  for (int part = 0; part <= parts; ++part) out[part] = splits.boundary(blocks, part);
 }
 
 void tile_at(const TileOrder* order, int index, int heads, int num_m_blocks, TileOrder::Tile* out) {
