@@ -40,8 +40,13 @@ fa3_lengths key_storage(const fa3_forward_params& params) {
 
 CacheRows cache_rows(const fa3_forward_params& params) {
   const fa3_cache& c = params.cache;
-  return {params.keys.rows,    key_entries(params), c.cache_batch_idx, c.page_table,
-          c.page_table_stride, c.max_pages,         c.page_size};
+  return {params.keys.rows,
+          key_entries(params),
+          c.cache_batch_idx,
+          c.page_table,
+          c.page_table_stride,
+          c.max_pages,
+          Divisor::of(std::max(c.page_size, 1))};
 }
 
 PrepareArgs plan_prepare(const fa3_forward_params& p) {

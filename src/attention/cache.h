@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "attention/divisor.h"
 #include "attention/seqlen.h"
 
 namespace fa3 {
@@ -46,20 +47,23 @@ struct CacheRows {
   const int* batch_idx;       // (batch), or null
   const int* page_table;      // (batch, max_pages), or null: dense
   int64_t page_table_stride;  // elements between sequences
-  int max_pages, page_size;
+  int max_pages;
+  Divisor page_size;
 
-  FA3_HOST_DEVICE CacheRow at(int batch, int row) const {
-    CacheRow found{batch, row};
-    bool inside = row >= 0 && row < rows;
+  FA3_HOST_DEVICE CacheRow at(int batch, int row) const { return in_entry(entry(batch, row), row); }
+
+  /// The entry that should have a row. It may not exist: who asks early and checks late does not wait for memory.
+  FA3_HOST_DEVICE int entry(int batch, int row) const {
+    if (row < 0 || row >= rows) return CacheRow::kNone;
     if (page_table) {
-      const int page = inside ? row / page_size : 0;
-      inside = inside && page < max_pages;
-      if (inside) found = {page_table[batch * page_table_stride + page], row - page * page_size};
-    } else if (batch_idx) {
-      found.entry = batch_idx[batch];
+      const int page = page_size.quotient(row);
+      return page < max_pages ? page_table[batch * page_table_stride + page] : CacheRow::kNone;
     }
-    if (!inside || found.entry < 0 || found.entry >= entries) found.entry = CacheRow::kNone;
-    return found;
+    return batch_idx ? batch_idx[batch] : batch;
+  }
+  FA3_HOST_DEVICE CacheRow in_entry(int entry, int row) const {
+    if (entry < 0 || entry >= entries) return {CacheRow::kNone, 0};
+    return {entry, page_table ? row - page_size.quotient(row) * page_size.divisor : row};
   }
 };
 

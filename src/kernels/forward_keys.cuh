@@ -22,7 +22,8 @@ struct ContiguousKeys {
     return {&operand.map, work.k_begin, work.head_kv * operand.head_step, work.batch_kv * operand.batch_step};
   }
 
-  using Place = int;  // the block's first row
+  /// Where a block is, of keys and of values alike.
+  using Place = int;  // its first row
   __device__ __forceinline__ static Place place(const Source& from, int n_block) {
     return from.first_row + n_block * Traits::kTileN;
   }
@@ -48,9 +49,12 @@ struct PagedKeys {
     const TmaOperand& operand;
     const TileHead& work;
 
-    /// Where a row lies, counted from the sequence's first.
-    __device__ __forceinline__ CacheRow at(int row) const {
-      return row < work.seqlen_k ? pages.rows.at(work.batch_kv, work.k_begin + row) : CacheRow{CacheRow::kNone, 0};
+    /// The page of a row, counted from the sequence's first, as the page table has it; and where the row lies then.
+    __device__ __forceinline__ int page(int row) const {
+      return row < work.seqlen_k ? pages.rows.entry(work.batch_kv, work.k_begin + row) : CacheRow::kNone;
+    }
+    __device__ __forceinline__ CacheRow in_page(int page, int row) const {
+      return pages.rows.in_entry(page, work.k_begin + row);
     }
     __device__ __forceinline__ int head() const { return work.head_kv * operand.head_step; }
   };
@@ -64,19 +68,18 @@ struct PagedKeys {
     return {args.pages, operand, work};
   }
 
-  using Place = CacheRow;  // of the first row of this lane's box
+  using Place = int;  // the page of this lane's box, if there is such a page
 
-  /// A page is looked up long before it is used: while the loader waits for a free stage.
   __device__ __forceinline__ static Place place(const Source& from, int n_block) {
-    return from.at(n_block * Traits::kTileN + lane() * from.pages.box_rows);
+    return from.page(n_block * Traits::kTileN + lane() * from.pages.box_rows);
   }
 
   /// A block, of whose rows `columns` exist in the array.
   template <class Tile>
-  __device__ __forceinline__ static void load(const Source& from, int columns, int n_block, const Place& box,
-                                              uint8_t* to, arch::Barrier& full) {
+  __device__ __forceinline__ static void load(const Source& from, int columns, int n_block, Place page, uint8_t* to,
+                                              arch::Barrier& full) {
     if (from.pages.box_rows > 0)
-      load_boxes<Tile>(from, box, n_block * Traits::kTileN, to, full);
+      load_boxes<Tile>(from, page, n_block * Traits::kTileN, to, full);
     else
       gather<Tile>(from, columns, n_block * Traits::kTileN, to, full);
   }
@@ -85,21 +88,22 @@ struct PagedKeys {
   /// A lane for each box, and where there are more than lanes another: each of those is looked up when it is its turn.
   /// A box may begin anywhere inside the swizzle's pattern, which goes by addresses.
   template <class Tile>
-  __device__ __forceinline__ static void load_boxes(const Source& from, CacheRow found, int first_row, uint8_t* to,
+  __device__ __forceinline__ static void load_boxes(const Source& from, Place page, int first_row, uint8_t* to,
                                                     arch::Barrier& full) {
     if (leads()) full.arrive_expecting(Tile::kBytes);
     __syncwarp();  // announced before the first byte can be there
     const int rows = from.pages.box_rows;
 #pragma unroll 1
     for (int first = lane() * rows; first < Traits::kTileN; first += 32 * rows) {
-      if (first >= 32 * rows) found = from.at(first_row + first);
+      if (first >= 32 * rows) page = from.page(first_row + first);
+      const CacheRow found = from.in_page(page, first_row + first);
       // A box behind a page's last row brings zeros.
-      const int row = found.exists() ? found.row : from.pages.rows.page_size;
-      const int page = found.exists() ? found.entry * from.operand.batch_step : 0;
+      const int row = found.exists() ? found.row : from.pages.rows.page_size.divisor;
+      const int entry = found.exists() ? found.entry * from.operand.batch_step : 0;
 #pragma unroll
       for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
         arch::load_box(to + chunk * Tile::kChunkBytes + first * Tile::kRowBytes, &from.operand.map,
-                       {chunk * Tile::kChunkColumns, row, from.head(), page}, full);
+                       {chunk * Tile::kChunkColumns, row, from.head(), entry}, full);
     }
   }
 
@@ -112,7 +116,7 @@ struct PagedKeys {
     const int first_column = lane() % kLanes * (16 / Traits::kElementBytes);
 #pragma unroll 1
     for (int row = lane() / kLanes; row < Traits::kTileN; row += 32 / kLanes) {
-      const CacheRow found = from.at(first_row + row);
+      const CacheRow found = from.in_page(from.page(first_row + row), first_row + row);
       uint32_t place = arch::shared_address(to) + Tile::offset(row, first_column);
       const uint8_t* data = from.operand.data + first_column * Traits::kElementBytes;
       if (found.exists())

@@ -28,22 +28,30 @@ class Loader {
 
  private:
   using Source = typename Keys::Source;
+  using Place = typename Keys::Place;
   static constexpr int kLead = 2;  // blocks before the last when the scheduler is to find the next piece
 
   /// Blocks come from the last to the first. K runs one block ahead of V: that is the order in which they are used.
+  /// Where a block is, which memory may have to say, is asked once for both, before the wait for K's stage.
   __device__ __forceinline__ void load(const TileHead& work) {
     const Source k = Keys::source(args_, args_.k, work), v = Keys::source(args_, args_.v, work);
-    int n_block = work.end_block - 1;
-    const int first_block = work.first_block;
-    if (n_block >= first_block) load_k(k, n_block);
-    if (Keys::leads()) load_q(work);
-    const int nearly_last = smaller(n_block, first_block + kLead);
-    if (n_block < first_block && Keys::leads()) shared_.tile_nearly_loaded.arrive();
-    for (; n_block >= first_block; --n_block) {
-      if (n_block == nearly_last && Keys::leads()) shared_.tile_nearly_loaded.arrive();
-      if (n_block > first_block) load_k(k, n_block - 1);
-      load_v(v, n_block);
+    Place here{}, ahead = Keys::place(k, work.end_block - 1);
+#pragma unroll 1
+    for (int n_block = work.end_block; n_block >= work.first_block; --n_block) {
+      if (n_block == nearly_last(work) && Keys::leads()) shared_.tile_nearly_loaded.arrive();
+      if (n_block > work.first_block) load_k(k, n_block - 1, ahead);
+      if (n_block < work.end_block)
+        load_v(v, n_block, here);
+      else if (Keys::leads())
+        load_q(work);
+      here = ahead;
+      ahead = Keys::place(k, n_block - 2);
     }
+  }
+
+  /// Where the scheduler is told to find the next piece.
+  __device__ __forceinline__ static int nearly_last(const TileHead& work) {
+    return larger(smaller(work.end_block - 1, work.first_block + kLead), work.first_block);
   }
 
   __device__ __forceinline__ void load_q(const TileHead& work) {
@@ -68,24 +76,24 @@ class Loader {
     }
   }
 
-  __device__ __forceinline__ void load_k(const Source& k, int n_block) {
-    load_block<typename Traits::TileK>(k, args_.head_dim, n_block, shared_.k, shared_.k_full, shared_.k_empty, k_ring_);
+  __device__ __forceinline__ void load_k(const Source& k, int n_block, Place place) {
+    load_block<typename Traits::TileK>(k, args_.head_dim, n_block, place, shared_.k, shared_.k_full, shared_.k_empty,
+                                       k_ring_);
   }
-  __device__ __forceinline__ void load_v(const Source& v, int n_block) {
+  __device__ __forceinline__ void load_v(const Source& v, int n_block, Place place) {
     if constexpr (Traits::kEightBits)
-      load_block<typename Traits::TileLoadedV>(v, args_.head_dim_v, n_block, shared_.loaded_v, shared_.loaded_v_full,
-                                               shared_.loaded_v_empty, v_ring_);
+      load_block<typename Traits::TileLoadedV>(v, args_.head_dim_v, n_block, place, shared_.loaded_v,
+                                               shared_.loaded_v_full, shared_.loaded_v_empty, v_ring_);
     else
-      load_block<typename Traits::TileV>(v, args_.head_dim_v, n_block, shared_.v, shared_.v_full, shared_.v_empty,
-                                         v_ring_);
+      load_block<typename Traits::TileV>(v, args_.head_dim_v, n_block, place, shared_.v, shared_.v_full,
+                                         shared_.v_empty, v_ring_);
   }
 
   template <class Tile>
-  __device__ __forceinline__ void load_block(const Source& from, int columns, int n_block,
+  __device__ __forceinline__ void load_block(const Source& from, int columns, int n_block, Place place,
                                              uint8_t (&stages)[Traits::kStages][Tile::kBytes], arch::Barrier* full,
                                              arch::Barrier* empty, Ring<Traits::kStages>& ring) {
     const uint32_t stage = ring.stage();
-    const typename Keys::Place place = Keys::place(from, n_block);
     empty[stage].wait(ring.parity() ^ 1);
     Keys::template load<Tile>(from, columns, n_block, place, stages[stage], full[stage]);
     ring.advance();
