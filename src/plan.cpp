@@ -84,6 +84,24 @@ double join_time(int parts, int rows, int head_dim_v) {
   return 0.3 + 0.7 * ceil_div(rows * (head_dim_v / 8), 128) * ceil_div(parts, 8);
 }
 
+/// Whether thread blocks in clusters, one for each tile's parts, can join them in shared memory. That pays where all of
+/// them run at once. A cluster lies within a group of 16 or 18 multiprocessors, so that some stay idle: where the H200
+/// has room for 264 blocks, it has for 240 in clusters of 8, and for 224 in clusters of 16, the largest there are.
+constexpr int kLargestCluster = 16;
+bool may_join_in_cluster(const ForwardVariant& v, const Splits& splits, double pieces, int slots) {
+  const int parts = splits.count.divisor;
+  if (!v.joins_in_cluster || splits.whole_tiles > 0 || parts == 1 || parts > kLargestCluster) return false;
+  return pieces <= slots * (parts > 8 ? 0.845 : 0.9);
+}
+
+/// What splitting adds then, in microseconds: to each part, and to joining them; where large clusters come to share
+/// multiprocessors, though others are idle; and how much slower keys and values come. Measured, decoding.
+constexpr double kClusterPartTime = 0.4, kCrowdedTime = 1.8, kClusterReading = 1.12;
+double cluster_join_time(int parts, double pieces, int rows, int head_dim_v, int num_sms) {
+  const bool crowded = parts > 8 && pieces > 0.85 * num_sms;
+  return 0.2 + 0.2 * ceil_div(rows * (head_dim_v / 8), 128) + (crowded ? kCrowdedTime : 0);
+}
+
 /// Everything about a call's work that choosing looks at, worked out once.
 struct Work {
   const fa3_forward_params& params;
@@ -106,6 +124,7 @@ struct Choice {
   int variant = -1;
   bool packed = false;
   Splits splits = kNoSplits;
+  bool cluster = false;    // the parts of a tile are joined in shared memory
   double time = INFINITY;  // microseconds, estimated
 };
 
@@ -147,40 +166,52 @@ Choice estimate(const Work& work, int index, bool packed) {
                                                     p.num_heads_kv * p.batch / kReadRate / std::max(tiles, 1.0);
   const int rows = std::min(work.seqlen_q, packing.positions) * packing.heads;
 
-  auto time_of = [&](double pieces, int parts) {
-    const double around = cost.tile + (parts > 1 ? kPartTime : 0.0);
+  auto time_of = [&](double pieces, int parts, bool cluster) {
+    const double around = cost.tile + (parts == 1 ? 0.0 : cluster ? kClusterPartTime : kPartTime);
     auto piece = [&](double blocks) { return around + std::ceil(blocks / parts) * cost.block; };
     // Equal pieces come in whole rounds; unequal ones fill each other's gaps, up to a rest.
     const double rounds =
         work.equal_tiles ? std::ceil(pieces / work.num_sms) : std::max(pieces / work.num_sms + 0.3, 1.0);
-    return std::max({rounds * piece(mean), alone * piece(longest), around + pieces / parts * read_time}) +
-           (parts > 1 ? join_time(parts, rows, v.head_dim_v) : 0.0);
+    const double reading = pieces / parts * read_time * (cluster ? kClusterReading : 1.0);
+    const double joining = parts == 1 ? 0.0
+                           : cluster  ? cluster_join_time(parts, pieces, rows, v.head_dim_v, work.num_sms)
+                                      : join_time(parts, rows, v.head_dim_v);
+    return std::max({rounds * piece(mean), alone * piece(longest), around + reading}) + joining;
   };
 
-  Choice choice{index, packed, kNoSplits, time_of(tiles, 1)};
-  auto consider = [&](int whole_tiles, int parts, double time) {
-    const Splits splits = Splits::of(whole_tiles, parts);
-    if (time < choice.time && split_tiles(p, v, packing, splits) * parts * v.part_bytes <= kMostPartBytes) {
-      choice.splits = splits;
-      choice.time = time;
+  const int slots = work.num_sms * v.blocks_per_sm;
+  Choice choice{index, packed, kNoSplits, false, time_of(tiles, 1, false)};
+  auto choose_join = [&](const Splits& splits) {
+    const int parts = splits.count.divisor;
+    const double split = tiles - splits.whole_tiles,
+                 whole = splits.whole_tiles ? time_of(splits.whole_tiles, 1, false) : 0;
+    Choice found{index, packed, splits, false, whole + time_of(split * parts, parts, false)};
+    if (may_join_in_cluster(v, splits, tiles * parts, slots)) {
+      const double time = time_of(tiles * parts, parts, true);
+      if (time < found.time) found.cluster = true, found.time = time;
     }
+    return found;
+  };
+  auto consider = [&](int whole_tiles, int parts) {
+    const Choice found = choose_join(Splits::of(whole_tiles, parts));
+    if (found.time < choice.time && split_tiles(p, v, packing, found.splits) * parts * v.part_bytes <= kMostPartBytes)
+      choice = found;
   };
   const int key_blocks = std::max(ceil_div(p.keys.rows, v.tile_n), 1);  // a part without one has nothing to do
   if (p.num_splits > 0 || p.batch_invariant) {
     const int parts = p.batch_invariant ? 1 : std::min({p.num_splits, key_blocks, Splits::kMost});
-    if (parts > 1) choice.splits = Splits::of(0, parts), choice.time = time_of(tiles * parts, parts);
-    return choice;
+    return parts > 1 ? choose_join(Splits::of(0, parts)) : choice;
   }
-  const int slots = work.num_sms * v.blocks_per_sm;
   const int most = static_cast<int>(std::min({longest, double(key_blocks), 64.0}));
   if (tiles < slots) {
     const int parts = std::min(static_cast<int>(slots / std::max(tiles, 1.0)), most);
-    for (int fewer = parts; fewer > 1; fewer = fewer / 2) consider(0, fewer, time_of(tiles * fewer, fewer));
+    for (int fewer = parts; fewer > 1; fewer = fewer / 2) consider(0, fewer);
+    for (int fewer = std::min(parts, kLargestCluster); fewer > 1; fewer = fewer / 2) consider(0, fewer);
   } else if (work.equal_tiles) {  // the last round, if it is not full, is split for all to share
     const double whole = std::floor(tiles / slots) * slots, rest = tiles - whole;
     if (rest > 0) {
       const int parts = std::min(static_cast<int>(slots / rest), most);
-      if (parts > 1) consider(static_cast<int>(whole), parts, time_of(whole, 1) + time_of(rest * parts, parts));
+      if (parts > 1) consider(static_cast<int>(whole), parts);
     }
   }
   return choice;
@@ -201,7 +232,7 @@ int accumulate_blocks(const fa3_forward_params& p, const Visibility& visibility,
   if (visibility.chunk) most = std::min<int64_t>(most, visibility.chunk);
   if (visibility.left != Visibility::kUnbounded && visibility.right != Visibility::kUnbounded)
     most = std::min(most, int64_t{visibility.left} + visibility.right + 1);
-  return (splits.whole_tiles == 0 ? most / splits.count : most) > kMostKeysUnpromoted;
+  return (splits.whole_tiles == 0 ? most / splits.count.divisor : most) > kMostKeysUnpromoted;
 }
 
 /// The variants that waste least on padded head dims, and of those the way that is estimated to be fastest.
@@ -346,11 +377,15 @@ fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_pl
   plan.accumulate_blocks = accumulate_blocks(p, work.visibility, variant, choice.splits);
   plan_order(work, packing, plan);
 
+  const int slots = variant.blocks_per_sm * free_sms;
   const int64_t tiles = count_tiles(p, variant, packing), pieces = choice.splits.pieces(tiles);
-  plan.grid = static_cast<int>(std::min<int64_t>(pieces, variant.blocks_per_sm * free_sms));
+  plan.grid = static_cast<int>(std::min<int64_t>(pieces, slots));
   if (pieces > INT32_MAX - 2 * plan.grid)  // a thread block asks for a piece of up to two rounds after the last
     return fail(FA3_ERROR_SHAPE, "q: %lld tiles of %d rows, but at most 2^31 - 1 are possible",
                 static_cast<long long>(pieces), plan.tile_m);
+  plan.cluster = choice.cluster && may_join_in_cluster(variant, choice.splits, static_cast<double>(pieces), slots)
+                     ? plan.num_splits
+                     : 1;
   plan.dynamic = pieces > plan.grid && pieces <= kMostCounted && !work.equal_tiles && choice.time > kLongTime;
 
   const WorkspaceSizes sizes = workspace_sizes(p, plan);
@@ -377,11 +412,12 @@ void log_plan(const fa3_forward_params& p, const fa3_forward_plan& plan) {
   std::fprintf(
       stderr,
       "fa3 forward: batch %d, heads %d on %d, head_dim %d and %d, rows %d on %d%s: %s, tile %d x %d, %d heads a tile, "
-      "%d splits after %d tiles, grid %d%s, sections of %d heads, %d short m_blocks, copies q %d k %d v %d, fp32 "
-      "after %d blocks, workspace %zu bytes\n",
+      "%d splits after %d tiles, grid %d in clusters of %d%s, sections of %d heads, %d short m_blocks, copies q %d k "
+      "%d v %d, fp32 after %d blocks, workspace %zu bytes
+",
       p.batch, p.num_heads, p.num_heads_kv, p.head_dim, p.head_dim_v, p.queries.rows, p.keys.rows,
       p.queries.cu_seqlens ? " (ragged)" : "", forward_variants()[plan.variant].name, plan.tile_m, plan.tile_n,
-      plan.pack_gqa, plan.num_splits, plan.num_splits > 1 ? plan.whole_tiles : 0, plan.grid,
+      plan.pack_gqa, plan.num_splits, plan.num_splits > 1 ? plan.whole_tiles : 0, plan.grid, plan.cluster,
       plan.dynamic ? " (dynamic)" : "", plan.heads_per_section, plan.short_m_blocks, plan.copy_q, plan.copy_k,
       plan.copy_v, plan.accumulate_blocks, plan.workspace);
 }

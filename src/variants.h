@@ -16,8 +16,9 @@ struct ForwardVariant {
   int blocks_per_sm;           // thread blocks that share a multiprocessor
   bool totals;                 // fp8: sums in fp32 have room beside O, so that few blocks need to move on to them
   int part_bytes;              // of workspace, for each part of a split tile
+  bool joins_in_cluster;       // a part fits into shared memory, where the other blocks of a cluster can read it
   int swizzle_q_k, swizzle_v;  // bytes: the width of a shared memory chunk, and of a TMA box
-  cudaError_t (*launch)(const ForwardArgs& args, int grid, int device, cudaStream_t stream);  // device: the current
+  cudaError_t (*launch)(const ForwardArgs& args, int grid, int cluster, int device, cudaStream_t stream);
 
   int tile_m() const { return 64 * consumers; }
 };

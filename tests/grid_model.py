@@ -1,10 +1,12 @@
-"""What thread blocks do to each other through global memory, as a model for test_grid_model.py.
+"""What thread blocks do to each other through memory, as a model for test_grid_model.py.
 
 Counter (src/arch/counter.cuh), Scheduler::take_index and finish (src/kernels/forward_tiles.cuh) and PartRows
-(src/kernels/forward_split.cuh), one atomic access at a time. Memory keeps what it held: nobody zeroes it.
+(src/kernels/forward_split.cuh), one atomic access at a time. Global memory keeps what it held: nobody zeroes it.
+Shared memory, in which the blocks of a cluster leave their parts, ends with its block.
 """
 
 import itertools
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 COUNT_BITS = 24
@@ -120,3 +122,51 @@ class Launch:
             except StopIteration:
                 del warps[which]
             assert len(self.done) <= self.pieces, "a piece is computed again"
+
+
+@dataclass
+class Cluster:
+    """Thread blocks that have a tile's parts, and join them in shared memory."""
+
+    parts: int
+    warpgroups: int  # that compute, in each block
+    left_out: str | None = None
+    shared: dict = field(default_factory=dict)  # block -> {warpgroup: its part lies there}
+    arrived: dict = field(default_factory=lambda: defaultdict(int))
+    joined: list = field(default_factory=list)
+
+    def meet(self, name, where, count):
+        """A barrier that `count` warpgroups come to."""
+        self.arrived[name, where] += 1
+        while self.left_out != name and self.arrived[name, where] < count:
+            yield
+
+    def consumer(self, block, warpgroup, steps):
+        everyone = self.parts * self.warpgroups
+        mine = self.shared.setdefault(block, {})
+        for _ in range(steps):
+            assert not any(mine.values()), "a part lies over keys that are still needed"
+            yield
+        yield from self.meet("consumers", block, self.warpgroups)
+        mine[warpgroup] = True
+        yield
+        yield from self.meet("left", None, everyone)
+        for other in range(self.parts):
+            assert self.shared.get(other, {}).get(warpgroup), "a part is not there yet, or no more"
+            yield
+        self.joined.append((block, warpgroup))
+        yield from self.meet("read", None, everyone)
+        self.arrived["ended", block] += 1
+        if self.arrived["ended", block] == self.warpgroups:
+            del self.shared[block]
+
+    def run(self, choose):
+        """`choose(n)` is one of n: how many steps a warpgroup has, and which goes on next."""
+        running = [self.consumer(block, warpgroup, choose(4)) for block in range(self.parts)
+                   for warpgroup in range(self.warpgroups)]
+        while running:
+            which = choose(len(running))
+            try:
+                next(running[which])
+            except StopIteration:
+                del running[which]

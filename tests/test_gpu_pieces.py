@@ -69,10 +69,15 @@ def counter():
     return case
 
 
-def parts():
-    case = Case(dataclasses.replace(DECODE, num_splits=7))
-    assert (case.plan["dynamic"], case.plan["num_splits"], case.plan["pack_gqa"]) == (0, 7, 8)
+def parts(num_splits=20):
+    case = Case(dataclasses.replace(DECODE, num_splits=num_splits))
+    assert (case.plan["dynamic"], case.plan["num_splits"], case.plan["pack_gqa"]) == (0, num_splits, 8)
+    assert case.plan["cluster"] == (num_splits if num_splits <= 16 else 1)
     return case
+
+
+def parts_in_cluster():
+    return parts(num_splits=7)
 
 
 def counted_parts():
@@ -81,7 +86,7 @@ def counted_parts():
     return case
 
 
-every_case = pytest.mark.parametrize("make", [counter, parts, counted_parts])
+every_case = pytest.mark.parametrize("make", [counter, parts, parts_in_cluster, counted_parts])
 
 
 def fill(block, content):
@@ -154,7 +159,7 @@ def test_graph_replays(torch, make, refilled):
 
 def test_graph_of_several_calls(torch):
     """Calls of different kinds that follow each other in one memory, replayed."""
-    cases = [make() for make in (counter, parts, counted_parts, counter, parts)]
+    cases = [make() for make in (counter, parts, parts_in_cluster, counted_parts, counter, parts)]
     for case in cases:
         case.call()
         case.assert_right()
@@ -171,7 +176,7 @@ def test_graph_of_several_calls(torch):
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.combinations_with_replacement(
-    [counter, parts, counted_parts], 2)), ids=lambda make: make.__name__)
+    [counter, parts, parts_in_cluster, counted_parts], 2)), ids=lambda make: make.__name__)
 def test_two_streams_at_once(torch, one, other):
     """Each call has a workspace of its own, whatever runs beside it."""
     cases = one(), other()
@@ -190,6 +195,20 @@ def test_two_streams_at_once(torch, one, other):
     for case, kept in zip(cases, outs, strict=True):
         case.assert_right()
         assert {cuda.numpy(out).tobytes() for out in kept} == {case.bits()}
+
+
+@pytest.mark.parametrize("num_splits", [2, 3, 5, 8, 13, 16])
+@pytest.mark.parametrize("dims", [{}, {"head_dim": 256, "head_dim_v": 256}], ids=["one warpgroup", "two warpgroups"])
+@pytest.mark.parametrize("seqlen_q", [1, 8, 9])
+def test_clusters_of_every_size(torch, num_splits, dims, seqlen_q):
+    """Some rows, and all; sizes that are no powers of two; a warpgroup without rows; lse too."""
+    if dims and not any(v["head_dim"] == 256 and v["dtype"] == "bfloat16" for v in _core.variants()):
+        pytest.skip("a minimal build has one head dim")
+    problem = dataclasses.replace(DECODE, seqlens_q=(seqlen_q,) * 2, num_splits=num_splits, sinks=True, **dims)
+    assert plan_of(problem)["cluster"] == num_splits
+    arrays = strategies.make(problem)
+    out, lse = (cuda.numpy(x) for x in pose(cuda, problem, arrays, return_lse=True))
+    assert_right(problem, arrays, out, lse)
 
 
 @pytest.mark.parametrize("pack_gqa", [False, True])

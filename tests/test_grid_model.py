@@ -4,7 +4,7 @@ import random
 from collections import defaultdict
 
 import pytest
-from grid_model import COUNT_BITS, Launch
+from grid_model import COUNT_BITS, Cluster, Launch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -63,3 +63,18 @@ def test_the_largest_count_leaves_the_ticket_alone():
     counter = Launch(memory, 12345, 1, 1, 1, 1, True).counter("pieces")
     assert list(counter.open()) == [None] and counter.add() == 2**COUNT_BITS - 2
     assert memory["pieces"] >> COUNT_BITS == 12345
+
+
+@given(st.integers(2, 16), st.integers(1, 3), st.integers(0, 2**32))
+def test_a_cluster_joins_the_parts_of_its_blocks(parts, warpgroups, seed):
+    cluster = Cluster(parts, warpgroups)
+    cluster.run(random.Random(seed).randrange)
+    assert sorted(cluster.joined) == [(block, w) for block in range(parts) for w in range(warpgroups)]
+    assert not cluster.shared
+
+
+@pytest.mark.parametrize("left_out", ["consumers", "left", "read"])
+def test_the_model_sees_a_barrier_of_a_cluster_left_out(left_out):
+    with pytest.raises(AssertionError, match="a part"):
+        for seed in range(100):
+            Cluster(3, 2, left_out).run(random.Random(seed).randrange)

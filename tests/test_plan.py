@@ -78,8 +78,8 @@ class Work:
 
     @property
     def part_bytes(self):
-        """Of one part of a tile: for each row the output in fp32, its maximum and its sum."""
-        return self.variant["tile_m"] * (self.variant["head_dim_v"] + 2) * 4
+        """Of one part of a tile: for each row the output in fp32, its maximum and its sum, and a gap."""
+        return self.variant["tile_m"] * (self.variant["head_dim_v"] + 8) * 4
 
     @property
     def workspace(self):
@@ -239,6 +239,27 @@ def test_splits_are_chosen_for_idle_multiprocessors(call):
     assert plan["whole_tiles"] % work.slots == 0, "full rounds come first"
     if not call["ragged"]:
         assert 0 < work.split_tiles * work.parts <= work.slots
+
+
+@given(calls())
+def test_a_cluster_is_the_parts_of_a_tile(call):
+    """And each of its thread blocks has one piece: what it leaves in shared memory is over its keys."""
+    plan = _core.plan(**call)
+    work = Work(call, plan)
+    assert plan["cluster"] in (1, plan["num_splits"]) and plan["cluster"] <= 16
+    if plan["cluster"] > 1:
+        assert plan["whole_tiles"] == 0 and plan["grid"] == work.tiles * plan["cluster"]
+        assert plan["grid"] <= 0.9 * work.slots, "not all of them run at once"
+        assert not plan["dynamic"]
+
+
+def test_parts_of_short_rows_are_joined_in_clusters():
+    """Those of long rows are not: clusters leave multiprocessors idle, and keys come more slowly."""
+    call = {"dtype": "bfloat16", "batch": 1, "seqlen_q": 1, "num_heads": 64, "num_heads_kv": 8, "head_dim": 128,
+            "head_dim_v": 128}
+    for seqlen_k, joined_in_clusters in ((1024, True), (4096, True), (65536, False)):
+        plan = _core.plan(**call, seqlen_k=seqlen_k)
+        assert plan["num_splits"] > 1 and (plan["cluster"] > 1) == joined_in_clusters
 
 
 @given(calls(), st.integers(1, 9), rows, rows)

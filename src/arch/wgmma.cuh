@@ -34,6 +34,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+/// The same for a descriptor, in units of 16 bytes. What is above the block's own 256 KB says which block of a cluster
+/// it is.
+__device__ __forceinline__ uint32_t descriptor_address(const void* pointer) {
+  return (shared_address(pointer) & 0x3ffff) >> 4;
+}
+
 /// A descriptor's constant part (PTX ISA, "matrix descriptor"): byte offsets in bits 16-29 and 32-45, swizzle in 62-63.
 /// The address joins in bits 0-13; all three count 16 bytes.
 __host__ __device__ constexpr uint64_t descriptor_layout(int swizzle, int leading_offset, int stride_offset) {

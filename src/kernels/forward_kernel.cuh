@@ -53,14 +53,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     Consumer<Traits> consumer(args, shared, warpgroup);
     typename Consumer<Traits>::Output o;
     while (const auto* work = consumer.next()) {
-      PartRows<Traits>(args, *work, arch::thread_anew()).expect();
+      PartRows<Traits>(args, shared, *work, arch::thread_anew()).expect();
       RowScales scales;
       consumer.attend(*work, o, [&] {
         if (work->parts == 1)
           scales = finish_rows(args, *work, Traits::kConsumers, arch::thread_anew(), consumer.softmax());
       });
       const uint32_t thread = arch::thread_anew();
-      const PartRows<Traits> parts(args, *work, thread);
+      const PartRows<Traits> parts(args, shared, *work, thread);
       if (parts.all_here()) {
         store_rows(RowWriter<Traits>(args, *work, thread, scales, shared.staging), scales, o);
       } else if (parts.leave(o, consumer.softmax())) {
@@ -72,22 +72,36 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
   }
 }
 
-/// Launch on `device`, the current one, whose shared memory limit is raised the first time.
+/// Launch on `device`, the current one, in clusters of so many thread blocks if it has room for such. What a kernel may
+/// ask for is raised the first time.
 template <class Traits>
-cudaError_t launch_forward(const ForwardArgs& args, int grid, int device, cudaStream_t stream) {
+cudaError_t launch_forward(const ForwardArgs& args, int grid, int cluster, int device, cudaStream_t stream) {
   constexpr int kSharedBytes = sizeof(ForwardShared<Traits>);
   static_assert(Traits::kBlocksPerSm * (kSharedBytes + 1024) <= 228 * 1024,
                 "a multiprocessor has 228 KB of shared memory, and keeps 1 KB for each thread block");
-  static std::atomic<uint64_t> raised;  // a bit for each of the first 64 devices
-  const uint64_t mine = device < 64 ? uint64_t{1} << device : 0;
-  if (!(raised.load(std::memory_order_relaxed) & mine)) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(forward_kernel<Traits>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  constexpr int kRemembered = 64;                           // devices; those past it are asked each time
+  static std::atomic<uint8_t> known_clusters[kRemembered];  // the largest; 0: not asked yet
+  const auto kernel = forward_kernel<Traits>;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = Traits::kThreads;
+  config.dynamicSmemBytes = kSharedBytes;
+  config.stream = stream;
+  int largest = device < kRemembered ? known_clusters[device].load(std::memory_order_relaxed) : 0;
+  if (!largest) {
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error == cudaSuccess) error = cudaOccupancyMaxPotentialClusterSize(&largest, kernel, &config);
     if (error != cudaSuccess) return error;
-    raised.fetch_or(mine, std::memory_order_relaxed);
+    largest = larger(largest, 1);
+    if (device < kRemembered) known_clusters[device].store(largest, std::memory_order_relaxed);
   }
-  forward_kernel<Traits><<<grid, Traits::kThreads, kSharedBytes, stream>>>(args);
-  return cudaGetLastError();
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 && cluster <= largest;
+  return cudaLaunchKernelEx(&config, kernel, args);
 }
 
 template <class Traits>
@@ -103,6 +117,7 @@ ForwardVariant describe_forward(const char* name, int dtype) {
           Traits::kBlocksPerSm,
           Traits::kTotals,
           PartRows<Traits>::kBytes,
+          PartRows<Traits>::kFitsShared,
           Traits::kSwizzleQK,
           Traits::kSwizzleV,
           launch_forward<Traits>};

@@ -58,9 +58,9 @@ class Consumer {
         lane_(threadIdx.x % 32),
         warp_(threadIdx.x / 32 % 4),
         turns_(warpgroup),
-        q_address_(arch::shared_address(shared.q[warpgroup]) >> 4),
-        k_address_(arch::shared_address(shared.k) >> 4),
-        v_address_(arch::shared_address(shared.v) >> 4) {
+        q_address_(arch::descriptor_address(shared.q[warpgroup])),
+        k_address_(arch::descriptor_address(shared.k)),
+        v_address_(arch::descriptor_address(shared.v)) {
     if constexpr (!Traits::kEightBits) softmax_.scale_log2[0] = args.score_scale_log2;
     if (args.packing.rows < 64) clear_idle_queries();
   }

@@ -1,24 +1,32 @@
-// Tiles that are split along the keys: each part is left in memory, and whoever is last joins them.
+// Tiles that are split along the keys: the parts of a tile are left where others can read them, and joined.
 #pragma once
+#include "arch/cluster.cuh"
 #include "arch/counter.cuh"
 #include "arch/warpgroup.cuh"
 #include "kernels/forward_epilogue.cuh"
 
 namespace fa3 {
 
-/// The parts of a warpgroup's rows. Each warpgroup of a tile stands alone, and none ever waits for another. A part in
-/// memory has the maximum and the sum of each of 64 rows, then their outputs.
+/// The parts of a warpgroup's rows. A part has the outputs of each of 64 rows, its maximum and its sum. Where the
+/// thread blocks of a cluster have a tile's parts, they lie in shared memory, and each block joins its share of the
+/// rows. Else they lie in device memory, and whoever is last joins them: each warpgroup of a tile stands alone, and
+/// none ever waits for another.
 template <class Traits>
 class PartRows {
   using RowSoftmax = Softmax<typename Traits::Element, Traits::kTileN>;
+  using Shared = ForwardShared<Traits>;
   static constexpr int kDim = Traits::kHeadDimV;
+  static constexpr int kRowFloats = kDim + 8;  // the eighth row begins where banks repeat
 
  public:
-  static constexpr int kFloats = 64 * (2 + kDim);
+  static constexpr int kFloats = 64 * kRowFloats;
   static constexpr int kBytes = Traits::kConsumers * kFloats * static_cast<int>(sizeof(float));  // of a tile's part
+  /// A part lies over Q, K and V, which nobody needs any more.
+  static constexpr bool kFitsShared = kBytes <= sizeof(Shared::q) + sizeof(Shared::k) + sizeof(Shared::v);
 
-  __device__ __forceinline__ PartRows(const ForwardArgs& args, const TileHead& work, uint32_t thread)
+  __device__ __forceinline__ PartRows(const ForwardArgs& args, Shared& shared, const TileHead& work, uint32_t thread)
       : args_(args),
+        shared_(shared),
         work_(work),
         thread_(thread % 128),
         warpgroup_(arch::uniform(thread / 128)),
@@ -30,26 +38,20 @@ class PartRows {
 
   /// Begin to count the parts that are there: early, since memory takes its time to answer.
   __device__ __forceinline__ void expect() const {
-    if (parts_ > 1 && has_rows() && thread_ == 0) counter().open();
+    if (parts_ > 1 && !in_cluster() && has_rows() && thread_ == 0) counter().open();
   }
 
-  /// Leave this part; true, for all of the warpgroup: all parts are there now. Without rows nothing is left.
+  /// Leave this part; true, for all of the warpgroup: all parts are there now, for it to join.
   __device__ __forceinline__ bool leave(const float (&o)[kDim / 2], const RowSoftmax& softmax) const {
-    if (!has_rows()) return false;
-    float* const mine = part(work_.part);
-    const uint32_t lane = thread_ % 32;
-    const float sum[2] = {softmax.sum_of_row(0), softmax.sum_of_row(1)};
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const uint32_t row = thread_ / 32 * 16 + lane / 4 + 8 * r;
-      if (!exists(row)) continue;
-      if (lane % 4 == 0) __stcg(reinterpret_cast<float2*>(mine) + row, make_float2(softmax.row_max[r], sum[r]));
-      float2* const to = reinterpret_cast<float2*>(mine + 128 + row * kDim) + lane % 4;
-      const bool empty = softmax.met_nothing(r);  // then o holds anything
-#pragma unroll
-      for (int i = 0; i < kDim / 8; ++i)
-        __stcg(to + 4 * i, make_float2(empty ? 0.f : o[4 * i + 2 * r], empty ? 0.f : o[4 * i + 2 * r + 1]));
+    if (in_cluster()) {
+      // Consumers of other rows may not be done with what the part comes to lie over.
+      if constexpr (Traits::kConsumers > 1) arch::barrier_sync(1 + 2 * Traits::kConsumers, 128 * Traits::kConsumers);
+      write(o, softmax, own_part());
+      arch::cluster_sync();
+      return true;
     }
+    if (!has_rows()) return false;
+    write(o, softmax, part(work_.part));
     arch::barrier_sync(barrier(), 128);  // now the count below comes after all of the warpgroup's rows
     const bool last = thread_ == 0 && counter().add_in_order() + 1 == parts_;
     const bool all_here = arch::uniform(arch::barrier_any(barrier(), 128, last));
@@ -57,47 +59,141 @@ class PartRows {
     return all_here;
   }
 
-  /// Read all parts back and write the rows: in order, so that the bits do not depend on who was last. A thread takes 4
-  /// columns of each half of a row, for neighbours to read one stretch of memory, and several parts at once.
+  /// Join the parts and write the rows, or this block's share of them: in order, so that the bits do not depend on who
+  /// was last.
   __device__ __forceinline__ void join() const {
-    constexpr uint32_t kVectors = kDim / 8;
-    const uint32_t count = arch::uniform(places_.positions * args_.packing.heads * kVectors);
-    float descale = 1.f;
-    if constexpr (RowSoftmax::kEightBits) descale = args_.v_descale.at(work_.batch, work_.head_kv);
-#pragma unroll 1
-    for (uint32_t first = 0; first < count; first += 128) {  // a warp goes on together: see uniform() in the consumer
-      const uint32_t i = first + thread_, row = i / kVectors % 64, column = i % kVectors * 4;
-      const int position = args_.packing.position_of(row), head = args_.packing.head_of(row);
-      const Joined joined = join_row(row, column);
-      if (i >= count || !places_.exist(position, head)) continue;
-      const int query_head = places_.first_head + head;
-      const auto result = RowSoftmax::result(joined.max, joined.sum, args_.sinks ? args_.sinks[query_head] : -INFINITY);
-      const int64_t query = places_.first_row + position;
-      if (args_.lse && column == 0) {
-        const int64_t* const stride = args_.lse_stride;
-        args_.lse[places_.batch * stride[0] + query_head * stride[1] + query * stride[2]] = result.lse;
-      }
-      const float scale = result.scale < 0 ? 0.f : result.scale * descale * args_.dropout.scale;
-      auto* const to = static_cast<uint16_t*>(args_.out) + places_.batch * args_.out_stride[0] +
-                       query * args_.out_stride[1] + query_head * args_.out_stride[2];
-#pragma unroll
-      for (uint32_t half = 0; half < 2; ++half) {
-        const uint32_t here = column + half * (kDim / 2);
-        if (here < args_.head_dim_v) store_columns(to + here, joined.x[half], scale);
-      }
-    }
+    const uint32_t vectors = arch::uniform(larger(places_.positions, 0) * args_.packing.heads * kVectors);
+    if (in_cluster())
+      join_share(vectors);
+    else
+      join_all(vectors);
   }
 
  private:
-  static constexpr int kTogether = 8;  // parts on their way at once
+  static constexpr uint32_t kVectors = kDim / 8;  // of a row: 4 columns of each half, so that neighbours read a stretch
+  static constexpr int kTogether = 8;             // parts on their way at once
 
+  /// Of a vector.
   struct Joined {
     float max, sum;
     float4 x[2];
+
+    __device__ __forceinline__ void scale(float weight) {
+      sum *= weight;
+#pragma unroll
+      for (float4& v : x) v = make_float4(v.x * weight, v.y * weight, v.z * weight, v.w * weight);
+    }
   };
 
-  __device__ __forceinline__ Joined join_row(uint32_t row, uint32_t column) const {
+  /// Where a vector is, and whether its row exists.
+  struct Place {
+    uint32_t row, column;
+    int position, head;
+    bool exists;
+  };
+
+  __device__ __forceinline__ Place place(uint32_t i, uint32_t end) const {
+    Place at{i / kVectors % 64, i % kVectors * 4};
+    at.position = args_.packing.position_of(at.row);
+    at.head = args_.packing.head_of(at.row);
+    at.exists = i < end && places_.exist(at.position, at.head);
+    return at;
+  }
+
+  /// In device memory: a thread joins a vector, several parts at once.
+  __device__ __forceinline__ void join_all(uint32_t end) const {
+#pragma unroll 1
+    for (uint32_t first = 0; first < end; first += 128) {  // a warp goes on together: see uniform() in the consumer
+      const Place at = place(first + thread_, end);
+      const Joined joined = join_parts(at);
+      if (at.exists) store(at, joined);
+    }
+  }
+
+  /// In a cluster: a lane reads a part of a vector, and 2, 4, 8 or 16 lanes add up in a tree.
+  __device__ __forceinline__ void join_share(uint32_t end) const {
+    const uint32_t share = args_.splits.count.quotient(end + parts_ - 1), part = arch::uniform(work_.part);
+    const uint32_t lanes = 2u << (31 - __clz(parts_ - 1)), mine = thread_ % 32 & (lanes - 1);
+    end = smaller((part + 1) * share, end);
+    const float* const from = arch::in_block(own_part(), smaller(mine, parts_ - 1));
+    uint32_t first = part * share;
+    bool more;
+#pragma unroll 1
+    do {
+      const Place at = place(first + thread_ / lanes, end);
+      first += 128 / lanes;
+      more = first < end;
+      Joined joined{-INFINITY, 0.f, {}};
+      if (at.exists && mine < parts_) {
+        const float* const here = from + at.row * kRowFloats;
+        joined.max = here[kDim];
+        joined.sum = here[kDim + 1];
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          joined.x[half] = *reinterpret_cast<const float4*>(here + at.column + half * (kDim / 2));
+      }
+      float top = joined.max;
+#pragma unroll 1
+      for (uint32_t step = 1; step < lanes; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+      joined.scale(RowSoftmax::weight(joined.max, top));
+      joined.max = top;
+#pragma unroll 1
+      for (uint32_t step = 1; step < lanes; step *= 2) {
+        joined.sum += __shfl_xor_sync(~0u, joined.sum, step);
+#pragma unroll
+        for (float4& v : joined.x) {
+          v.x += __shfl_xor_sync(~0u, v.x, step);
+          v.y += __shfl_xor_sync(~0u, v.y, step);
+          v.z += __shfl_xor_sync(~0u, v.z, step);
+          v.w += __shfl_xor_sync(~0u, v.w, step);
+        }
+      }
+      if (!more) arch::cluster_arrive();  // what the lanes have exchanged has been read
+      if (at.exists && mine == 0) store(at, joined);
+    } while (more);
+    arch::cluster_wait();  // a block that ends takes its shared memory with it
+  }
+
+  /// A vector's columns of output, and with the first of them the row's lse.
+  __device__ __forceinline__ void store(const Place& at, const Joined& joined) const {
+    const int query_head = places_.first_head + at.head;
+    const auto result = RowSoftmax::result(joined.max, joined.sum, args_.sinks ? args_.sinks[query_head] : -INFINITY);
+    const int64_t query = places_.first_row + at.position;
+    if (args_.lse && at.column == 0) {
+      const int64_t* const stride = args_.lse_stride;
+      args_.lse[places_.batch * stride[0] + query_head * stride[1] + query * stride[2]] = result.lse;
+    }
+    float scale = result.scale < 0 ? 0.f : result.scale * args_.dropout.scale;
+    if constexpr (RowSoftmax::kEightBits) scale *= args_.v_descale.at(work_.batch, work_.head_kv);
+    auto* const to = static_cast<uint16_t*>(args_.out) + places_.batch * args_.out_stride[0] +
+                     query * args_.out_stride[1] + query_head * args_.out_stride[2];
+#pragma unroll
+    for (uint32_t half = 0; half < 2; ++half) {
+      const uint32_t here = at.column + half * (kDim / 2);
+      if (here < args_.head_dim_v) store_columns(to + here, joined.x[half], scale);
+    }
+  }
+
+  /// This warpgroup's rows of this part.
+  __device__ __forceinline__ void write(const float (&o)[kDim / 2], const RowSoftmax& softmax, float* to) const {
+    const uint32_t lane = thread_ % 32;
+    const float sum[2] = {softmax.sum_of_row(0), softmax.sum_of_row(1)};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const uint32_t row = thread_ / 32 * 16 + lane / 4 + 8 * r;
+      if (!exists(row)) continue;
+      float2* const columns = reinterpret_cast<float2*>(to + row * kRowFloats) + lane % 4;
+      const bool empty = softmax.met_nothing(r);  // then o holds anything
+#pragma unroll
+      for (int i = 0; i < kDim / 8; ++i)
+        columns[4 * i] = make_float2(empty ? 0.f : o[4 * i + 2 * r], empty ? 0.f : o[4 * i + 2 * r + 1]);
+      if (lane % 4 == 0) columns[kDim / 2] = make_float2(softmax.row_max[r], sum[r]);
+    }
+  }
+
+  __device__ __forceinline__ Joined join_parts(const Place& at) const {
     Joined joined{-INFINITY, 0.f, {}};
+    const float* from = part(0) + at.row * kRowFloats;
 #pragma unroll 1
     for (int first = 0; first < parts_; first += kTogether) {
       float2 head[kTogether];
@@ -106,22 +202,20 @@ class PartRows {
       for (int n = 0; n < kTogether; ++n) {
         head[n] = make_float2(-INFINITY, 0.f);
         x[n][0] = x[n][1] = make_float4(0, 0, 0, 0);
-        if (first + n < parts_) {
-          const float* const here = part(first + n);
-          head[n] = __ldcg(reinterpret_cast<const float2*>(here) + row);
+        if (at.exists && first + n < parts_) {
+          head[n] = __ldcg(reinterpret_cast<const float2*>(from + kDim));
 #pragma unroll
           for (int half = 0; half < 2; ++half)
-            x[n][half] = __ldcg(reinterpret_cast<const float4*>(here + 128 + row * kDim + column + half * (kDim / 2)));
+            x[n][half] = __ldcg(reinterpret_cast<const float4*>(from + at.column + half * (kDim / 2)));
         }
+        from += Traits::kConsumers * kFloats;
       }
       float top = joined.max;
 #pragma unroll
       for (int n = 0; n < kTogether; ++n) top = fmaxf(top, head[n].x);
       const float shrink = RowSoftmax::weight(joined.max, top);
       joined.max = top;
-      joined.sum *= shrink;
-#pragma unroll
-      for (float4& sum : joined.x) sum = make_float4(sum.x * shrink, sum.y * shrink, sum.z * shrink, sum.w * shrink);
+      joined.scale(shrink);
 #pragma unroll
       for (int n = 0; n < kTogether; ++n) {
         const float weight = RowSoftmax::weight(head[n].x, top);
@@ -159,11 +253,18 @@ class PartRows {
     return {args_.parts_done + (int64_t{work_.place} * Traits::kConsumers + warpgroup_), args_.ticket};
   }
 
+  /// The tile's parts are those of a cluster's blocks: the launch says so.
+  __device__ __forceinline__ bool in_cluster() const { return kFitsShared && arch::cluster_size() > 1; }
+
+  __device__ __forceinline__ float* own_part() const {
+    return reinterpret_cast<float*>(shared_.q) + warpgroup_ * kFloats;
+  }
   __device__ __forceinline__ float* part(int n) const {
     return args_.parts + ((int64_t{work_.place} * parts_ + n) * Traits::kConsumers + warpgroup_) * kFloats;
   }
 
   const ForwardArgs& args_;
+  Shared& shared_;
   const TileHead& work_;
   const uint32_t thread_;  // of the warpgroup's 128
   const int warpgroup_;

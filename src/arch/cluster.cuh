@@ -1,0 +1,35 @@
+// Thread blocks of a cluster: they run at the same time, and read each other's shared memory.
+#pragma once
+#include <cstdint>
+
+namespace fa3::arch {
+
+/// Thread blocks of this one's cluster; 1 if it was launched without one.
+__device__ __forceinline__ uint32_t cluster_size() {
+  uint32_t size;
+  asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
+  return size;
+}
+
+/// Wait for every thread of the cluster that has not ended, and see what it has written to shared memory before.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+
+/// The same in two steps, and nothing that this thread has written is to be seen: a release would wait until it is.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+
+/// The same place as `own`, in shared memory, in that of thread block `rank` of the cluster.
+__device__ __forceinline__ const float* in_block(const float* own, uint32_t rank) {
+  uint64_t address;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(own), "r"(rank));
+  return reinterpret_cast<const float*>(address);
+}
+
+}  // namespace fa3::arch
