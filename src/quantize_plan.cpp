@@ -40,7 +40,7 @@ void describe_rows(const fa3_quantize_params& p, QuantizeArgs& args) {
   for (int i = 0; i < count; ++i) unit_rows *= axes[i].size;
   args.rows.count = count;
   for (int i = 0; i < count && unit_rows; ++i) {
-    args.rows.size[i] = Divisor(static_cast<uint32_t>(axes[i].size));
+    args.rows.size[i] = Divisor::of(static_cast<int>(axes[i].size));
     args.rows.x[i] = axes[i].x;
     args.rows.out[i] = axes[i].out;
   }

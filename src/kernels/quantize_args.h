@@ -2,30 +2,9 @@
 #pragma once
 #include <cstdint>
 
-#include "arch/host_device.h"
+#include "attention/divisor.h"
 
 namespace fa3 {
-
-/// Quotients by a number that is known before the launch: a product and a shift. For 0 <= n < 2^31, 1 <= divisor <
-/// 2^31.
-class Divisor {
- public:
-  Divisor() = default;
-  explicit Divisor(uint32_t divisor) : divisor_(divisor) {
-    while (uint64_t{1} << shift_ < divisor) ++shift_;
-    // ceil(2^(32 + shift) / divisor) - 2^32, which is less than 2^32: n's product with it errs by less than 1 /
-    // divisor.
-    factor_ = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift_) - divisor)) / divisor + 1);
-  }
-  FA3_HOST_DEVICE uint32_t quotient(uint32_t n) const {
-    const auto high = static_cast<uint32_t>((uint64_t{n} * factor_) >> 32);
-    return (high + n) >> shift_;
-  }
-  FA3_HOST_DEVICE uint32_t divisor() const { return divisor_; }
-
- private:
-  uint32_t divisor_ = 1, factor_ = 1, shift_ = 0;
-};
 
 /// Rows that share a scale, as up to three strided axes, outermost first. One axis is what most calls have: it needs no
 /// quotient.
@@ -44,8 +23,8 @@ struct RowAxes {
     uint32_t rest = row;
     for (int axis = 2; axis > 0; --axis) {
       if (axis >= count) continue;
-      const uint32_t outer = size[axis].quotient(rest);
-      const uint32_t index = rest - outer * size[axis].divisor();
+      const uint32_t outer = size[axis].quotient(static_cast<int>(rest));
+      const uint32_t index = rest - outer * size[axis].divisor;
       offsets.x += index * x[axis];
       offsets.out += index * out[axis];
       rest = outer;

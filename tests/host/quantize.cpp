@@ -41,8 +41,8 @@ void plan_of(const fa3_quantize_params* params, int num_sms, int64_t* out) {
 }
 
 void quotients(uint32_t divisor, int count, const uint32_t* n, uint32_t* out) {
-  const Divisor by(divisor);
-  for (int i = 0; i < count; ++i) out[i] = by.quotient(n[i]);
+  const Divisor by = Divisor::of(static_cast<int>(divisor));
+  for (int i = 0; i < count; ++i) out[i] = by.quotient(static_cast<int>(n[i]));
 }
 
 }  // extern "C"
