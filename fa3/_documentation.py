@@ -57,7 +57,7 @@ fp8_accumulate : int, optional
     block.""",
     "dropout_p": """\
 dropout_p : float, default 0.0
-    Drop each weight of the softmax with this probability, in steps of 2**-16, and multiply the others by
+    Drop each weight of the softmax with this probability, in steps of 2**-15, and multiply the others by
     ``1 / (1 - dropout_p)``; lse is that of all. Above 0 it needs a seed. Not of fp8 on the GPU.
 dropout_seed : int or array () or (1,), optional
     Which weights are dropped: the same with the same seed, in forward and backward, on every device, by

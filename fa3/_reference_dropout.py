@@ -27,12 +27,14 @@ def weights(p, seed, b, queries, heads, keys):
     """
     query, head, key = (np.asarray(x, dtype=np.uint64) for x in (queries, heads, keys))
     query, head = query[:, None, None], head[None, :, None]
-    words = _philox(seed, (key // 16 * 4 + key % 8 // 2, query // 16 * 8 + query % 8, head, np.uint64(b)))
+    words = _philox(seed, (head, key // 32 * 4 + key % 8 // 2, np.uint64(b), query // 16 * 8 + query % 8))
     word = np.where(key // 8 % 2, np.where(query // 8 % 2, words[3], words[2]),
                     np.where(query // 8 % 2, words[1], words[0]))
-    sixteen = np.where(key % 2, word // 65536, word % 65536)
-    threshold = min(int(np.round(np.float32(p) * 65536)), 65535)
-    return (sixteen >= threshold) / (1 - p)
+    word = np.where(key // 16 % 2, word // 256 + word % 256 * 2**24, word)
+    fifteen = np.where(key % 2, word // 65536, word) % 32768
+    dropped = min(int(np.round(np.float32(p) * 32768)), 32767)
+    kept = fifteen >= dropped if dropped <= 16384 else fifteen < 32768 - dropped
+    return kept / (1 - p)
 
 
 def _philox(seed, counter):

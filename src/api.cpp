@@ -112,7 +112,7 @@ struct Launch {
     args.hidden = args.score_scale_log2 < 0 ? INFINITY : -INFINITY;
     args.sinks = p.sinks;
     args.dropout = dropout_of(p.dropout);
-    args.plain_blocks = p.softcap == 0 && !args.dropout.active;
+    args.plain_blocks = p.softcap == 0;
     args.exact_max = p.batch_invariant;
     args.most_tiles = static_cast<int>(most_tiles(p, plan));
     args.order = {plan.heads_per_section, plan.short_m_blocks};
@@ -138,7 +138,8 @@ struct Launch {
     if (auto status = prepare()) return status;
     if (params.queries.rows == 0) return FA3_OK;  // only the cache was written
     if (auto status = fill(args)) return status;
-    const cudaError_t error = variant.launch(args, plan.grid, plan.cluster, params.device, stream);
+    const auto launch = args.dropout.active ? variant.launch_dropout : variant.launch;  // the latter null: of fp8
+    const cudaError_t error = launch(args, plan.grid, plan.cluster, params.device, stream);
     return check_cuda(error, variant.name, cudaGetErrorString(error));
   }
 };

@@ -118,7 +118,7 @@ typedef struct fa3_descale {
   int32_t group;
 } fa3_descale;
 
-/* Each probability is kept with 1 - p, rounded to 16 bits, and then divided by it. Which are kept is Philox4x32-10 of
+/* Each probability is kept with 1 - p, rounded to 15 bits, and then divided by it. Which are kept is Philox4x32-10 of
  * the seed at (batch, head, query, key), counted within the call and the sequence: fa3/_philox.py has the layout. */
 typedef struct fa3_dropout {
   float p;               /* from 0, none, to below 1 */

@@ -321,9 +321,11 @@ Visibility visibility_of(const fa3_forward_params& params) {
 Dropout dropout_of(const fa3_dropout& given) {
   using SeedType = Dropout::SeedType;
   constexpr SeedType kTypes[] = {SeedType::kInt64, SeedType::kInt32, SeedType::kUint32};  // in fa3_integer's order
-  const uint32_t threshold = std::min(static_cast<uint32_t>(std::nearbyint(given.p * 65536)), 65535u);
+  const uint32_t dropped = std::min(static_cast<uint32_t>(std::nearbyint(given.p * 32768)), 32767u);
+  const bool inverted = dropped > 16384;
   return {.active = given.p > 0,
-          .threshold = threshold * 0x10001,
+          .threshold = (inverted ? 32768 - dropped : dropped) * 0x10001,
+          .inverted = inverted ? ~0u : 0u,
           .scale = static_cast<float>(1 / (1 - double{given.p})),
           .number = given.seed,
           .seed_array = given.seed_data,

@@ -18,7 +18,9 @@ struct ForwardVariant {
   int part_bytes;              // of workspace, for each part of a split tile
   bool joins_in_cluster;       // a part fits into shared memory, where the other blocks of a cluster can read it
   int swizzle_q_k, swizzle_v;  // bytes: the width of a shared memory chunk, and of a TMA box
+  // device: the current
   cudaError_t (*launch)(const ForwardArgs& args, int grid, int cluster, int device, cudaStream_t stream);
+  cudaError_t (*launch_dropout)(const ForwardArgs& args, int grid, int cluster, int device, cudaStream_t stream);
 
   int tile_m() const { return 64 * consumers; }
 };

@@ -16,12 +16,19 @@ def philox4x32_10(seed, c0, c1, c2, c3):
     return c0, c1, c2, c3
 
 
-def sixteen_bits(seed, batch, head, query, key):
+def fifteen_bits(seed, batch, head, query, key):
     """What decides about one element."""
-    words = philox4x32_10(seed, 4 * (key // 16) + key % 8 // 2, 8 * (query // 16) + query % 8, head, batch)
+    words = philox4x32_10(seed, head, 4 * (key // 32) + key % 8 // 2, batch, 8 * (query // 16) + query % 8)
     chosen = query // 8 % 2 + 2 * (key // 8 % 2)
     word = sum(words[i] * (chosen == i) for i in range(4))
-    return word >> 16 * (key % 2) & 0xFFFF
+    twice = word << 32 | word
+    return twice >> 8 * (key // 16 % 2) + 16 * (key % 2) & 0x7FFF
+
+
+def is_kept(p, bits):
+    """What dropout of probability p makes of such bits."""
+    dropped = min(round(float(np.float32(p)) * 32768), 32767)
+    return bits >= dropped if dropped <= 16384 else bits < 32768 - dropped
 
 
 def keep(p, seed, batch, num_heads, seqlen_q, seqlen_k):
@@ -29,4 +36,4 @@ def keep(p, seed, batch, num_heads, seqlen_q, seqlen_k):
     if p == 0:
         return np.ones((num_heads, seqlen_q, seqlen_k), bool)
     head, query, key = np.indices((num_heads, seqlen_q, seqlen_k), np.uint64)
-    return sixteen_bits(seed, np.uint64(batch), head, query, key) >= round(float(np.float32(p)) * 65536)
+    return is_kept(p, fifteen_bits(seed, np.uint64(batch), head, query, key))

@@ -1,5 +1,7 @@
 """Dropout: Philox against its published answers, the layout element by element, statistics, and the forward."""
 
+import itertools
+
 import frameworks
 import numpy as np
 import philox
@@ -38,37 +40,42 @@ def test_known_answers(counter, key, words):
 def test_a_tile_keeps_what_its_elements_keep(seed, batch, head, query, key, rows, columns, p):
     kept = _philox.Dropout(p, seed).keep(
         batch, slice(head, head + 2), slice(query, query + rows), slice(key, key + columns))
-    threshold = round(float(np.float32(p)) * 65536)
-    expected = [[[philox.sixteen_bits(seed, batch, h, i, j) >= threshold for j in range(key, key + columns)]
+    expected = [[[philox.is_kept(p, philox.fifteen_bits(seed, batch, h, i, j)) for j in range(key, key + columns)]
                  for i in range(query, query + rows)] for h in range(head, head + 2)]
     assert np.array_equal(kept, expected)
 
 
-def test_one_call_is_a_lanes_share_of_a_block():
+def test_one_call_is_a_lanes_share_of_two_blocks():
     """What _philox.py says of Hopper's accumulators, lane by lane: the reason for the layout."""
-    seed, batch, head, query, key = 7, 3, 2, 32, 48
-    kept = np.array([[philox.sixteen_bits(seed, batch, head, query + i, key + j) for j in range(16)]
+    seed, batch, head, query, key = 7, 3, 2, 32, 96
+    kept = np.array([[philox.fifteen_bits(seed, batch, head, query + i, key + j) for j in range(32)]
                      for i in range(16)])
 
     def call(row, pair):
-        return philox.philox4x32_10(seed, 4 * (key // 16) + pair, 8 * (query // 16) + row, head, batch)
+        return philox.philox4x32_10(seed, head, 4 * (key // 32) + pair, batch, 8 * (query // 16) + row)
+
+    def halves(word, second):
+        if second:
+            word = word >> 8 | word % 256 << 24
+        return word & 0x7FFF, word >> 16 & 0x7FFF
 
     def register(block, lane, i):
-        """Both 16-bit halves of a lane's register i of a 16 x 16 block."""
+        """Both halves of a lane's register i of a 16 x 16 block."""
         row, column = lane // 4 + 8 * (i % 2), 2 * (lane % 4) + 8 * (i // 2)
         return tuple(block[row, column:column + 2])
 
-    for lane in range(32):
+    for lane, second in itertools.product(range(32), range(2)):
+        block = kept[:, 16 * second:][:, :16]
         words = call(lane // 4, lane % 4)
         for i in range(4):  # queries as rows
-            assert register(kept, lane, i) == (words[i] & 0xFFFF, words[i] >> 16)
+            assert register(block, lane, i) == halves(words[i], second)
         own, other = (lane // 4) % 2, lane ^ 4  # keys as rows
         mine = call(2 * (lane % 4) + own, lane // 8)
         theirs = call(2 * (other % 4) + 1 - own, other // 8)
         even, odd = (theirs, mine) if own else (mine, theirs)
         for i in range(4):
-            halves = even[i // 2 + i % 2 * 2], odd[i // 2 + i % 2 * 2]
-            assert register(kept.T, lane, i) == tuple(word >> 16 * own & 0xFFFF for word in halves)
+            pair = even[i // 2 + i % 2 * 2], odd[i // 2 + i % 2 * 2]
+            assert register(block.T, lane, i) == tuple(halves(word, second)[own] for word in pair)
 
 
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9, 0.999])
@@ -97,16 +104,34 @@ def test_elements_are_independent():
     assert abs((first[:, 1:, 1:] * first[:, :-1, 1:] * first[:, 1:, :-1] * first[:, :-1, :-1]).mean()) < 5e-3
 
 
-def test_probabilities_are_rounded_to_sixteen_bits():
+def test_what_shares_bits_is_dropped_together_hardly_more_often():
+    """A key's lower bits are upper ones of a key 16 before or behind it: the correlation that _philox.py admits."""
+    kept = _philox.Dropout(0.1, 99).keep(0, slice(0, 8), slice(0, 1024), slice(0, 1024))
+    kept = np.where(kept, 1 / 3, -3).reshape(8, 1024, 32, 2, 16)  # mean 0, variance 1
+    for step in (-1, 0, 1):
+        share = (kept[..., 0, 1:-1] * kept[..., 1, 1 + step:15 + step]).mean()
+        assert abs(share) < 0.004
+
+
+def test_probabilities_are_rounded_to_fifteen_bits():
     """Of their fp32 values, which a C caller has as well."""
-    thresholds = {0.1: 6554, 0.5: 32768, 0.25 + 2**-17: 16384, 0.25 + 2**-16: 16385, 1e-9: 0, 0.9999999: 65535}
-    assert {p: _philox.Dropout(p, 0).threshold for p in thresholds} == thresholds
+    dropped = {0.1: 3277, 0.5: 16384, 0.25 + 2**-16: 8192, 0.25 + 2**-15: 8193, 1e-9: 0, 0.9999999: 32767}
+    assert {p: _philox.Dropout(p, 0).dropped for p in dropped} == dropped
+
+
+@pytest.mark.parametrize(("p", "kept"), [
+    (0.5 - 2**-15, range(16383, 32768)), (0.5, range(16384, 32768)), (0.5 + 2**-17, range(16384, 32768)),
+    (0.5 + 2**-15, range(16383)), (0.9999999, range(1))])
+def test_up_to_a_half_low_numbers_drop_and_then_high_ones(p, kept):
+    bits = philox.fifteen_bits(3, np.uint64(0), *np.indices((2, 256, 256), np.uint64))
+    keep = _philox.Dropout(p, 3).keep(0, slice(0, 2), slice(0, 256), slice(0, 256))
+    assert np.array_equal(keep, (bits >= kept.start) & (bits < kept.stop))
 
 
 def test_the_ends_of_the_range():
     everything = [_philox.Dropout(p, 0).keep(0, slice(0, 1), slice(0, 512), slice(0, 512)) for p in (1e-9, 0.9999999)]
     assert everything[0].all()
-    assert 0 < everything[1].sum() < 40  # one in 65,536 is kept, at the least
+    assert 0 < everything[1].sum() < 40  # one in 32,768 is kept, at the least
 
 
 # The forward.

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 seeds = st.integers(0, 2**64 - 1)
 heads, batches = st.integers(0, 2**20), st.integers(0, 2**31 - 1)
 sixteens = st.integers(0, 2**26).map(lambda block: 16 * block)
-thresholds = st.sampled_from([0, 1, 6554, 32768, 65535]) | st.integers(0, 65535)
+# Of 2**15 cases those that drop an element.
+dropped = st.sampled_from([0, 1, 3277, 16384, 16385, 32767]) | st.integers(0, 32767)
 
 
 @pytest.fixture(scope="module")
@@ -23,16 +24,22 @@ def host(tmp_path_factory):
     return library
 
 
-def kept(seed, threshold, batch, head, queries, keys):
+def bounds(dropped):
+    """What a kernel is given."""
+    inverted = dropped > 16384
+    return (32768 - dropped if inverted else dropped) * 0x10001, 0xFFFFFFFF if inverted else 0
+
+
+def kept(seed, dropped, batch, head, queries, keys):
     query, key = np.meshgrid(*(np.array(x, np.uint64) for x in (queries, keys)), indexing="ij")
-    return philox.sixteen_bits(seed, np.uint64(batch), np.uint64(head), query, key) >= threshold
+    return philox.is_kept(dropped / 32768, philox.fifteen_bits(seed, np.uint64(batch), np.uint64(head), query, key))
 
 
 def fragment(block):
-    """(16, 64) as each lane of a warp holds it: words of two neighbouring columns, (32, 16, 2)."""
-    found = np.empty((32, 16, 2), block.dtype)
+    """(16, n) as each lane of a warp holds it: words of two neighbouring columns, (32, n / 4, 2)."""
+    found = np.empty((32, block.shape[1] // 4, 2), block.dtype)
     for lane in range(32):
-        for i in range(16):
+        for i in range(found.shape[1]):
             row, column = lane // 4 + 8 * (i % 2), 8 * (i // 2) + 2 * (lane % 4)
             found[lane, i] = block[row, column:column + 2]
     return found
@@ -42,22 +49,26 @@ def pointer(array):
     return array.ctypes.data_as(ctypes.c_void_p)
 
 
-@given(seeds, thresholds, heads, batches, sixteens, sixteens)
-def test_queries_as_rows(host, seed, threshold, head, batch, query, key):
-    expected = fragment(kept(seed, threshold, batch, head, range(query, query + 16), range(key, key + 64)))
+@pytest.mark.parametrize("blocks", [4, 5])
+@given(seeds, dropped, heads, batches, sixteens, st.integers(0, 2**23))
+def test_queries_as_rows(host, blocks, seed, dropped, head, batch, query, n_block):
+    """Whole calls, and an odd number of blocks that begins with either half of one."""
+    key = 16 * blocks * n_block
+    expected = fragment(kept(seed, dropped, batch, head, range(query, query + 16), range(key, key + 16 * blocks)))
     values = np.random.default_rng(0).integers(1, 65536, expected.shape, np.uint16)
     words = values.copy()
-    host.drop_queries(ctypes.byref(ctypes.c_uint64(seed)), threshold * 0x10001, head, batch, query, key,
-                      pointer(words))
+    host.drop_queries(ctypes.c_uint64(seed), *bounds(dropped), head, batch, query, key, blocks, pointer(words))
     assert np.array_equal(words, values * expected)
 
 
-@given(seeds, thresholds, heads, batches, sixteens, sixteens)
-def test_keys_as_rows(host, seed, threshold, head, batch, query, key):
-    expected = fragment(kept(seed, threshold, batch, head, range(query, query + 64), range(key, key + 16)).T)
-    pairs = np.empty((32, 16), np.uint32)
-    host.keep_keys(ctypes.byref(ctypes.c_uint64(seed)), threshold * 0x10001, head, batch, key, query, pointer(pairs))
-    assert np.array_equal(pairs.view(np.uint16).reshape(32, 16, 2), expected)
+@given(seeds, dropped, heads, batches, sixteens, sixteens)
+def test_keys_as_rows(host, seed, dropped, head, batch, query, key):
+    expected = fragment(kept(seed, dropped, batch, head, range(query, query + 64), range(key, key + 16)).T)
+    halves, elements = np.empty((32, 16), np.uint32), np.empty((32, 16, 2), bool)
+    host.keep_keys(ctypes.c_uint64(seed), *bounds(dropped), head, batch, key, query, pointer(halves),
+                   pointer(elements))
+    assert np.array_equal(halves.view(np.uint16).reshape(32, 16, 2), expected * np.uint16(0xFFFF))
+    assert np.array_equal(elements, expected)
 
 
 @given(st.integers(-2**63, 2**64 - 1))

@@ -2,23 +2,25 @@
 #pragma once
 #include <cstdint>
 
-#include "arch/halves.cuh"
+#include "arch/integers.cuh"
 #include "arch/warpgroup.cuh"
 #include "attention/dropout.h"
 
 namespace fa3 {
 
 /// Random words of one head of a sequence.
-struct Philox {
-  uint32_t key_low, key_high;  // of the seed
-  uint32_t head, batch;
+class Philox {
+ public:
+  __device__ __forceinline__ Philox(uint64_t seed, int head, int batch) : seed_(seed), head_(head), batch_(batch) {}
 
-  /// Four words that serve two queries times four keys; `pair` and `row` are the first numbers of the counter.
-  FA3_HOST_DEVICE void draw(uint32_t pair, uint32_t row, uint32_t (&word)[4]) const {
-    uint32_t c[4] = {pair, row, head, batch}, low = key_low, high = key_high;
+  /// Four words that serve two queries times eight keys; `pair` and `row` are numbers of the counter. Calls that differ
+  /// in one of them alone have four of the first three rounds' six products in common, which the compiler sees.
+  __device__ __forceinline__ void draw(uint32_t pair, uint32_t row, uint32_t (&word)[4]) const {
+    uint32_t c[4] = {head_, pair, batch_, row};
+    uint32_t low = static_cast<uint32_t>(seed_), high = static_cast<uint32_t>(seed_ >> 32);
 #pragma unroll
     for (int round = 0; round < 10; ++round) {
-      const uint64_t first = uint64_t{0xD2511F53} * c[0], second = uint64_t{0xCD9E8D57} * c[2];
+      const uint64_t first = arch::wide_product(c[0], 0xD2511F53), second = arch::wide_product(c[2], 0xCD9E8D57);
       c[0] = static_cast<uint32_t>(second >> 32) ^ c[1] ^ low;
       c[1] = static_cast<uint32_t>(second);
       c[2] = static_cast<uint32_t>(first >> 32) ^ c[3] ^ high;
@@ -29,31 +31,38 @@ struct Philox {
 #pragma unroll
     for (int i = 0; i < 4; ++i) word[i] = c[i];
   }
+
+ private:
+  const uint64_t seed_;
+  const uint32_t head_, batch_;
 };
 
-/// A head's words. The seed is made uniform, so that adding up its steps takes no lane's time or registers.
-__device__ __forceinline__ Philox philox_of(const Dropout& dropout, int head, int batch) {
-  const uint64_t seed = dropout.seed();
-  return {static_cast<uint32_t>(arch::uniform(static_cast<int>(seed))),
-          static_cast<uint32_t>(arch::uniform(static_cast<int>(seed >> 32))), static_cast<uint32_t>(head),
-          static_cast<uint32_t>(batch)};
-}
+/// A call's word for the first 16 of its keys and for the others, or another word: bytes that __byte_perm is to choose.
+constexpr uint32_t kAsItIs = 0x3210, kTurned = 0x0321, kNext = 0x7654;
 
 /// Zeros for what dropout takes of packed probabilities whose rows are queries: a lane's part of 16 rows from
-/// `first_query` on, and of all columns from `first_key` on, both multiples of 16.
+/// `first_query` on, a multiple of 16, and of all columns from `first_key` on, a multiple of their number.
 template <int kWords>
-__device__ __forceinline__ void drop(uint32_t (&p)[kWords], const Philox& philox, uint32_t threshold, int first_query,
-                                     int first_key, int lane) {
-  const uint32_t row = first_query / 2 + lane / 4, pair = first_key / 4 + lane % 4;
+__device__ __forceinline__ void drop(uint32_t (&p)[kWords], const Dropout& dropout, const Philox& philox,
+                                     int first_query, int first_key, int lane) {
+  constexpr int kBlocks = kWords / 4, kCalls = (kBlocks + 1) / 2;  // a call serves two blocks of 16 columns
+  const uint32_t row = first_query / 2 + lane / 4, pair = first_key / 32 * 4 + lane % 4;
+  uint32_t random[kCalls][4];
 #pragma unroll
-  for (int block = 0; block < kWords / 4; ++block) {
-    uint32_t random[4];
-    philox.draw(pair + 4 * block, row, random);
+  for (int call = 0; call < kCalls; ++call) philox.draw(pair + 4 * call, row, random[call]);
+  // Of an odd number of blocks, the first may be the second one of its call.
+  const bool late = kBlocks % 2 && first_key / 16 % 2;
+  const uint32_t even = late ? kTurned : kAsItIs, odd = late ? kNext : kTurned;
+#pragma unroll
+  for (int block = 0; block < kBlocks; ++block) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const arch::HalvesAtLeast kept(random[i], threshold);
-      if (!kept.low) p[4 * block + i] &= 0xffff0000;
-      if (!kept.high) p[4 * block + i] &= 0xffff;
+      uint32_t bits = random[block / 2][i];
+      if (kBlocks % 2)
+        bits = __byte_perm(bits, random[block / 2 + block % 2][i], block % 2 ? odd : even);
+      else if (block % 2)
+        bits = __byte_perm(bits, bits, kTurned);
+      p[4 * block + i] &= arch::halves_at_least(bits, dropout.threshold) ^ dropout.inverted;
     }
   }
 }
@@ -64,24 +73,22 @@ __device__ __forceinline__ void drop(uint32_t (&p)[kWords], const Philox& philox
 /// One call's words serve two neighbouring keys, so two lanes: each makes the calls of every other query, keeps what is
 /// its key's, and gets the rest from the other. First its own calls; bits from 16 on are of the odd key.
 template <int kBlocks>
-__device__ __forceinline__ uint32_t draw_for_keys(const Philox& philox, uint32_t threshold, int first_key,
+__device__ __forceinline__ uint32_t draw_for_keys(const Dropout& dropout, const Philox& philox, int first_key,
                                                   int first_query, int lane) {
   static_assert(kBlocks <= 4, "a word has the bits of four blocks");
-  const uint32_t pair = first_key / 4 + lane / 8, row = first_query / 2 + 2 * (lane % 4) + lane / 4 % 2;
+  const uint32_t pair = first_key / 32 * 4 + lane / 8, row = first_query / 2 + 2 * (lane % 4) + lane / 4 % 2;
+  const uint32_t chosen = first_key / 16 % 2 ? kTurned : kAsItIs;
   uint32_t bits = 0;
 #pragma unroll
   for (int block = 0; block < kBlocks; ++block) {
     uint32_t random[4];
     philox.draw(pair, row + 8 * block, random);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const arch::HalvesAtLeast kept(random[i], threshold);
-      const int bit = 4 * block + 2 * (i % 2) + i / 2;
-      if (kept.low) bits |= 1u << bit;
-      if (kept.high) bits |= 1u << 16 << bit;
-    }
+    for (int i = 0; i < 4; ++i)
+      bits |= arch::halves_at_least(__byte_perm(random[i], 0, chosen), dropout.threshold) &
+              0x10001u << (4 * block + 2 * (i % 2) + i / 2);
   }
-  return bits;
+  return bits ^ dropout.inverted;
 }
 
 /// The lane's own calls and those of lane ^ 4 together.
@@ -89,7 +96,14 @@ __device__ __forceinline__ uint32_t kept_of_keys(uint32_t own, uint32_t other, i
   return __byte_perm(own, other, lane / 4 % 2 ? 0x3276 : 0x5410);
 }
 
-/// Of such bits, those of a packed fragment's word `i`: bits 0 and 16.
-FA3_HOST_DEVICE uint32_t kept_pair(const uint32_t* kept, int i) { return kept[i / 16] >> i % 16 & 0x10001; }
+/// Of such bits, that of element i of a fragment.
+__device__ __forceinline__ bool is_kept(const uint32_t* kept, int i) {
+  return kept[i / 32] >> (i / 2 % 16 + 16 * (i % 2)) & 1;
+}
+
+/// Ones in those halves of a packed fragment's word `i` that are kept.
+__device__ __forceinline__ uint32_t kept_halves(const uint32_t* kept, int i) {
+  return arch::halves_of_top_bits(kept[i / 16] << (15 - i % 16));
+}
 
 }  // namespace fa3

@@ -11,7 +11,9 @@ struct Dropout {
   enum class SeedType { kInt64, kInt32, kUint32 };
 
   bool active;
-  uint32_t threshold;      // in both halves: an element is kept if its own 16 bits are at least this
+  // In both halves of the first: an element is kept if its 15 bits are at least this. Or, where the second has ones and
+  // not zeros, if they are below it.
+  uint32_t threshold, inverted;
   float scale;             // of what is kept; 1 without dropout
   uint64_t number;         // the seed, where no array holds it
   const void* seed_array;  // one integer in device memory, or null

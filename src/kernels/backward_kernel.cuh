@@ -19,6 +19,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) backward_kernel(const __g
   const int warpgroup = arch::uniform(threadIdx.x / 128);
   if (threadIdx.x == 0) {
     shared.init_barriers();
+    if constexpr (kDropout) shared.seed = args.dropout.seed();
     arch::publish_barriers();
   }
   __syncthreads();

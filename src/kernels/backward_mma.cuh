@@ -353,8 +353,8 @@ class BackwardConsumer {
       for (int r = 0; r < 2; ++r) {
         float* const at = dp + 4 * i + 2 * r;
         const float2 both = arch::unpack<Element>(p[2 * i + r]);
-        at[0] = both.x * (at[0] - delta.x);
-        at[1] = both.y * (at[1] - delta.y);
+        at[0] = both.x * (kDropout ? fmaf(at[0], args_.dropout.scale, -delta.x) : at[0] - delta.x);
+        at[1] = both.y * (kDropout ? fmaf(at[1], args_.dropout.scale, -delta.y) : at[1] - delta.y);
       }
     }
   }
@@ -382,29 +382,26 @@ class BackwardConsumer {
   // ---- dropout ----------------------------------------------------------------------------------------
 
   __device__ __forceinline__ void draw(Kept& kept, const QueryStep& at) const {
-    const Philox philox = philox_of(args_.dropout, work_.head_kv * args_.group + at.head, work_.batch);
+    const Philox philox(shared_.seed, work_.head_kv * args_.group + at.head, work_.batch);
 #pragma unroll
     for (int i = 0; i < kTileM / 64; ++i) {
-      const uint32_t own = draw_for_keys<4>(philox, args_.dropout.threshold, first_key() + 16 * warp_,
-                                            at.m_block * kTileM + 64 * i, lane_);
+      const uint32_t own =
+          draw_for_keys<4>(args_.dropout, philox, first_key() + 16 * warp_, at.m_block * kTileM + 64 * i, lane_);
       kept[i] = kept_of_keys(own, __shfl_xor_sync(~0u, own, 4), lane_);
     }
   }
 
-  /// The gradient of what was dropped is 0, and that of the rest was scaled.
-  __device__ __forceinline__ void keep(Scores& dp, const Kept& kept) const {
+  /// The gradient of what was dropped is 0, and that of the rest is still to be scaled.
+  __device__ __forceinline__ static void keep(Scores& dp, const Kept& kept) {
 #pragma unroll
-    for (int i = 0; i < kTileM / 4; ++i) {
-      const uint32_t pair = kept_pair(kept, i);
-      dp[2 * i] = pair & 1 ? dp[2 * i] * args_.dropout.scale : 0.f;
-      dp[2 * i + 1] = pair >> 16 ? dp[2 * i + 1] * args_.dropout.scale : 0.f;
-    }
+    for (int i = 0; i < kTileM / 2; ++i)
+      if (!is_kept(kept, i)) dp[i] = 0.f;
   }
 
   /// The probabilities that are left, for dV.
   __device__ __forceinline__ static void drop(const Packed& p, const Kept& kept, Packed& left) {
 #pragma unroll
-    for (int i = 0; i < kTileM / 4; ++i) left[i] = kDropout ? p[i] & kept_pair(kept, i) * 0xffff : p[i];
+    for (int i = 0; i < kTileM / 4; ++i) left[i] = kDropout ? p[i] & kept_halves(kept, i) : p[i];
   }
 
   // ---- masks ------------------------------------------------------------------------------------------

@@ -97,6 +97,8 @@ struct BackwardShared : ConsumerExchange<Traits> {
   arch::Barrier dq_full[Traits::kConsumers];   // the consumer's 4 warps arrive, its adder waits
   arch::Barrier dq_empty[Traits::kConsumers];  // the adder arrives, the consumer's 128 threads wait
 
+  uint64_t seed;  // of dropout
+
   /// Where a consumer's warp stages its rows.
   __device__ __forceinline__ StagedRows& staged(int consumer, int warp) {
     if constexpr (Traits::kApart) {

@@ -71,7 +71,7 @@ struct ForwardArgs {
   float hidden;            // what a masked score becomes: minus infinity once scaled
   float softcap_scale;     // softmax_scale / softcap, or 0: no softcap
   const float* sinks;      // (num_heads), or null
-  bool plain_blocks;       // neither softcap nor dropout: a block without a mask takes the short way
+  bool plain_blocks;       // no softcap: a block without a mask takes the short way
   Dropout dropout;
   bool exact_max;  // take each row's true maximum in every block (batch_invariant)
 

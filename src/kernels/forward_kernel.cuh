@@ -13,7 +13,7 @@
 
 namespace fa3 {
 
-template <class Traits>
+template <class Traits, bool kDropout>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     forward_kernel(const __grid_constant__ ForwardArgs args) {
   using Shared = ForwardShared<Traits>;
@@ -46,12 +46,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
   } else {
     if (threadIdx.x == 0) {
       shared.init_barriers();
+      if constexpr (kDropout) shared.seed = args.dropout.seed();
       arch::publish_barriers();
     }
     shared.wait_for_barriers();
     arch::grow_registers<Traits::kConsumerRegisters>();
-    Consumer<Traits> consumer(args, shared, warpgroup);
-    typename Consumer<Traits>::Output o;
+    Consumer<Traits, kDropout> consumer(args, shared, warpgroup);
+    typename Consumer<Traits, kDropout>::Output o;
     while (const auto* work = consumer.next()) {
       PartRows<Traits>(args, shared, *work, arch::thread_anew()).expect();
       RowScales scales;
@@ -74,14 +75,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
 
 /// Launch on `device`, the current one, in clusters of so many thread blocks if it has room for such. What a kernel may
 /// ask for is raised the first time.
-template <class Traits>
+template <class Traits, bool kDropout>
 cudaError_t launch_forward(const ForwardArgs& args, int grid, int cluster, int device, cudaStream_t stream) {
   constexpr int kSharedBytes = sizeof(ForwardShared<Traits>);
   static_assert(Traits::kBlocksPerSm * (kSharedBytes + 1024) <= 228 * 1024,
                 "a multiprocessor has 228 KB of shared memory, and keeps 1 KB for each thread block");
   constexpr int kRemembered = 64;                           // devices; those past it are asked each time
   static std::atomic<uint8_t> known_clusters[kRemembered];  // the largest; 0: not asked yet
-  const auto kernel = forward_kernel<Traits>;
+  const auto kernel = forward_kernel<Traits, kDropout>;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = Traits::kThreads;
@@ -120,7 +121,13 @@ ForwardVariant describe_forward(const char* name, int dtype) {
           PartRows<Traits>::kFitsShared,
           Traits::kSwizzleQK,
           Traits::kSwizzleV,
-          launch_forward<Traits>};
+          launch_forward<Traits, false>,
+          [] {
+            if constexpr (Traits::kEightBits)
+              return nullptr;
+            else
+              return launch_forward<Traits, true>;
+          }()};
 }
 
 }  // namespace fa3

@@ -35,7 +35,8 @@ struct Turns {
   }
 };
 
-template <class Traits>
+/// With dropout it is a kernel of its own: code that stands beside a step slows short calls down.
+template <class Traits, bool kDropout>
 class Consumer {
   using Element = typename Traits::Element;
   using Shared = ForwardShared<Traits>;
@@ -94,9 +95,11 @@ class Consumer {
       Scores s;
       Probabilities p;
       load_queries();
+      // Of dropout, which comes to tiles of one head alone.
+      const Philox philox(shared_.seed, work.head_kv * args_.packing.ratio + work.first_head, work.batch);
+      const int first_query = query_of(args_, work, Traits::kConsumers, warpgroup_, 16 * warp_);
 
-      // A plain block has no mask, softcap or dropout. Its code stands apart: jumping over them cost 4% at head dim
-      // 256.
+      // A plain block has no mask and no softcap. Its code stands apart: jumping over them cost 4% at head dim 256.
       auto step = [&](int n_block, bool plain, bool promoted) {
         shared_.k_full[k_ring_.stage()].wait(k_ring_.parity());
         shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());
@@ -114,7 +117,7 @@ class Consumer {
         if (!plain) shape_scores(s, work, n_block, n_block >= blocks.settled || n_block < blocks.plain_begin);
         const bool exact = args_.exact_max || (!plain && softmax_.met_no_key());
         softmax_.update(s, p, exact, o);
-        if (!plain) take_dropped(p, work, n_block);
+        take_dropped(p, philox, first_query, n_block);
       };
 
       int n_block = blocks.end - 1;
@@ -126,7 +129,7 @@ class Consumer {
       release_k();
       shape_scores(s, work, n_block, blocks.needs_mask(n_block));
       softmax_.first(s, p, args_.exact_max);
-      take_dropped(p, work, n_block);
+      take_dropped(p, philox, first_query, n_block);
       if constexpr (!Traits::kEightBits) clear_values_past(work.seqlen_k - n_block * kTileN);  // else when turned
 
       // Sums of e4m3 products lose what lies below some 14 bits of them. So every few blocks they move on to totals in
@@ -368,14 +371,10 @@ class Consumer {
     }
   }
 
-  /// Zeros for the probabilities that dropout takes; the softmax has counted them. Only tiles of one head come here.
-  __device__ __forceinline__ void take_dropped(Probabilities& p, const Work& work, int n_block) const {
-    if constexpr (!Traits::kEightBits) {  // of which there is none
-      if (!args_.dropout.active) return;
-      const Philox philox = philox_of(args_.dropout, work.head_kv * args_.packing.ratio + work.first_head, work.batch);
-      drop(p, philox, args_.dropout.threshold, query_of(args_, work, Traits::kConsumers, warpgroup_, 16 * warp_),
-           n_block * kTileN, lane_);
-    }
+  /// Zeros for the probabilities that dropout takes; the softmax has counted them.
+  __device__ __forceinline__ void take_dropped(Probabilities& p, const Philox& philox, int first_query,
+                                               int n_block) const {
+    if constexpr (kDropout) drop(p, args_.dropout, philox, first_query, n_block * kTileN, lane_);
   }
 
   /// Each warp gives back what it has finished reading.

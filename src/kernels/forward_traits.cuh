@@ -165,6 +165,7 @@ struct ForwardShared : LoadedValues<Traits>, Totals<Traits> {
   arch::Barrier tile_nearly_loaded;      // the loader arrives, once a piece; the scheduler waits
 
   Work tile[kTileSlots];
+  uint64_t seed;  // of dropout
 
   __device__ void init_barriers() {
     constexpr int kWarps = 4 * Traits::kConsumers;
