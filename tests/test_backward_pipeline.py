@@ -4,7 +4,8 @@ deadlock, and leaving out any one wait goes wrong.
 The roles do what src/kernels/backward_load.cuh and backward_mma.cuh do, barrier by barrier; a consumer warpgroup is one
 actor. What a product or the copy engine reads is held from its issue until the wait that ends it.
 
-Consumers have keys of their own, or, apart, the same: then the first makes P and dV, the second dS and dK.
+Consumers have keys of their own, or, apart, the same: then the first makes P and dV, the second dS and dK. With dropout
+those with keys of their own make dP beside S.
 """
 
 import random
@@ -53,8 +54,9 @@ class Buffer:
 
 
 class Model:
-    def __init__(self, steps, without=None, apart=False):
-        self.steps, self.without, self.apart = steps, without, apart
+    def __init__(self, steps, without=None, kind="own keys"):
+        self.steps, self.without, self.kind = steps, without, kind
+        self.apart = apart = kind == "apart"
         self.stages = {"q": STAGES, "dout": 1 if apart else STAGES}
         self.parts = PARTS if apart else 1
         self.q, self.dout = ([Buffer() for _ in range(self.stages[name])] for name in ("q", "dout"))
@@ -138,6 +140,22 @@ class Model:
             self.release("dout", self.dout, step)
         yield from self.multiply_ds(w, self.steps - 1, self.steps)
 
+    def dropout_consumer(self, w):
+        for step in range(self.steps):
+            yield from self.full_at("q", step)
+            yield from self.full_at("dout", step)
+            self.q[step % STAGES].read(step)  # S
+            self.dout[step % STAGES].read(step)  # dP, and then dV
+            yield None
+            yield from self.multiply_ds(w, step - 1, step)
+            self.ds[step % 2].write(step, w)
+            self.ds_full[step % 2].arrive()
+            yield None
+            self.release("q", self.q, step)  # dK
+            yield None
+            self.release("dout", self.dout, step)
+        yield from self.multiply_ds(w, self.steps - 1, self.steps)
+
     def values_consumer(self):
         for step in range(self.steps):
             yield from self.full_at("q", step)
@@ -193,8 +211,11 @@ class Model:
         rng = random.Random(seed)
         actors = [self.loader(), self.copy_engine("q", self.q), self.copy_engine("dout", self.dout),
                   *(self.adder(w) for w in range(CONSUMERS))]
-        actors += ([self.values_consumer(), self.keys_consumer()] if self.apart else
-                   [self.consumer(w) for w in range(CONSUMERS)])
+        if self.apart:
+            actors += [self.values_consumer(), self.keys_consumer()]
+        else:
+            consumer = self.dropout_consumer if self.kind == "dropout" else self.consumer
+            actors += [consumer(w) for w in range(CONSUMERS)]
         idle = 0
         while actors:
             actor = rng.choice(actors)
@@ -211,19 +232,20 @@ class Model:
         assert self.added == [[step for step in range(self.steps) for _ in range(self.parts)]] * CONSUMERS
 
 
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("kind", ["own keys", "dropout", "apart"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 9])
-def test_every_order_is_right(steps, apart):
+def test_every_order_is_right(steps, kind):
     for seed in range(150):
-        Model(steps, apart=apart).run(seed)
+        Model(steps, kind=kind).run(seed)
 
 
 WAITS = ["q_empty", "dout_empty", "q_full", "dout_full", "ds_full", "dq_full", "dq_empty"]
 
 
-@pytest.mark.parametrize(("wait", "apart"), [
-    *((wait, False) for wait in WAITS), *((wait, True) for wait in [*WAITS, "p_full", "p_empty"])])
-def test_each_wait_is_needed(wait, apart):
+@pytest.mark.parametrize(("wait", "kind"), [
+    *((wait, kind) for wait in WAITS for kind in ("own keys", "dropout")),
+    *((wait, "apart") for wait in [*WAITS, "p_full", "p_empty"])])
+def test_each_wait_is_needed(wait, kind):
     with pytest.raises(AssertionError):
         for seed in range(300):
-            Model(9, without=wait, apart=apart).run(seed)
+            Model(9, without=wait, kind=kind).run(seed)

@@ -63,7 +63,12 @@ class BackwardConsumer {
     } else {
       clear(dk_);
       clear(dv_);
-      take_steps([&](auto plain, const QueryStep& at) { step<plain.value>(at); });
+      take_steps([&](auto plain, const QueryStep& at) {
+        if constexpr (kDropout)
+          dropout_step<plain.value>(at);
+        else
+          step<plain.value>(at);
+      });
       store(args_.dk, dk_, args_.softmax_scale, args_.head_dim);
       store(args_.dv, dv_, args_.dropout.scale, args_.head_dim_v);
     }
@@ -116,51 +121,92 @@ class BackwardConsumer {
   __device__ __forceinline__ void step(const QueryStep& at) {
     const int m_block = at.m_block;
     Scores s, dp;
-    Packed p, left, ds;
+    Packed p, ds;
     QueryGradient dq;
-    Kept kept;
     const uint32_t stage = ring_.stage();
     shared_.q_full[stage].wait(ring_.parity());
     clear_queries(m_block);
     arch::wgmma_fence();
     multiply_keys(s);
-    if constexpr (kDropout) draw(kept, at);
     arch::wgmma_wait<0>();
     arch::wgmma_wrote(s);
+    probabilities<kPlain>(s, p, m_block);
+
+    if (ring_.count > 0) wait_for_ds(ring_.count - 1);
+    wait_for_adder();
+    shared_.dout_full[stage].wait(ring_.parity());
+    arch::wgmma_reads(p);
+    arch::wgmma_fence();
+    // dQ is of the step before; in the first one of nothing, which costs less than a branch here.
+    multiply_ds(dq, ring_.count - 1);
+    multiply_values(dp);
+    add_dv(p);
+    arch::wgmma_wait<2>();
+    arch::wgmma_wrote(dq);
+    hand_over(dq);
+    arch::wgmma_wait<1>();
+    arch::wgmma_wrote(dp);
+    score_gradients<kPlain>(p, dp, ds, m_block);
+    put_ds(ds);
+
+    arch::wgmma_fence();
+    add_dk(ds);
+    finish_step();
+  }
+
+  /// The same with dropout. Registers would not hold P, with what is dropped and without, beside both dP and dQ: so dP
+  /// comes with S, and random numbers are drawn beside these two products.
+  template <bool kPlain>
+  __device__ __forceinline__ void dropout_step(const QueryStep& at) {
+    const int m_block = at.m_block;
+    Scores s, dp;
+    Packed p, left, ds;
+    QueryGradient dq;
+    Kept kept;
+    const uint32_t stage = ring_.stage();
+    shared_.q_full[stage].wait(ring_.parity());
+    shared_.dout_full[stage].wait(ring_.parity());
+    clear_queries(m_block);
+    arch::wgmma_fence();
+    multiply_keys(s);
+    multiply_values(dp);
+    draw(kept, at);
+    arch::wgmma_wait<1>();
+    arch::wgmma_wrote(s);
+    probabilities<kPlain>(s, p, m_block);
+    drop(p, kept, left);
+    arch::wgmma_wait<0>();
+    arch::wgmma_wrote(dp);
+    keep(dp, kept);
+    score_gradients<kPlain>(p, dp, ds, m_block);
+
+    if (ring_.count > 0) wait_for_ds(ring_.count - 1);
+    wait_for_adder();
+    arch::wgmma_reads(left);
+    arch::wgmma_fence();
+    multiply_ds(dq, ring_.count - 1);  // of nothing in the first step, as above
+    add_dv(left);
+    arch::wgmma_wait<1>();
+    arch::wgmma_wrote(dq);
+    hand_over(dq);
+    put_ds(ds);  // only now: the buffer was read by that product of the step before
+
+    arch::wgmma_fence();
+    add_dk(ds);
+    finish_step();
+  }
+
+  template <bool kPlain>
+  __device__ __forceinline__ void probabilities(Scores& s, Packed& p, int m_block) const {
     if (!kPlain && args_.softcap_scale != 0) squash(s, {args_.softcap_scale});
     exponentiate(s);
     if (!kPlain) hide(s, m_block);
 #pragma unroll
     for (int i = 0; i < kTileM / 4; ++i) p[i] = arch::pack<Element>(s[2 * i], s[2 * i + 1]);
-    drop(p, kept, left);
+  }
 
-    if (ring_.count > 0) wait_for_ds(ring_.count - 1);
-    wait_for_adder();
-    shared_.dout_full[stage].wait(ring_.parity());
-    arch::wgmma_reads(left);
-    arch::wgmma_fence();
-    // dQ is of the step before; in the first one of nothing, which costs less than a branch here.
-    multiply_ds(dq, ring_.count - 1);
-    if constexpr (kDropout) {  // registers do not hold both P, with what is dropped and without, beside dP
-      add_dv(left);
-      arch::wgmma_wait<0>();
-      arch::wgmma_wrote(dq);
-      arch::wgmma_wrote(dv_);
-      arch::wgmma_fence();
-      multiply_values(dp);
-      hand_over(dq);
-      arch::wgmma_wait<0>();
-      arch::wgmma_wrote(dp);
-      keep(dp, kept);
-    } else {
-      multiply_values(dp);
-      add_dv(left);
-      arch::wgmma_wait<2>();
-      arch::wgmma_wrote(dq);
-      hand_over(dq);
-      arch::wgmma_wait<1>();
-      arch::wgmma_wrote(dp);
-    }
+  template <bool kPlain>
+  __device__ __forceinline__ void score_gradients(const Packed& p, Scores& dp, Packed& ds, int m_block) const {
     differentiate(p, dp);
     if (!kPlain) {
       if (args_.softcap_scale != 0) unsquash(p, dp);
@@ -168,15 +214,14 @@ class BackwardConsumer {
     }
 #pragma unroll
     for (int i = 0; i < kTileM / 4; ++i) ds[i] = arch::pack<Element>(dp[2 * i], dp[2 * i + 1]);
-    put_ds(ds);
+  }
 
-    arch::wgmma_fence();
-    add_dk(ds);
+  __device__ __forceinline__ void finish_step() {
     arch::wgmma_wait<0>();
     arch::wgmma_wrote(dk_);
     arch::wgmma_wrote(dv_);
-    release(shared_.q_empty[stage]);
-    release(shared_.dout_empty[stage]);
+    release(shared_.q_empty[ring_.stage()]);
+    release(shared_.dout_empty[ring_.stage()]);
     ring_.advance();
   }
 
