@@ -16,9 +16,9 @@
 namespace fa3 {
 
 /// A consumer's rows are its 64 keys, and its columns queries: P^T and dS^T are then A operands as they are. Only dQ
-/// needs all keys' dS. It is worked on half a step late, so that no consumer has to wait for another at once, and one's
-/// exponentials fall beside the other's products. With dropout it is a kernel of its own: ptxas finds
-/// no registers for more kinds of step in one.
+/// needs all keys' dS. It is worked on a step late, so that no consumer has to wait for another at once. S and dP are
+/// one batch of products; dQ, dV and dK the other. With dropout it is a kernel of its own: ptxas finds no registers for
+/// more kinds of step in one.
 template <class Traits, bool kDropout>
 class BackwardConsumer {
   using Element = typename Traits::Element;
@@ -33,6 +33,11 @@ class BackwardConsumer {
   using Packed = uint32_t[kTileM / 4];  // the same order, packed: already wgmma's A operand
   using QueryGradient = float[Traits::kDqCount];
   using Kept = uint32_t[kTileM / 64];  // see draw_for_keys
+  // dP begins as -delta, which dS wants of it, unless dropout scales the rest of it first. Where a consumer has dP
+  // alone, it waits for P meanwhile.
+  static constexpr bool kFromDelta = !kDropout && !Traits::kApart;
+  // Registers do not hold what dropout keeps beside S and dP of 128 queries.
+  static constexpr bool kTogether = !kDropout || kTileM == 64;
 
  public:
   __device__ __forceinline__ BackwardConsumer(const BackwardArgs& args, Shared& shared, const KeyTile& work,
@@ -63,12 +68,7 @@ class BackwardConsumer {
     } else {
       clear(dk_);
       clear(dv_);
-      take_steps([&](auto plain, const QueryStep& at) {
-        if constexpr (kDropout)
-          dropout_step<plain.value>(at);
-        else
-          step<plain.value>(at);
-      });
+      take_steps([&](auto plain, const QueryStep& at) { step<plain.value>(at); });
       store(args_.dk, dk_, args_.softmax_scale, args_.head_dim);
       store(args_.dv, dv_, args_.dropout.scale, args_.head_dim_v);
     }
@@ -119,109 +119,54 @@ class BackwardConsumer {
   /// A plain one has neither mask nor softcap.
   template <bool kPlain>
   __device__ __forceinline__ void step(const QueryStep& at) {
-    const int m_block = at.m_block;
     Scores s, dp;
     Packed p, ds;
     QueryGradient dq;
-    const uint32_t stage = ring_.stage();
-    shared_.q_full[stage].wait(ring_.parity());
-    clear_queries(m_block);
-    arch::wgmma_fence();
-    multiply_keys(s);
-    arch::wgmma_wait<0>();
-    arch::wgmma_wrote(s);
-    probabilities<kPlain>(s, p, m_block);
-
-    if (ring_.count > 0) wait_for_ds(ring_.count - 1);
-    wait_for_adder();
-    shared_.dout_full[stage].wait(ring_.parity());
-    arch::wgmma_reads(p);
-    arch::wgmma_fence();
-    // dQ is of the step before; in the first one of nothing, which costs less than a branch here.
-    multiply_ds(dq, ring_.count - 1);
-    multiply_values(dp);
-    add_dv(p);
-    arch::wgmma_wait<2>();
-    arch::wgmma_wrote(dq);
-    hand_over(dq);
-    arch::wgmma_wait<1>();
-    arch::wgmma_wrote(dp);
-    score_gradients<kPlain>(p, dp, ds, m_block);
-    put_ds(ds);
-
-    arch::wgmma_fence();
-    add_dk(ds);
-    finish_step();
-  }
-
-  /// The same with dropout. Registers would not hold P, with what is dropped and without, beside both dP and dQ: so dP
-  /// comes with S, and random numbers are drawn beside these two products.
-  template <bool kPlain>
-  __device__ __forceinline__ void dropout_step(const QueryStep& at) {
-    const int m_block = at.m_block;
-    Scores s, dp;
-    Packed p, left, ds;
-    QueryGradient dq;
     Kept kept;
     const uint32_t stage = ring_.stage();
-    shared_.q_full[stage].wait(ring_.parity());
+    wait_for_queries(at.m_block);
     shared_.dout_full[stage].wait(ring_.parity());
-    clear_queries(m_block);
+    if constexpr (kFromDelta) begin_values(dp);
     arch::wgmma_fence();
     multiply_keys(s);
-    multiply_values(dp);
-    draw(kept, at);
-    arch::wgmma_wait<1>();
+    if constexpr (kTogether) multiply_values(dp);
+    if constexpr (kDropout) draw(kept, at);
+    arch::wgmma_wait<kTogether ? 1 : 0>();
     arch::wgmma_wrote(s);
-    probabilities<kPlain>(s, p, m_block);
-    drop(p, kept, left);
+    make_p<kPlain>(s, at.m_block);
+    pack(s, p);
+    arch::wgmma_reads(p);
+    // Its branch also keeps ptxas from waiting for dP in the middle of the exponentials.
+    shared_.ds_empty[ring_.count % 2].wait(ring_.count / 2 % 2 ^ 1);
+    if constexpr (!kTogether) {
+      arch::wgmma_fence();
+      multiply_values(dp);
+    }
     arch::wgmma_wait<0>();
     arch::wgmma_wrote(dp);
-    keep(dp, kept);
-    score_gradients<kPlain>(p, dp, ds, m_block);
+    if constexpr (kDropout) keep(dp, kept);
+    make_ds<kPlain>(p, dp, at.m_block);
+    pack(dp, ds);
+    drop(p, kept, p);
+    put_ds(ds);
 
-    if (ring_.count > 0) wait_for_ds(ring_.count - 1);
+    wait_for_last_ds();
     wait_for_adder();
-    arch::wgmma_reads(left);
+    arch::wgmma_reads(p);
+    arch::wgmma_reads(ds);
     arch::wgmma_fence();
-    multiply_ds(dq, ring_.count - 1);  // of nothing in the first step, as above
-    add_dv(left);
-    arch::wgmma_wait<1>();
-    arch::wgmma_wrote(dq);
-    hand_over(dq);
-    put_ds(ds);  // only now: the buffer was read by that product of the step before
-
-    arch::wgmma_fence();
+    multiply_ds(dq, ring_.count - 1);  // of the step before
+    add_dv(p);
     add_dk(ds);
-    finish_step();
-  }
-
-  template <bool kPlain>
-  __device__ __forceinline__ void probabilities(Scores& s, Packed& p, int m_block) const {
-    if (!kPlain && args_.softcap_scale != 0) squash(s, {args_.softcap_scale});
-    exponentiate(s);
-    if (!kPlain) hide(s, m_block);
-#pragma unroll
-    for (int i = 0; i < kTileM / 4; ++i) p[i] = arch::pack<Element>(s[2 * i], s[2 * i + 1]);
-  }
-
-  template <bool kPlain>
-  __device__ __forceinline__ void score_gradients(const Packed& p, Scores& dp, Packed& ds, int m_block) const {
-    differentiate(p, dp);
-    if (!kPlain) {
-      if (args_.softcap_scale != 0) unsquash(p, dp);
-      hide(dp, m_block);
-    }
-#pragma unroll
-    for (int i = 0; i < kTileM / 4; ++i) ds[i] = arch::pack<Element>(dp[2 * i], dp[2 * i + 1]);
-  }
-
-  __device__ __forceinline__ void finish_step() {
+    arch::wgmma_wait<2>();
+    arch::wgmma_wrote(dq);
+    if (ring_.count > 0) release(shared_.ds_empty[(ring_.count - 1) % 2]);
+    hand_over(dq);
     arch::wgmma_wait<0>();
-    arch::wgmma_wrote(dk_);
     arch::wgmma_wrote(dv_);
-    release(shared_.q_empty[ring_.stage()]);
-    release(shared_.dout_empty[ring_.stage()]);
+    arch::wgmma_wrote(dk_);
+    release(shared_.q_empty[stage]);
+    release(shared_.dout_empty[stage]);
     ring_.advance();
   }
 
@@ -233,27 +178,23 @@ class BackwardConsumer {
     QueryGradient dq;
     Kept kept;
     const uint32_t stage = ring_.stage();
-    shared_.q_full[stage].wait(ring_.parity());
-    clear_queries(at.m_block);
+    wait_for_queries(at.m_block);
     arch::wgmma_fence();
     multiply_keys(s);
     if constexpr (kDropout) draw(kept, at);
     arch::wgmma_wait<0>();
     arch::wgmma_wrote(s);
-    if (!kPlain && args_.softcap_scale != 0) squash(s, {args_.softcap_scale});
-    exponentiate(s);
+    make_p<kPlain>(s, at.m_block);
     release(shared_.q_empty[stage]);
-    if (!kPlain) hide(s, at.m_block);
-#pragma unroll
-    for (int i = 0; i < kTileM / 4; ++i) p[i] = arch::pack<Element>(s[2 * i], s[2 * i + 1]);
+    pack(s, p);
     give_p(p, kept);
     drop(p, kept, left);
 
-    if (ring_.count > 0) wait_for_ds(ring_.count - 1);
+    wait_for_last_ds();
     wait_for_adder();
     shared_.dout_full[dout_ring().stage()].wait(dout_ring().parity());
     arch::wgmma_fence();
-    multiply_ds(dq, ring_.count - 1);  // of nothing in the first step, as above
+    multiply_ds(dq, ring_.count - 1);  // of the step before
     add_dv(left);
     arch::wgmma_wait<1>();
     arch::wgmma_wrote(dq);
@@ -272,23 +213,17 @@ class BackwardConsumer {
     QueryGradient dq;
     Kept kept;
     const uint32_t stage = ring_.stage();
-    shared_.q_full[stage].wait(ring_.parity());
+    wait_for_queries(at.m_block);
     shared_.dout_full[dout_ring().stage()].wait(dout_ring().parity());
-    clear_queries(at.m_block);
     arch::wgmma_fence();
     multiply_values(dp);
     arch::wgmma_wait<0>();
     arch::wgmma_wrote(dp);
     take_p(p, kept);
     if constexpr (kDropout) keep(dp, kept);
-    differentiate(p, dp);
+    make_ds<kPlain>(p, dp, at.m_block);
     release(shared_.dout_empty[dout_ring().stage()]);
-    if (!kPlain) {
-      if (args_.softcap_scale != 0) unsquash(p, dp);
-      hide(dp, at.m_block);
-    }
-#pragma unroll
-    for (int i = 0; i < kTileM / 4; ++i) ds[i] = arch::pack<Element>(dp[2 * i], dp[2 * i + 1]);
+    pack(dp, ds);
     put_ds(ds);
 
     wait_for_ds(ring_.count);
@@ -331,7 +266,7 @@ class BackwardConsumer {
     for (int step = 0; step < Traits::kHeadDimV / 16; ++step)
       arch::WgmmaSS<Element, kTileM>::mma(dp, arch::descriptor(TileV::kMajorColumns, v + TileV::column_step(step)),
                                           arch::descriptor(TileDo::kMajorColumns, dout + TileDo::column_step(step)),
-                                          step > 0);
+                                          kFromDelta || step > 0);
     arch::wgmma_commit();
   }
 
@@ -374,7 +309,6 @@ class BackwardConsumer {
     return *reinterpret_cast<const float2*>(&rows[8 * i + 2 * (lane % 4)]);
   }
 
-  /// Scores become probabilities.
   __device__ __forceinline__ void exponentiate(Scores& s) const {
     const float scale = args_.score_scale_log2;
 #pragma unroll
@@ -389,11 +323,33 @@ class BackwardConsumer {
     }
   }
 
-  /// dP becomes dS, with P as it was rounded for dV: registers would not hold it in fp32 beside dP and dQ.
-  __device__ __forceinline__ void differentiate(const Packed& p, Scores& dp) const {
+  /// Scores become P.
+  template <bool kPlain>
+  __device__ __forceinline__ void make_p(Scores& s, int m_block) const {
+    if (!kPlain && args_.softcap_scale != 0) squash(s, {args_.softcap_scale});
+    exponentiate(s);
+    if (!kPlain) hide(s, m_block);
+  }
+
+  __device__ __forceinline__ void begin_values(Scores& dp) const {
 #pragma unroll
     for (int i = 0; i < kTileM / 8; ++i) {
       const float2 delta = pair(shared_.delta[dout_ring().stage()], i, lane_);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        dp[4 * i + 2 * r] = -delta.x;
+        dp[4 * i + 2 * r + 1] = -delta.y;
+      }
+    }
+    arch::wgmma_wrote(dp);
+  }
+
+  /// dP becomes dS, with P as it was rounded for dV: registers would not hold it in fp32 beside dP.
+  template <bool kPlain>
+  __device__ __forceinline__ void make_ds(const Packed& p, Scores& dp, int m_block) const {
+#pragma unroll
+    for (int i = 0; i < kTileM / 8; ++i) {
+      const float2 delta = kFromDelta ? float2{} : pair(shared_.delta[dout_ring().stage()], i, lane_);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float* const at = dp + 4 * i + 2 * r;
@@ -401,6 +357,10 @@ class BackwardConsumer {
         at[0] = both.x * (kDropout ? fmaf(at[0], args_.dropout.scale, -delta.x) : at[0] - delta.x);
         at[1] = both.y * (kDropout ? fmaf(at[1], args_.dropout.scale, -delta.y) : at[1] - delta.y);
       }
+    }
+    if (!kPlain) {
+      if (args_.softcap_scale != 0) unsquash(p, dp);
+      hide(dp, m_block);
     }
   }
 
@@ -422,6 +382,11 @@ class BackwardConsumer {
   __device__ __forceinline__ static float slope(float tanh) {
     tanh = fmaxf(tanh, -1.f);  // minus infinity where P is 0
     return fmaf(-tanh, tanh, 1.f);
+  }
+
+  __device__ __forceinline__ static void pack(const Scores& x, Packed& words) {
+#pragma unroll
+    for (int i = 0; i < kTileM / 4; ++i) words[i] = arch::pack<Element>(x[2 * i], x[2 * i + 1]);
   }
 
   // ---- dropout ----------------------------------------------------------------------------------------
@@ -485,10 +450,21 @@ class BackwardConsumer {
     release(shared_.ds_full[buffer]);
   }
 
-  /// The whole dS of a step. Each consumer has then read the other buffer, too: dQ comes before dS in a step.
+  /// Q and lse of this step.
+  __device__ __forceinline__ void wait_for_queries(int m_block) const {
+    shared_.q_full[ring_.stage()].wait(ring_.parity());
+    clear_queries(m_block);
+  }
+
+  /// The whole dS of a step.
   __device__ __forceinline__ void wait_for_ds(uint32_t step_number) const {
     const Ring<2> step{step_number};
     shared_.ds_full[step.stage()].wait(step.parity());
+  }
+
+  /// Of the step before. In the first step there is none, and dQ of nothing costs less than a branch around it.
+  __device__ __forceinline__ void wait_for_last_ds() const {
+    if (ring_.count > 0) wait_for_ds(ring_.count - 1);
   }
 
   __device__ __forceinline__ void wait_for_adder(int part = 0) const {

@@ -91,9 +91,9 @@ struct BackwardShared : ConsumerExchange<Traits> {
   arch::Barrier k_full, v_full;
   arch::Barrier q_full[kStages], q_empty[kStages];                // with lse
   arch::Barrier dout_full[kDoutStages], dout_empty[kDoutStages];  // with delta
-  // Each warp that makes dS arrives once. Who waits for all also knows the other buffer to be read; where one consumer
-  // makes it alone, it knows that by P, which comes after the other has read.
-  arch::Barrier ds_full[2];
+  // Each warp that makes dS arrives once, and each that has read it. Where one consumer makes it alone, it knows by P,
+  // which comes after that, that the other has read.
+  arch::Barrier ds_full[2], ds_empty[2];
   arch::Barrier dq_full[Traits::kConsumers];   // the consumer's 4 warps arrive, its adder waits
   arch::Barrier dq_empty[Traits::kConsumers];  // the adder arrives, the consumer's 128 threads wait
 
@@ -122,7 +122,10 @@ struct BackwardShared : ConsumerExchange<Traits> {
       dout_full[stage].init(1);
       dout_empty[stage].init(kWarps);
     }
-    for (int buffer = 0; buffer < 2; ++buffer) ds_full[buffer].init(Traits::kApart ? 4 : kWarps);
+    for (int buffer = 0; buffer < 2; ++buffer) {
+      ds_full[buffer].init(Traits::kApart ? 4 : kWarps);
+      ds_empty[buffer].init(kWarps);
+    }
     for (int w = 0; w < Traits::kConsumers; ++w) {
       dq_full[w].init(4);
       dq_empty[w].init(1);
