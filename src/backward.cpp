@@ -52,9 +52,13 @@ struct BackwardLaunch {
     return clear(params.dv, params.keys, params.num_heads_kv, params.head_dim_v);
   }
 
+  BackwardProblem problem() const {
+    return {scratch, lengths_of(params.queries), lengths_of(params.keys), visibility_of(params.mask), params.batch};
+  }
+
   fa3_status prepare() {
     const fa3_backward_params& p = params;
-    PrepareBackwardArgs args{};
+    PrepareBackwardArgs args{problem()};
     args.out = row_array(p.out);
     args.dout = row_array(p.dout);
     args.lse = static_cast<const float*>(p.lse.data);
@@ -64,11 +68,6 @@ struct BackwardLaunch {
       args.dlse_stride[axis] = p.dlse.stride[axis];
     }
     args.sinks = p.sinks;
-    args.scratch = scratch;
-    args.queries = lengths_of(p.queries);
-    args.keys = lengths_of(p.keys);
-    args.visibility = visibility_of(p.mask);
-    args.batch = p.batch;
     args.num_heads = p.num_heads;
     args.head_dim_v = p.head_dim_v;
     args.tile_m = variant.tile_m;
@@ -85,7 +84,7 @@ struct BackwardLaunch {
   fa3_status main_kernel() {
     const fa3_backward_params& p = params;
     const BackwardVariant& v = variant;
-    BackwardArgs args{};
+    BackwardArgs args{problem()};
     const OperandShape q{.head_dim = p.head_dim, .heads = p.num_heads, .box_rows = v.tile_m, .swizzle = v.swizzle_q_k};
     const OperandShape dout{
         .head_dim = p.head_dim_v, .heads = p.num_heads, .box_rows = v.tile_m, .swizzle = v.swizzle_v};
@@ -99,11 +98,6 @@ struct BackwardLaunch {
     if (auto status = operand(p.dout, p.queries, plan.copy_dout, dout, args.dout)) return status;
     args.dk = row_array(p.dk);
     args.dv = row_array(p.dv);
-    args.scratch = scratch;
-    args.queries = lengths_of(p.queries);
-    args.keys = lengths_of(p.keys);
-    args.visibility = visibility_of(p.mask);
-    args.batch = p.batch;
     args.num_heads_kv = p.num_heads_kv;
     args.group = p.num_heads / p.num_heads_kv;
     args.head_dim = p.head_dim;
@@ -121,11 +115,8 @@ struct BackwardLaunch {
   /// dQ, and the sinks' gradients.
   fa3_status finish_queries() {
     const fa3_backward_params& p = params;
-    ConvertArgs args{};
+    ConvertArgs args{problem()};
     args.dq = row_array(p.dq);
-    args.scratch = scratch;
-    args.queries = lengths_of(p.queries);
-    args.batch = p.batch;
     args.num_heads = p.num_heads;
     args.head_dim = p.head_dim;
     args.softmax_scale = p.softmax_scale;

@@ -22,13 +22,18 @@ struct BackwardScratch {
   int64_t query_tiles;  // of a head: all sequences'
 };
 
-struct BackwardArgs {
-  TmaOperand q, k, v, dout;
-  RowArray dk, dv;
+/// What all of them need.
+struct BackwardProblem {
   BackwardScratch scratch;
   Lengths queries, keys;
   Visibility visibility;
-  int batch, num_heads_kv, group;  // group: query heads of each KV head
+  int batch;
+};
+
+struct BackwardArgs : BackwardProblem {
+  TmaOperand q, k, v, dout;
+  RowArray dk, dv;
+  int num_heads_kv, group;  // group: query heads of each KV head
   int head_dim, head_dim_v;
   float score_scale_log2;  // P = 2^(score * score_scale_log2 - lse)
   float softcap_scale;     // softmax_scale / softcap, or 0: no softcap
@@ -38,23 +43,18 @@ struct BackwardArgs {
 };
 
 /// What surrounds the main kernel: delta and the zeros that dq starts from before it, dq itself behind it.
-struct PrepareBackwardArgs {
+struct PrepareBackwardArgs : BackwardProblem {
   RowArray out, dout;
   const float *lse, *dlse;                // dlse may be null
   int64_t lse_stride[3], dlse_stride[3];  // elements: batch, head, row
   const float* sinks;                     // (num_heads), or null
-  BackwardScratch scratch;
-  Lengths queries, keys;
-  Visibility visibility;
-  int batch, num_heads, head_dim_v;
+  int num_heads, head_dim_v;
   int tile_m, dq_floats;  // of a query tile
 };
 
-struct ConvertArgs {
+struct ConvertArgs : BackwardProblem {
   RowArray dq;
-  BackwardScratch scratch;
-  Lengths queries;
-  int batch, num_heads, head_dim;
+  int num_heads, head_dim;
   float softmax_scale;
 };
 
