@@ -2,8 +2,6 @@
 #pragma once
 #include <cuda.h>
 
-#include <cuda/ptx>
-
 #include "arch/wgmma.cuh"
 
 namespace fa3::arch {
@@ -12,11 +10,21 @@ namespace fa3::arch {
 struct Barrier {
   uint64_t word;
 
-  __device__ __forceinline__ void init(int arrivals) { cuda::ptx::mbarrier_init(&word, arrivals); }
+  __device__ __forceinline__ void init(int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&word)), "r"(arrivals) : "memory");
+  }
 
   __device__ __forceinline__ void wait(uint32_t parity) {
-    while (!cuda::ptx::mbarrier_try_wait_parity(&word, parity)) {
-    }
+    uint32_t over;
+    do {
+      asm volatile(
+          "{.reg .pred p;\n"
+          "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+          "selp.b32 %0, 1, 0, p;}"
+          : "=r"(over)
+          : "r"(shared_address(&word)), "r"(parity)
+          : "memory");
+    } while (!over);
   }
 
   __device__ __forceinline__ void arrive() {
@@ -31,11 +39,11 @@ struct Barrier {
 };
 
 /// Order this thread's ordinary writes to shared memory before what tensor cores and the copy engine do there next.
-__device__ __forceinline__ void fence_async_proxy() { cuda::ptx::fence_proxy_async(cuda::ptx::space_shared); }
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 /// Make initialised barriers visible to the copy engine; a __syncthreads() must follow for the other threads.
 __device__ __forceinline__ void publish_barriers() {
-  cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
 /// Fetch a map into the copy engine's cache before the first load needs it.
@@ -47,7 +55,22 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
 template <int kAxes>
 __device__ __forceinline__ void load_box(void* shared, const CUtensorMap* map, const int32_t (&at)[kAxes],
                                          Barrier& barrier) {
-  cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global, shared, map, at, &barrier.word);
+  const uint32_t to = shared_address(shared), full = shared_address(&barrier.word);
+  static_assert(kAxes == 4 || kAxes == 5, "operands are batches of rows of heads, and rows may be of pages");
+  if constexpr (kAxes == 4) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, "
+        "%5}], "
+        "[%6];" ::"r"(to),
+        "l"(map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(full)
+        : "memory");
+  } else {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, "
+        "%6}], [%7];" ::"r"(to),
+        "l"(map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4]), "r"(full)
+        : "memory");
+  }
 }
 
 }  // namespace fa3::arch

@@ -1,6 +1,5 @@
 // The backward kernels of a variant: the main one, which makes dK, dV and sums of dQ, and the one that rounds dQ.
 #pragma once
-#include <atomic>
 
 #include "kernels/backward_load.cuh"
 #include "kernels/backward_mma.cuh"
@@ -73,13 +72,13 @@ template <class Traits, bool kDropout>
 cudaError_t launch_backward(const BackwardArgs& args, int grid, int device, cudaStream_t stream) {
   constexpr int kSharedBytes = sizeof(BackwardShared<Traits>);
   static_assert(kSharedBytes <= 227 * 1024, "a thread block has at most 227 KB of shared memory");
-  static std::atomic<uint64_t> raised;  // a bit for each of the first 64 devices
+  static uint64_t raised;  // a bit for each of the first 64 devices
   const uint64_t mine = device < 64 ? uint64_t{1} << device : 0;
-  if (!(raised.load(std::memory_order_relaxed) & mine)) {
+  if (!(__atomic_load_n(&raised, __ATOMIC_RELAXED) & mine)) {
     const cudaError_t error = cudaFuncSetAttribute(backward_kernel<Traits, kDropout>,
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
     if (error != cudaSuccess) return error;
-    raised.fetch_or(mine, std::memory_order_relaxed);
+    __atomic_fetch_or(&raised, mine, __ATOMIC_RELAXED);
   }
   backward_kernel<Traits, kDropout><<<grid, Traits::kThreads, kSharedBytes, stream>>>(args);
   return cudaGetLastError();

@@ -1,6 +1,5 @@
 // The forward kernel: a few producer warps, one to three consumer warpgroups, pieces of work until there are none left.
 #pragma once
-#include <atomic>
 
 #include "arch/warpgroup.cuh"
 #include "kernels/forward_epilogue.cuh"
@@ -80,22 +79,22 @@ cudaError_t launch_forward(const ForwardArgs& args, int grid, int cluster, int d
   constexpr int kSharedBytes = sizeof(ForwardShared<Traits>);
   static_assert(Traits::kBlocksPerSm * (kSharedBytes + 1024) <= 228 * 1024,
                 "a multiprocessor has 228 KB of shared memory, and keeps 1 KB for each thread block");
-  constexpr int kRemembered = 64;                           // devices; those past it are asked each time
-  static std::atomic<uint8_t> known_clusters[kRemembered];  // the largest; 0: not asked yet
+  constexpr int kRemembered = 64;              // devices; those past it are asked each time
+  static uint8_t known_clusters[kRemembered];  // the largest; 0: not asked yet. <atomic> is half of a file's headers
   const auto kernel = forward_kernel<Traits, kDropout>;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = Traits::kThreads;
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
-  int largest = device < kRemembered ? known_clusters[device].load(std::memory_order_relaxed) : 0;
+  int largest = device < kRemembered ? __atomic_load_n(&known_clusters[device], __ATOMIC_RELAXED) : 0;
   if (!largest) {
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
     if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error == cudaSuccess) error = cudaOccupancyMaxPotentialClusterSize(&largest, kernel, &config);
     if (error != cudaSuccess) return error;
     largest = larger(largest, 1);
-    if (device < kRemembered) known_clusters[device].store(largest, std::memory_order_relaxed);
+    if (device < kRemembered) __atomic_store_n(&known_clusters[device], largest, __ATOMIC_RELAXED);
   }
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
