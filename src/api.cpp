@@ -138,7 +138,7 @@ struct Launch {
     if (auto status = prepare()) return status;
     if (params.queries.rows == 0) return FA3_OK;  // only the cache was written
     if (auto status = fill(args)) return status;
-    const auto launch = args.dropout.active ? variant.launch_dropout : variant.launch;  // the latter null: of fp8
+    const auto launch = args.dropout.active ? variant.launch_dropout : variant.launch;
     const cudaError_t error = launch(args, plan.grid, plan.cluster, params.device, stream);
     return check_cuda(error, variant.name, cudaGetErrorString(error));
   }

@@ -240,7 +240,8 @@ Choice choose(const Work& work) {
   const fa3_forward_params& p = work.params;
   const auto variants = forward_variants();
   auto dims_if_fit = [&](const ForwardVariant& v) {
-    const bool fits = v.dtype == p.dtype && v.head_dim >= p.head_dim && v.head_dim_v >= p.head_dim_v;
+    const bool fits = v.dtype == p.dtype && v.head_dim >= p.head_dim && v.head_dim_v >= p.head_dim_v &&
+                      (p.dropout.p == 0 || v.launch_dropout);
     return fits ? v.head_dim + v.head_dim_v : INT_MAX;
   };
   int least_dims = INT_MAX, fewest_consumers = INT_MAX;
@@ -415,8 +416,7 @@ void log_plan(const fa3_forward_params& p, const fa3_forward_plan& plan) {
       stderr,
       "fa3 forward: batch %d, heads %d on %d, head_dim %d and %d, rows %d on %d%s: %s, tile %d x %d, %d heads a tile, "
       "%d splits after %d tiles, grid %d in clusters of %d%s, sections of %d heads, %d short m_blocks, copies q %d k "
-      "%d v %d, fp32 after %d blocks, workspace %zu bytes
-",
+      "%d v %d, fp32 after %d blocks, workspace %zu bytes\n",
       p.batch, p.num_heads, p.num_heads_kv, p.head_dim, p.head_dim_v, p.queries.rows, p.keys.rows,
       p.queries.cu_seqlens ? " (ragged)" : "", forward_variants()[plan.variant].name, plan.tile_m, plan.tile_n,
       plan.pack_gqa, plan.num_splits, plan.num_splits > 1 ? plan.whole_tiles : 0, plan.grid, plan.cluster,

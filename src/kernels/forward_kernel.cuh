@@ -122,10 +122,10 @@ ForwardVariant describe_forward(const char* name, int dtype) {
           Traits::kSwizzleV,
           launch_forward<Traits, false>,
           [] {
-            if constexpr (Traits::kEightBits)
-              return nullptr;
-            else
+            if constexpr (Traits::kHasDropout)
               return launch_forward<Traits, true>;
+            else
+              return nullptr;
           }()};
 }
 

@@ -40,6 +40,9 @@ struct ForwardTraits {
   // exponentials, which three warpgroups spread better by themselves.
   static constexpr bool kTakesTurns = kConsumers == 2 || (kConsumers == 3 && !kEightBits);
 
+  // Dropout is for training, whose rows are long: the largest tile of each pair of head dims has a kernel with it.
+  static constexpr bool kHasDropout = !kEightBits && kConsumers == (kHeadDim > 128 ? 2 : 3);
+
   // A thread block starts with kThreads times the registers that kThreads of them can have each; setmaxnreg deals that
   // pool out anew, and waits forever for more than there is.
   static constexpr int kPoolRegisters = 65536 / (kThreads * kBlocksPerSm) / 8 * 8;
