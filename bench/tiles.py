@@ -43,7 +43,7 @@ def prepare(budget: timing.Budget, commit: str):
 def fitting(core, row) -> list[tuple[int, int]]:
     """(tile_m, tile_n) of the variants that the plan chooses from: those that waste least on padded head dims."""
     fits = [v for v in core.variants() if v["dtype"] == _DTYPES[row.dtype] and v["head_dim"] >= row.head_dim
-            and v["head_dim_v"] >= row.dim_v]
+            and v["head_dim_v"] >= row.dim_v and not v["has_qv"]]
     least = min((v["head_dim"] + v["head_dim_v"] for v in fits), default=0)
     if not fits:
         raise NotImplementedError(f"this build of fa3 has no kernel for {row.dtype} and head dim {row.head_dim}")

@@ -23,13 +23,15 @@ cdef str FP8 = _dtypes.FP8
 
 cdef enum:
     MAX_GPU_HEAD_DIM = 256
+    MAX_LATENT_HEAD_DIM = 64          # with qv: q's and k's
+    MAX_LATENT_HEAD_DIM_V = 512       # and v's
     MAX_QUANTIZED_HEAD_DIM = 576      # the largest that any attention takes
     MAX_INT = 0x7fffffff              # what the C interface's 32 bits hold
     MAX_ROWS = 1 << 30                # of a sequence, so that positions and a window add up in 32 bits
 
 cdef object MAX_SEED = 2**64 - 1
-# (head_dim, head_dim_v) past 256 that Hopper kernels take: DeepSeek's MLA, with qv and absorbed.
-cdef tuple MLA_HEAD_DIMS = ((64, 512), (576, 512))
+# (head_dim, head_dim_v) past 256 that Hopper kernels take without qv: absorbed, where v is the first columns of k.
+cdef tuple ABSORBED_HEAD_DIMS = (MAX_LATENT_HEAD_DIM + MAX_LATENT_HEAD_DIM_V, MAX_LATENT_HEAD_DIM_V)
 
 
 # ---- numbers --------------------------------------------------------------------------------------------
@@ -251,21 +253,27 @@ cdef int fits(int64_t size, str name, str axis) except -1:
 
 
 cdef int head_dims(int64_t head_dim, int64_t head_dim_v, str q_dtype, bint has_qv, str v_name) except -1:
-    """Head dims that Hopper kernels take: multiples of 8 (16 in fp8) up to 256, and MLA's pairs."""
+    """Head dims that Hopper kernels take: multiples of 8 (16 in fp8) up to 256, and those of latent attention."""
     cdef int multiple = 16 if q_dtype == FP8 else 8
     if head_dim % multiple:
         raise ValueError(f"q: head_dim {head_dim}, needs a multiple of {multiple} for {q_dtype} on the GPU")
     if head_dim_v % multiple:
         raise ValueError(f"{v_name}: head_dim {head_dim_v}, "
                          f"needs a multiple of {multiple} for {q_dtype} on the GPU")
+    if has_qv:
+        if head_dim <= MAX_LATENT_HEAD_DIM and head_dim_v <= MAX_LATENT_HEAD_DIM_V:
+            return 0
+        raise NotImplementedError(f"qv: given with head_dim {head_dim} and {v_name}'s {head_dim_v}, needs at most "
+                                  f"{MAX_LATENT_HEAD_DIM} and {MAX_LATENT_HEAD_DIM_V} on the GPU")
     if head_dim <= MAX_GPU_HEAD_DIM and head_dim_v <= MAX_GPU_HEAD_DIM:
         return 0
-    if (head_dim, head_dim_v) not in MLA_HEAD_DIMS:
+    if head_dim <= MAX_LATENT_HEAD_DIM and head_dim_v <= MAX_LATENT_HEAD_DIM_V:
+        raise NotImplementedError(f"{v_name}: head_dim {head_dim_v} and q's {head_dim} without qv, "
+                                  "needs qv on the GPU")
+    if (head_dim, head_dim_v) != ABSORBED_HEAD_DIMS:
         name, got = ("q", head_dim) if head_dim > MAX_GPU_HEAD_DIM else (v_name, head_dim_v)
         raise NotImplementedError(f"{name}: head_dim {got}, needs at most {MAX_GPU_HEAD_DIM} on the GPU, "
-                                  f"or (q, {v_name}) of (64, 512) with qv or (576, 512)")
-    if head_dim == 64 and not has_qv:
-        raise NotImplementedError(f"{v_name}: head_dim 512 and q's 64 without qv, needs qv on the GPU")
+                                  f"or (q, {v_name}) of up to (64, 512) with qv, or of (576, 512)")
     return 0
 
 

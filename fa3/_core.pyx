@@ -334,7 +334,7 @@ def plan(*, str dtype, int batch, int seqlen_q, int seqlen_k, int num_heads, int
          int head_dim_v, bint causal=False, int window_left=-1, int window_right=-1, int attention_chunk=0,
          bint ragged=False, int max_seqlen_q=0, int max_seqlen_k=0, tuple q_strides=None, tuple k_strides=None,
          tuple v_strides=None, uintptr_t address=4096, int num_splits=0, bint batch_invariant=False,
-         object pack_gqa=None, int sm_margin=0, object fp8_accumulate=None, int num_sms=132):
+         object pack_gqa=None, int sm_margin=0, object fp8_accumulate=None, bint has_qv=False, int num_sms=132):
     """What a forward call of these sizes would do, as a dict: see fa3_forward_plan in fa3.h. Needs no GPU.
 
     For a ragged batch, seqlen_q and seqlen_k are the totals. Strides are (batch, row, head) in elements; None:
@@ -354,6 +354,8 @@ def plan(*, str dtype, int batch, int seqlen_q, int seqlen_k, int num_heads, int
     set_strides(&p.k, k_strides, seqlen_k, num_heads_kv, head_dim, address)
     set_strides(&p.v, v_strides, seqlen_k, num_heads_kv, head_dim_v, address)
     set_strides(&p.out, None, seqlen_q, num_heads, head_dim_v, address)
+    if has_qv:
+        set_strides(&p.qv, None, seqlen_q, num_heads, head_dim_v, address)
     p.queries.rows, p.keys.rows = seqlen_q, seqlen_k
     if ragged:
         p.queries.cu_seqlens = p.keys.cu_seqlens = &placeholder  # only asked for being there
@@ -385,7 +387,8 @@ cdef dict described(const c.fa3_variant *variant):
     return {
         "name": variant.name.decode(), "dtype": DTYPE_NAMES[variant.dtype], "head_dim": variant.head_dim,
         "head_dim_v": variant.head_dim_v, "tile_m": variant.tile_m, "tile_n": variant.tile_n,
-        "threads": variant.threads, "shared_memory": variant.shared_memory, "blocks_per_sm": variant.blocks_per_sm}
+        "threads": variant.threads, "shared_memory": variant.shared_memory, "blocks_per_sm": variant.blocks_per_sm,
+        "has_qv": bool(variant.has_qv)}
 
 
 def variants():

@@ -174,6 +174,7 @@ cdef extern from "fa3.h" nogil:
         int32_t copy_q
         int32_t copy_k
         int32_t copy_v
+        int32_t copy_qv
         int32_t accumulate_blocks
         size_t workspace
 
@@ -187,6 +188,7 @@ cdef extern from "fa3.h" nogil:
         int32_t threads
         int32_t shared_memory
         int32_t blocks_per_sm
+        int32_t has_qv
 
     ctypedef struct fa3_device:
         char name[256]

@@ -41,12 +41,18 @@ def flash_attn_func(
 
     Notes
     -----
-    *GPU.* head_dim and head_dim_v are multiples of 8 (fp8: 16) up to 256, and the last dimension is
-    contiguous; the other strides are free, 0 and negative included. An array whose address or strides are not
-    multiples of 16 bytes cannot be read by Hopper's tensor memory accelerator: a small kernel first copies it
-    into workspace, once a call. A call only enqueues work on its stream. It never waits for the GPU and never
+    *GPU.* head_dim and head_dim_v are multiples of 8 (fp8: 16) up to 256, with `qv` up to 64 and 512, and the
+    last dimension is contiguous; the other strides are free, 0 and negative included. An array whose address or
+    strides are not multiples of 16 bytes cannot be read by Hopper's tensor memory accelerator: a small kernel first
+    copies it into workspace, once a call. A call only enqueues work on its stream. It never waits for the GPU and never
     reads device memory from the host; only CUDA itself may wait when a process launches a kernel for the first
     time and it is loaded, so warm up before capturing a graph.
+
+    *Latent attention.* Rows of one cache hold the latent values and, behind them, the keys' rotary part. With `qv`
+    these are ``v = cache[..., :512]`` and ``k = cache[..., 512:]``; absorbed, with head dims (576, 512), k is
+    the cache itself, v the same as before, and q has in front what `qv` has else. The GPU computes both alike and
+    reads the cache once; absorbed it needs v to be k's memory. A model's own softmax_scale may be another than
+    the default, which is of the dims that make the scores.
 
     *Nothing to see.* A query without a visible key has out 0 and lse -inf (or its sink). Empty arrays are no
     error.

@@ -4,9 +4,11 @@
 #include <algorithm>
 #include <cmath>
 
+#include "combine_plan.h"
 #include "device.h"
 #include "fa3.h"
 #include "kernels/prepare.h"
+#include "latent.h"
 #include "operand.h"
 #include "plan.h"
 #include "prepare_plan.h"
@@ -23,7 +25,7 @@ constexpr float kLog2e = 1.4426950408889634f;
 
 fa3_status plan_checked(const fa3_forward_params* params, int num_sms, fa3_forward_plan& plan) {
   if (auto status = validate(params)) return status;
-  return plan_forward(*params, num_sms, plan);
+  return plan_forward(as_computed(*params), num_sms, plan);
 }
 
 bool nothing_to_do(const fa3_forward_params& p) { return p.batch == 0 || (p.queries.rows == 0 && !appends(p)); }
@@ -79,6 +81,12 @@ struct Launch {
     const OperandShape v{
         .head_dim = p.head_dim_v, .heads = p.num_heads_kv, .box_rows = box_rows, .swizzle = variant.swizzle_v};
     if (auto status = operand(p.q, p.queries, p.batch, plan.copy_q, rotated_q, q, args.q)) return status;
+    if (has_qv(p)) {
+      OperandShape qv = q;
+      qv.head_dim = p.head_dim_v;
+      qv.swizzle = variant.swizzle_v;
+      if (auto status = operand(p.qv, p.queries, p.batch, plan.copy_qv, nullptr, qv, args.qv)) return status;
+    }
     const fa3_lengths stored = key_storage(p);
     if (auto status = operand(p.k, stored, key_entries(p), plan.copy_k, nullptr, k, args.k)) return status;
     if (auto status = operand(p.v, stored, key_entries(p), plan.copy_v, nullptr, v, args.v)) return status;
@@ -130,6 +138,8 @@ struct Launch {
     if (sizes.parts) {
       args.parts_done = static_cast<uint64_t*>(workspace.take(sizes.parts_done));
       args.parts = static_cast<float*>(workspace.take(sizes.parts));
+      args.parts_lse = static_cast<float*>(workspace.take(sizes.parts_lse));
+      args.part_rows = rows_of_heads(params);
     }
     if (sizes.seqlens_k) seqlens_k = static_cast<int32_t*>(workspace.take(sizes.seqlens_k));
     if (rotates(params))
@@ -140,35 +150,62 @@ struct Launch {
     if (auto status = fill(args)) return status;
     const auto launch = args.dropout.active ? variant.launch_dropout : variant.launch;
     const cudaError_t error = launch(args, plan.grid, plan.cluster, params.device, stream);
-    return check_cuda(error, variant.name, cudaGetErrorString(error));
+    if (auto status = check_cuda(error, variant.name, cudaGetErrorString(error))) return status;
+    return sizes.parts && variant.joins_apart() ? join(args) : FA3_OK;
+  }
+
+  /// Join the parts that kernels leave for it, of rows that a sequence uses.
+  fa3_status join(const ForwardArgs& forward) {
+    const fa3_forward_params& p = params;
+    const int64_t heads = p.num_heads, rows = p.queries.rows;
+    fa3_combine_params parts{};
+    parts.out_dtype = p.out_dtype;
+    parts.splits = plan.num_splits;
+    parts.batch = p.queries.cu_seqlens ? 1 : p.batch;
+    parts.rows = p.queries.rows;
+    parts.num_heads = p.num_heads;
+    parts.head_dim_v = p.head_dim_v;
+    parts.out_partial = contiguous(forward.parts, rows, heads, p.head_dim_v);
+    parts.lse_partial = {forward.parts_lse, {rows * heads, heads, 1, 0}};
+    parts.out_partial_step = forward.part_rows * p.head_dim_v;
+    parts.lse_partial_step = forward.part_rows;
+    parts.out = p.out;
+    parts.lse = {p.lse.data, {p.lse.stride[0], p.lse.stride[2], p.lse.stride[1], 0}};
+    CombineArgs args = plan_combine(parts);
+    args.queries = forward.queries;
+    args.sequences = p.queries.cu_seqlens || p.queries.seqused ? p.batch : 0;
+    const cudaError_t error = launch_combine(args, p.out_dtype, stream);
+    return check_cuda(error, "combine", cudaGetErrorString(error));
   }
 };
 
 fa3_status forward(const fa3_forward_params* params, void* workspace, cudaStream_t stream) {
   if (auto status = validate(params)) return status;
-  if (nothing_to_do(*params)) return FA3_OK;
-  const DeviceScope scope(params->device);
+  const fa3_forward_params p = as_computed(*params);
+  if (nothing_to_do(p)) return FA3_OK;
+  const DeviceScope scope(p.device);
   if (scope.status()) return scope.status();
   int num_sms = 0;
-  if (auto status = hopper_sms(params->device, num_sms)) return status;
+  if (auto status = hopper_sms(p.device, num_sms)) return status;
   fa3_forward_plan plan;
-  if (auto status = plan_forward(*params, num_sms, plan)) return status;
+  if (auto status = plan_forward(p, num_sms, plan)) return status;
   if (plan.workspace && !workspace)
     return fail(FA3_ERROR_WORKSPACE, "workspace: null, but %zu bytes are needed", plan.workspace);
-  log_plan(*params, plan);
-  if (auto status = slow_checks(*params, stream)) return status;
-  return Launch{*params, plan, forward_variants()[plan.variant], Workspace(workspace), stream}.run();
+  log_plan(p, plan);
+  if (auto status = slow_checks(p, stream)) return status;
+  return Launch{p, plan, forward_variants()[plan.variant], Workspace(workspace), stream}.run();
 }
 
 fa3_status workspace_bytes(const fa3_forward_params* params, size_t* bytes) {
   if (!bytes) return fail(FA3_ERROR_NULL, "bytes: null pointer");
   *bytes = 0;
   if (auto status = validate(params)) return status;
-  if (nothing_to_do(*params)) return FA3_OK;
+  const fa3_forward_params p = as_computed(*params);
+  if (nothing_to_do(p)) return FA3_OK;
   int num_sms = 0;
-  if (auto status = hopper_sms(params->device, num_sms)) return status;
+  if (auto status = hopper_sms(p.device, num_sms)) return status;
   fa3_forward_plan plan;
-  if (auto status = plan_forward(*params, num_sms, plan)) return status;
+  if (auto status = plan_forward(p, num_sms, plan)) return status;
   *bytes = plan.workspace;
   return FA3_OK;
 }
@@ -199,7 +236,7 @@ extern "C" int fa3_forward_variant(int32_t index, fa3_variant* variant) {
   if (index < 0 || index >= static_cast<int>(variants.size()))
     return fa3::fail(FA3_ERROR_SHAPE, "index: %d, but there are %zu variants", index, variants.size());
   const fa3::ForwardVariant& v = variants[index];
-  *variant = {v.name,   v.dtype,   v.head_dim,      v.head_dim_v,   v.tile_m(),
-              v.tile_n, v.threads, v.shared_memory, v.blocks_per_sm};
+  *variant = {v.name,   v.dtype,   v.head_dim,      v.head_dim_v,    v.tile_m(),
+              v.tile_n, v.threads, v.shared_memory, v.blocks_per_sm, v.has_qv};
   return FA3_OK;
 }

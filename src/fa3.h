@@ -42,7 +42,7 @@ typedef enum fa3_status {
   FA3_ERROR_NO_PAGED_CACHE = -11,
   FA3_ERROR_NO_CACHE_UPDATE = -12, /* new keys, rotary, left padding, cache_batch_idx */
   FA3_ERROR_NO_SPLIT = -13,
-  FA3_ERROR_NO_QV = -14,
+  FA3_ERROR_NO_QV = -14, /* qv, MLA */
   FA3_ERROR_NO_BACKWARD = -15,
   FA3_ERROR_NO_DROPOUT = -16,
   FA3_ERROR_DEVICE = -17, /* the device is not compute capability 9.0 */
@@ -134,11 +134,13 @@ typedef struct fa3_forward_params {
   int32_t out_dtype;  /* dtype, or for fp8 FA3_BFLOAT16 / FA3_FLOAT16 */
 
   int32_t batch, num_heads, num_heads_kv; /* num_heads % num_heads_kv == 0 */
-  int32_t head_dim, head_dim_v;           /* of q, k; of v, out */
+  /* Of q, k; of v, out. With qv at most 64 and 512. Without it at most 256 each, or 576 and 512, where v must be k's
+   * memory, with its strides: its first 512 columns. */
+  int32_t head_dim, head_dim_v;
 
   fa3_array q, k, v, out;
   fa3_array lse; /* fp32 (batch, head, row), or null data */
-  fa3_array qv;  /* (batch, row, head, head_dim_v), or null data */
+  fa3_array qv;  /* (batch, row, head, head_dim_v): scores are of q k^T + qv v^T; or all zero: none */
   fa3_lengths queries, keys;
 
   fa3_mask mask;
@@ -237,9 +239,10 @@ typedef struct fa3_forward_plan {
   int32_t cluster;                           /* of them that join a tile's parts among them; 1: through memory */
   int32_t dynamic;                           /* 1: work is handed out by a counter in the workspace */
   int32_t heads_per_section, short_m_blocks; /* the order of tiles: see attention/tile_scheduler.h */
-  int32_t copy_q, copy_k, copy_v;            /* 1: copied to the workspace first: TMA cannot address it, or q turns */
-  int32_t accumulate_blocks;                 /* of keys, whose fp8 products are added up before fp32 goes on; 0: all */
-  size_t workspace;                          /* bytes */
+  /* 1: copied to the workspace first: TMA cannot address it, or q turns */
+  int32_t copy_q, copy_k, copy_v, copy_qv;
+  int32_t accumulate_blocks; /* of keys, whose fp8 products are added up before fp32 goes on; 0: all */
+  size_t workspace;          /* bytes */
 } fa3_forward_plan;
 
 typedef struct fa3_variant {
@@ -247,6 +250,7 @@ typedef struct fa3_variant {
   int32_t dtype, head_dim, head_dim_v, tile_m, tile_n;
   int32_t threads, shared_memory; /* threads, bytes of a thread block */
   int32_t blocks_per_sm;          /* thread blocks that share a multiprocessor */
+  int32_t has_qv;                 /* 1: for calls with qv */
 } fa3_variant;
 
 typedef struct fa3_device {

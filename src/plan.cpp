@@ -15,6 +15,7 @@
 #include "attention/dropout.h"
 #include "attention/packing.h"
 #include "attention/splits.h"
+#include "latent.h"
 #include "prepare_plan.h"
 #include "status.h"
 #include "variants.h"
@@ -67,11 +68,12 @@ struct TileCost {
 };
 
 TileCost tile_cost(const ForwardVariant& v) {
-  const int dim = (v.head_dim + v.head_dim_v) / 2;
+  const int dim = ((v.has_qv ? v.head_dim + v.head_dim_v : v.head_dim) + v.head_dim_v) / 2;
   // Of a score: exponentials bound small dims, products large ones, which fp8 halves (as is to be measured).
   const double products = dim * element_bytes(v.dtype) / 2.0;
   const double score = std::max(35 + 0.42 * products, 0.7 * products) * 1e-6;
   const double block = score * v.tile_m() * v.tile_n;
+  if (v.has_qv) return {2.5, 1.35 * block};  // its two warpgroups do everything at the same time
   if (v.consumers == 1) return {1.2, std::max(1.15 * block, 0.53)};  // two share an SM: half of what each takes
   if (v.consumers == 2) return {1.8, 1.07 * block};
   return {0.03 * dim, 0.95 * block};
@@ -101,6 +103,8 @@ double cluster_join_time(int parts, double pieces, int rows, int head_dim_v, int
   const bool crowded = parts > 8 && pieces > 0.85 * num_sms;
   return 0.2 + 0.2 * ceil_div(rows * (head_dim_v / 8), 128) + (crowded ? kCrowdedTime : 0);
 }
+/// The same where another kernel joins them: its launch, its rounds of 8 parts, and their way out and back.
+double join_apart_time(int parts, double bytes) { return 4 + 0.6 * ceil_div(parts, 8) + 2 * bytes / 3e6; }
 
 /// Everything about a call's work that choosing looks at, worked out once.
 struct Work {
@@ -128,7 +132,7 @@ struct Choice {
   double time = INFINITY;  // microseconds, estimated
 };
 
-int tile_queries(const ForwardVariant& v, const Packing& packing) { return v.consumers * packing.positions; }
+int tile_queries(const ForwardVariant& v, const Packing& packing) { return v.row_groups * packing.positions; }
 
 /// Tiles of all queries: exact for dense batches, an upper bound for ragged ones.
 int64_t count_tiles(const fa3_forward_params& p, const ForwardVariant& v, const Packing& packing) {
@@ -141,6 +145,12 @@ int64_t count_tiles(const fa3_forward_params& p, const ForwardVariant& v, const 
 int64_t split_tiles(const fa3_forward_params& p, const ForwardVariant& v, const Packing& packing,
                     const Splits& splits) {
   return std::max<int64_t>(count_tiles(p, v, packing) - splits.whole_tiles, 0);
+}
+
+int64_t bytes_of_parts(const fa3_forward_params& p, const ForwardVariant& v, const Packing& packing,
+                       const Splits& splits) {
+  if (v.joins_apart()) return splits.count.divisor * rows_of_heads(p) * p.head_dim_v * int64_t{sizeof(float)};
+  return split_tiles(p, v, packing, splits) * splits.count.divisor * v.part_bytes;
 }
 
 /// The estimate for a variant, packed or not, split where that seems to pay (or as the caller says).
@@ -175,7 +185,9 @@ Choice estimate(const Work& work, int index, bool packed) {
     const double reading = pieces / parts * read_time * (cluster ? kClusterReading : 1.0);
     const double joining = parts == 1 ? 0.0
                            : cluster  ? cluster_join_time(parts, pieces, rows, v.head_dim_v, work.num_sms)
-                                      : join_time(parts, rows, v.head_dim_v);
+                           : v.joins_apart()
+                               ? join_apart_time(parts, double(bytes_of_parts(p, v, packing, Splits::of(0, parts))))
+                               : join_time(parts, rows, v.head_dim_v);
     return std::max({rounds * piece(mean), alone * piece(longest), around + reading}) + joining;
   };
 
@@ -194,20 +206,20 @@ Choice estimate(const Work& work, int index, bool packed) {
   };
   auto consider = [&](int whole_tiles, int parts) {
     const Choice found = choose_join(Splits::of(whole_tiles, parts));
-    if (found.time < choice.time && split_tiles(p, v, packing, found.splits) * parts * v.part_bytes <= kMostPartBytes)
-      choice = found;
+    if (found.time < choice.time && bytes_of_parts(p, v, packing, found.splits) <= kMostPartBytes) choice = found;
   };
   const int key_blocks = std::max(ceil_div(p.keys.rows, v.tile_n), 1);  // a part without one has nothing to do
   if (p.num_splits > 0 || p.batch_invariant) {
     const int parts = p.batch_invariant ? 1 : std::min({p.num_splits, key_blocks, Splits::kMost});
     return parts > 1 ? choose_join(Splits::of(0, parts)) : choice;
   }
-  const int most = static_cast<int>(std::min({longest, double(key_blocks), 64.0}));
+  const int most = static_cast<int>(std::min({longest, double(key_blocks), v.joins_apart() ? 256.0 : 64.0}));
   if (tiles < slots) {
     const int parts = std::min(static_cast<int>(slots / std::max(tiles, 1.0)), most);
     for (int fewer = parts; fewer > 1; fewer = fewer / 2) consider(0, fewer);
     for (int fewer = std::min(parts, kLargestCluster); fewer > 1; fewer = fewer / 2) consider(0, fewer);
-  } else if (work.equal_tiles) {  // the last round, if it is not full, is split for all to share
+  } else if (work.equal_tiles && !v.joins_apart()) {
+    // The last round, if it is not full, is split for all to share. What is joined apart has parts of every row.
     const double whole = std::floor(tiles / slots) * slots, rest = tiles - whole;
     if (rest > 0) {
       const int parts = std::min(static_cast<int>(slots / rest), most);
@@ -240,8 +252,8 @@ Choice choose(const Work& work) {
   const fa3_forward_params& p = work.params;
   const auto variants = forward_variants();
   auto dims_if_fit = [&](const ForwardVariant& v) {
-    const bool fits = v.dtype == p.dtype && v.head_dim >= p.head_dim && v.head_dim_v >= p.head_dim_v &&
-                      (p.dropout.p == 0 || v.launch_dropout);
+    const bool fits = v.dtype == p.dtype && v.has_qv == has_qv(p) && v.head_dim >= p.head_dim &&
+                      v.head_dim_v >= p.head_dim_v && (p.dropout.p == 0 || v.launch_dropout);
     return fits ? v.head_dim + v.head_dim_v : INT_MAX;
   };
   int least_dims = INT_MAX, fewest_consumers = INT_MAX;
@@ -342,19 +354,26 @@ size_t copy_bytes(const fa3_lengths& lengths, int entries, int heads, int head_d
   return workspace_aligned(rows * heads * head_dim * element_bytes(dtype));
 }
 
+int64_t rows_of_heads(const fa3_forward_params& params) {
+  return int64_t{params.queries.rows} * (params.queries.cu_seqlens ? 1 : params.batch) * params.num_heads;
+}
+
 int64_t most_tiles(const fa3_forward_params& params, const fa3_forward_plan& plan) {
   return count_tiles(params, forward_variants()[plan.variant], packing_of(params, plan.pack_gqa > 1));
 }
 
 WorkspaceSizes workspace_sizes(const fa3_forward_params& params, const fa3_forward_plan& plan) {
-  WorkspaceSizes sizes{plan.dynamic ? kWorkspaceAlignment : 0, 0, 0, 0};
+  WorkspaceSizes sizes{plan.dynamic ? kWorkspaceAlignment : 0, 0, 0, 0, 0};
   if (appends(params)) sizes.seqlens_k = workspace_aligned(params.batch * sizeof(int32_t));
   if (plan.num_splits > 1) {
     const ForwardVariant& v = forward_variants()[plan.variant];
     const Splits splits = Splits::of(plan.whole_tiles, plan.num_splits);
-    const size_t tiles = split_tiles(params, v, packing_of(params, plan.pack_gqa > 1), splits);
-    sizes.parts_done = workspace_aligned(tiles * v.consumers * sizeof(uint64_t));
-    sizes.parts = workspace_aligned(tiles * plan.num_splits * v.part_bytes);
+    const Packing packing = packing_of(params, plan.pack_gqa > 1);
+    sizes.parts = workspace_aligned(bytes_of_parts(params, v, packing, splits));
+    if (v.joins_apart())
+      sizes.parts_lse = workspace_aligned(plan.num_splits * rows_of_heads(params) * sizeof(float));
+    else
+      sizes.parts_done = workspace_aligned(split_tiles(params, v, packing, splits) * v.consumers * sizeof(uint64_t));
   }
   return sizes;
 }
@@ -366,8 +385,8 @@ fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_pl
   const Choice choice = choose(work);
   if (choice.variant < 0)
     return fail(p.dtype == FA3_FLOAT8_E4M3 ? FA3_ERROR_HEAD_DIM_FP8 : FA3_ERROR_HEAD_DIM,
-                "head_dim: (%d, %d) has no kernel of this dtype%s in this build", p.head_dim, p.head_dim_v,
-                p.tile_m ? " and tile" : "");
+                "head_dim: (%d, %d)%s has no kernel of this dtype%s in this build", p.head_dim, p.head_dim_v,
+                has_qv(p) ? " with qv" : "", p.tile_m ? " and tile" : "");
   const ForwardVariant& variant = forward_variants()[choice.variant];
   const Packing packing = packing_of(p, choice.packed);
   plan.variant = choice.variant;
@@ -392,14 +411,17 @@ fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_pl
   plan.dynamic = pieces > plan.grid && pieces <= kMostCounted && !work.equal_tiles && choice.time > kLongTime;
 
   const WorkspaceSizes sizes = workspace_sizes(p, plan);
-  plan.workspace = sizes.counter + sizes.parts_done + sizes.parts + sizes.seqlens_k;
+  plan.workspace = sizes.counter + sizes.parts_done + sizes.parts + sizes.parts_lse + sizes.seqlens_k;
   // Heads that share a tile need an axis that moves.
   plan.copy_q = !tma_addressable(p.q, p.queries, p.batch, p.num_heads, p.dtype) ||
                 (choice.packed && p.q.stride[2] == 0) || rotates(p);
+  plan.copy_qv = has_qv(p) && (!tma_addressable(p.qv, p.queries, p.batch, p.num_heads, p.dtype) ||
+                               (choice.packed && p.qv.stride[2] == 0));
   const fa3_lengths stored = key_storage(p);
   plan.copy_k = !tma_addressable(p.k, stored, key_entries(p), p.num_heads_kv, p.dtype);
   plan.copy_v = !tma_addressable(p.v, stored, key_entries(p), p.num_heads_kv, p.dtype);
   if (plan.copy_q) plan.workspace += copy_bytes(p.queries, p.batch, p.num_heads, p.head_dim, p.dtype);
+  if (plan.copy_qv) plan.workspace += copy_bytes(p.queries, p.batch, p.num_heads, p.head_dim_v, p.dtype);
   if (plan.copy_k) plan.workspace += copy_bytes(stored, key_entries(p), p.num_heads_kv, p.head_dim, p.dtype);
   if (plan.copy_v) plan.workspace += copy_bytes(stored, key_entries(p), p.num_heads_kv, p.head_dim_v, p.dtype);
   const int64_t blocks = appends(p) || rotates(p) ? plan_prepare(p).blocks : 0;
@@ -416,12 +438,12 @@ void log_plan(const fa3_forward_params& p, const fa3_forward_plan& plan) {
       stderr,
       "fa3 forward: batch %d, heads %d on %d, head_dim %d and %d, rows %d on %d%s: %s, tile %d x %d, %d heads a tile, "
       "%d splits after %d tiles, grid %d in clusters of %d%s, sections of %d heads, %d short m_blocks, copies q %d k "
-      "%d v %d, fp32 after %d blocks, workspace %zu bytes\n",
+      "%d v %d qv %d, fp32 after %d blocks, workspace %zu bytes\n",
       p.batch, p.num_heads, p.num_heads_kv, p.head_dim, p.head_dim_v, p.queries.rows, p.keys.rows,
       p.queries.cu_seqlens ? " (ragged)" : "", forward_variants()[plan.variant].name, plan.tile_m, plan.tile_n,
       plan.pack_gqa, plan.num_splits, plan.num_splits > 1 ? plan.whole_tiles : 0, plan.grid, plan.cluster,
       plan.dynamic ? " (dynamic)" : "", plan.heads_per_section, plan.short_m_blocks, plan.copy_q, plan.copy_k,
-      plan.copy_v, plan.accumulate_blocks, plan.workspace);
+      plan.copy_v, plan.copy_qv, plan.accumulate_blocks, plan.workspace);
 }
 
 }  // namespace fa3

@@ -37,12 +37,15 @@ inline constexpr int kBoxAlignment = 128;
 /// where a box may begin anywhere in a page, one. 0 where so few make no place for a box.
 int page_box_rows(const fa3_forward_params& params, const struct ForwardVariant& variant);
 
+/// Rows of all query heads.
+int64_t rows_of_heads(const fa3_forward_params& params);
+
 /// How query heads share tiles.
 struct Packing packing_of(const fa3_forward_params& params, bool packed);
 
 /// The workspace's parts, each a multiple of kWorkspaceAlignment: what comes before the copies.
 struct WorkspaceSizes {
-  size_t counter, parts_done, parts, seqlens_k;
+  size_t counter, parts_done, parts, parts_lse, seqlens_k;
 };
 WorkspaceSizes workspace_sizes(const fa3_forward_params& params, const fa3_forward_plan& plan);
 

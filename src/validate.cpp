@@ -5,6 +5,7 @@
 #include <initializer_list>
 #include <utility>
 
+#include "latent.h"
 #include "status.h"
 
 namespace fa3 {
@@ -20,10 +21,26 @@ fa3_status check_struct(const fa3_forward_params& p) {
               sizeof(fa3_forward_params));
 }
 
-fa3_status check_features(const fa3_forward_params& p) {
-  if (p.qv.data) return fail(FA3_ERROR_NO_QV, "qv: attention with qv is not built for the GPU yet");
-  if (p.head_dim_v == 512 && (p.head_dim == 64 || p.head_dim == 576))
-    return fail(FA3_ERROR_NO_QV, "q, v: head_dim %d and 512 (MLA) are not built for the GPU yet", p.head_dim);
+/// Multi-head latent attention: what of it is built.
+fa3_status check_latent(const fa3_forward_params& p) {
+  if (!has_qv(p) && !absorbed(p)) return FA3_OK;
+  if (p.dtype == FA3_FLOAT8_E4M3)
+    return fail(FA3_ERROR_NO_QV, "%s of fp8 is not built for the GPU; needs float16 or bfloat16",
+                has_qv(p) ? "qv: attention with it" : "q, v: head dims 576 and 512");
+  if (p.dropout.p > 0)
+    return fail(FA3_ERROR_NO_DROPOUT, "dropout_p: %g, but with %s dropout is not built for the GPU; needs 0",
+                p.dropout.p, has_qv(p) ? "qv" : "head dims 576 and 512");
+  if (has_qv(p) && (p.head_dim > kMostLatentHeadDim || p.head_dim_v > kMostLatentHeadDimV))
+    return fail(FA3_ERROR_NO_QV, "qv: head dims %d and %d with it, but at most %d and %d are built for the GPU",
+                p.head_dim, p.head_dim_v, kMostLatentHeadDim, kMostLatentHeadDimV);
+  if (has_qv(p)) return FA3_OK;
+  bool same_memory = p.k.data == p.v.data;
+  for (int axis = 0; axis < 3; ++axis) same_memory &= p.k.stride[axis] == p.v.stride[axis];
+  if (!same_memory)
+    return fail(FA3_ERROR_NO_QV,
+                "v: memory of its own, but with head dims 576 and 512 it must be k's first 512 columns");
+  if (p.cache.rotary_cos)
+    return fail(FA3_ERROR_NO_QV, "rotary_cos: given, but with head dims 576 and 512 it would turn the values; give qv");
   return FA3_OK;
 }
 
@@ -61,13 +78,12 @@ fa3_status check_choices(const fa3_forward_params& p) {
   return FA3_OK;
 }
 
-fa3_status check_head_dims(int head_dim, int head_dim_v, int dtype) {
+fa3_status check_head_dims(int head_dim, int head_dim_v, int dtype, int most = kMaxHeadDim) {
   for (int dim : {head_dim, head_dim_v}) {
     if (dtype == FA3_FLOAT8_E4M3 && dim % 16)
       return fail(FA3_ERROR_HEAD_DIM_FP8, "head_dim: %d, but of fp8 it must be a multiple of 16 on the GPU", dim);
-    if (dim < 8 || dim % 8 || dim > kMaxHeadDim)
-      return fail(FA3_ERROR_HEAD_DIM, "head_dim: %d, but it must be a multiple of 8 up to %d on the GPU", dim,
-                  kMaxHeadDim);
+    if (dim < 8 || dim % 8 || dim > most)
+      return fail(FA3_ERROR_HEAD_DIM, "head_dim: %d, but it must be a multiple of 8 up to %d on the GPU", dim, most);
   }
   return FA3_OK;
 }
@@ -100,6 +116,7 @@ fa3_status check_arrays(const fa3_forward_params& p) {
              no_keys = p.batch == 0 || p.keys.rows == 0 || (p.cache.page_table && p.cache.num_pages == 0);
   if (auto status = check_array(p.q, no_queries, "q")) return status;
   if (auto status = check_array(p.out, no_queries, "out")) return status;
+  if (auto status = check_array(p.qv, no_queries || !has_qv(p), "qv")) return status;
   if (auto status = check_array(p.k, no_keys, "k")) return status;
   return check_array(p.v, no_keys, "v");
 }
@@ -337,11 +354,12 @@ fa3_status validate(const fa3_forward_params* params) {
   if (!params) return fail(FA3_ERROR_NULL, "params: null pointer");
   const fa3_forward_params& p = *params;
   if (auto status = check_struct(p)) return status;
-  if (auto status = check_features(p)) return status;
   if (auto status = check_dtypes(p)) return status;
+  if (auto status = check_latent(p)) return status;
   if (auto status = check_sizes(p.batch, p.num_heads, p.num_heads_kv)) return status;
   if (auto status = check_choices(p)) return status;
-  if (auto status = check_head_dims(p.head_dim, p.head_dim_v, p.dtype)) return status;
+  const int most = absorbed(p) ? p.head_dim : has_qv(p) ? kMostLatentHeadDimV : kMaxHeadDim;
+  if (auto status = check_head_dims(p.head_dim, p.head_dim_v, p.dtype, most)) return status;
   if (auto status = check_groups(p)) return status;
   if (auto status = check_lengths(p.queries, "q")) return status;
   if (auto status = check_lengths(p.keys, "k")) return status;

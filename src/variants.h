@@ -11,18 +11,22 @@ namespace fa3 {
 struct ForwardVariant {
   const char* name;
   int dtype, head_dim, head_dim_v;
-  int consumers, tile_n;  // consumer warpgroups of 64 query rows each; keys of a block
+  bool has_qv;             // scores add qv v
+  int consumers;           // warpgroups
+  int row_groups, tile_n;  // 64 query rows each; keys of a block
   int threads, shared_memory;
   int blocks_per_sm;           // thread blocks that share a multiprocessor
   bool totals;                 // fp8: sums in fp32 have room beside O, so that few blocks need to move on to them
-  int part_bytes;              // of workspace, for each part of a split tile
+  int part_bytes;              // of workspace, for each part of a split tile; 0: see joins_apart()
   bool joins_in_cluster;       // a part fits into shared memory, where the other blocks of a cluster can read it
   int swizzle_q_k, swizzle_v;  // bytes: the width of a shared memory chunk, and of a TMA box
   // device: the current. launch_dropout may be null: see ForwardTraits::kHasDropout.
   cudaError_t (*launch)(const ForwardArgs& args, int grid, int cluster, int device, cudaStream_t stream);
   cudaError_t (*launch_dropout)(const ForwardArgs& args, int grid, int cluster, int device, cudaStream_t stream);
 
-  int tile_m() const { return 64 * consumers; }
+  int tile_m() const { return 64 * row_groups; }
+  /// The parts of split tiles are results of their own, which the kernel of combine joins.
+  bool joins_apart() const { return part_bytes == 0; }
 };
 
 std::span<const ForwardVariant> forward_variants();

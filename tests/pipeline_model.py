@@ -1,9 +1,9 @@
 """The forward kernel's barrier protocol as a discrete-event model, for test_pipeline_model.py.
 
-Scheduler::run, Loader::run, Consumer::attend, RowWriter::put and what the kernel does around them
-(src/kernels/forward_{tiles,load,mma,epilogue,kernel}.cuh), step by step, as generators that yield what they wait for. A
-scheduler of events lets one warp, one lane, one copy or one product go on at a time, so that any of them may be
-arbitrarily slow. Whoever reads shared memory checks that it holds, and goes on holding, what it expects.
+Scheduler::run, Loader::run, Consumer::attend, Exchange, RowWriter::put and what the kernel does around them
+(src/kernels/forward_{tiles,load,mma,exchange,epilogue,kernel}.cuh), step by step, as generators that yield what they
+wait for. A scheduler of events lets one warp, one lane, one copy or one product go on at a time, so that any of them
+may be arbitrarily slow. Whoever reads shared memory checks that it holds, and goes on holding, what it expects.
 
 Each wait, arrival and sync has a name; ThreadBlock can be told to leave one out, to see that the model notices.
 """
@@ -100,8 +100,8 @@ class Pipe:
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of work: the blocks [first, end) are loaded, each warpgroup has its own of them (begin, end), empty ones
-    at `first`."""
+    """A piece of work: the blocks [first, end) are loaded, each group of rows has its own of them (begin, end), empty
+    ones at `first`."""
 
     first: int
     end: int
@@ -113,15 +113,23 @@ class Piece:
 
 class ThreadBlock:
     """One thread block with its pieces of work. `counted`: their indices come from a counter. `idle_rows`: a tile has
-    rows that no query is loaded to. `left_out`: the name of a wait, arrival or sync that is not there."""
+    rows that no query is loaded to. `has_qv`: two warpgroups share their rows, read values for their scores too, and
+    tell each other of these. `left_out`: the name of a wait, arrival or sync that is not there."""
 
-    def __init__(self, consumers, pieces, query_stages=1, counted=False, idle_rows=False, left_out=None):
+    def __init__(self, consumers, pieces, query_stages=1, counted=False, idle_rows=False, has_qv=False, left_out=None):
         self.consumers, self.pieces, self.left_out = consumers, pieces, left_out
+        self.has_qv, self.row_groups = has_qv, 1 if has_qv else consumers
+        self.takes_turns = consumers > 1 and not has_qv
         self.query_stages, self.counted, self.idle_rows = query_stages, counted, idle_rows
         self.ahead = TILE_SLOTS
         warps = consumers * WARPS
         self.k, self.v, self.slots = Pipe(STAGES, warps), Pipe(STAGES, warps), Pipe(TILE_SLOTS, warps + 1)
-        self.q = [Pipe(query_stages, WARPS) for _ in range(consumers)]
+        self.q = [Pipe(query_stages, warps // self.row_groups) for _ in range(self.row_groups)]
+        self.pair = [NamedBarrier(syncs_expected=2) for _ in range(WARPS)]  # a warp of each warpgroup
+        self.both = NamedBarrier(syncs_expected=2 * WARPS)
+        self.letters = {}  # (box, warp) -> the letter there that is not read yet: (piece, block, first or second, from)
+        self.in_registers = {}  # piece -> (warpgroup, warp) that have their part of Q
+        self.staging = 0  # warps that write rows
         self.nearly_loaded = Barrier(1)
         self.asked = -1, 0  # the piece that the loader is at, and how many of its blocks of K it has not asked for
         self.turn = [NamedBarrier(arrivals_expected=WARPS) for _ in range(consumers)]
@@ -188,6 +196,7 @@ class ThreadBlock:
 
         def load(name, pipe, stage, parity, value):
             yield from self.wait(f"loader: {name} given back", pipe.empty[stage], parity ^ 1)
+            expect(name != "q" or not self.unread("q"), "a letter is lost to the next Q")
             self.arrive(f"loader: {name} announced", pipe.full[stage], copies=1)
             pipe.content[stage] = "half written"
 
@@ -219,11 +228,18 @@ class ThreadBlock:
             while n_block >= piece.first:
                 if n_block == nearly_last:
                     self.arrive("loader: nearly loaded", self.nearly_loaded)
+                if self.has_qv:
+                    yield from load_block("v", self.v, v_ring, n_block)
                 if n_block > piece.first:
                     yield from load_k(n_block - 1)
-                yield from load_block("v", self.v, v_ring, n_block)
+                if not self.has_qv:
+                    yield from load_block("v", self.v, v_ring, n_block)
                 n_block -= 1
             self.give_slot_back("loader", tiles, piece)
+
+    def unread(self, box):
+        """Whether a letter lies there."""
+        return any(letter for (where, _), letter in self.letters.items() if where == box)
 
     def multiply(self, *operands):
         """A product: what it reads must be there from when it is issued until it is done. Returns whether it is."""
@@ -248,7 +264,7 @@ class ThreadBlock:
 
     def consumer(self, w, warp):
         k_ring, v_ring, tiles = Ring(STAGES), Ring(STAGES), Ring(TILE_SLOTS)
-        q, mine, following = self.q[w], self.turn[w], self.turn[(w + 1) % self.consumers]
+        q, mine, following = self.q[w % self.row_groups], self.turn[w], self.turn[(w + 1) % self.consumers]
         warp_barrier, staged = NamedBarrier(syncs_expected=LANES), [None] * LANES  # StagedRows: the warp's own
         scales = None  # the piece whose rows are finished
 
@@ -272,6 +288,45 @@ class ThreadBlock:
                 expect(by == {(tiles.count, i) for i in range(WARPS)}, "values past the end are read")
             return self.v, v_ring.stage, (tiles.count, block)
 
+        def operands(block):
+            """What scores are made of."""
+            read = (self.v, v_ring.stage, (tiles.count, block)),
+            return queries(), keys(block), *(read if self.has_qv else ())
+
+        def tell(box, block, number):
+            """Write a letter, into staging or into the place of Q."""
+            if box == "q":
+                expect(len(self.in_registers[tiles.count]) == 2 * WARPS, "Q is overwritten before it was read")
+                expect(q.content[q_ring.stage] == tiles.count, "a letter where the next Q arrives")
+            else:
+                expect(self.staging == 0, "a letter where output is staged")
+            expect(not self.letters.get((box, warp)), "a letter is overwritten before it was read")
+            self.letters[box, warp] = tiles.count, block, number, w
+
+        def read(box, block, number):
+            expect(self.letters.get((box, warp)) == (tiles.count, block, number, 1 - w), "another letter than expected")
+            self.letters[box, warp] = None
+
+        def add_others(block):
+            """Exchange::add_others."""
+            first, second = ("q", "staging") if w == 0 else ("staging", "q")
+            tell(first, block, 1)
+            yield from self.sync("consumer: first letters are written", self.pair[warp])
+            yield lambda: True
+            read(second, block, 1)
+            tell(second, block, 2)
+            yield from self.sync("consumer: second letters are written", self.pair[warp])
+            yield lambda: True
+            read(first, block, 2)
+
+        def open_exchange():
+            yield lambda: True
+            self.in_registers.setdefault(tiles.count, set()).add((w, warp))
+            yield from self.sync("consumer: all have their queries", self.both)
+
+        def close_exchange():
+            yield from self.sync("consumer: all letters are read", self.both)
+
         def clear_values_past_end():
             yield from wait_for("consumer: v to clear is there", self.v, v_ring)
             expect(self.v.content[v_ring.stage] == (tiles.count, piece.end - 1), "cleared before it was there")
@@ -285,11 +340,11 @@ class ThreadBlock:
             ring.count += 1
 
         def take(site):
-            if self.consumers > 1:
+            if self.takes_turns:
                 yield from self.sync(site, mine)
 
         def hand_on(site):
-            if self.consumers > 1 and self.there(site):
+            if self.takes_turns and self.there(site):
                 following.join(arrivals=1)
 
         def wait_for(site, pipe, ring):
@@ -310,21 +365,36 @@ class ThreadBlock:
             yield from skip_blocks(piece.end - end, first == end)
             yield from self.wait("consumer: q is there", q.full[q_ring.stage], q_ring.parity)
             if first != end:
+                if self.has_qv:
+                    yield from open_exchange()
                 yield from wait_for("consumer: first k is there", self.k, k_ring)
-                product = self.multiply(queries(), keys(end - 1))
+                if self.has_qv:
+                    yield from wait_for("consumer: first v is there", self.v, v_ring)
+                product = self.multiply(*operands(end - 1))
                 yield from self.product_done("consumer: first product is done", product)
                 release("consumer: first k given back", self.k, k_ring)
+                if self.has_qv:
+                    yield from add_others(end - 1)
                 if piece.cut and end == piece.end:
                     yield from clear_values_past_end()
                 for block in range(end - 2, first - 1, -1):
+                    if self.has_qv:
+                        product = self.multiply(values(block + 1))
+                        yield from self.product_done("consumer: product with values is done", product)
+                        release("consumer: v given back", self.v, v_ring)
                     yield from wait_for("consumer: k is there", self.k, k_ring)
                     yield from wait_for("consumer: v is there", self.v, v_ring)
                     yield from take("consumer: turn taken")
-                    product = self.multiply(values(block + 1), queries(), keys(block))
+                    product = self.multiply(*operands(block), *(() if self.has_qv else (values(block + 1),)))
                     hand_on("consumer: turn passed")
                     yield from self.product_done("consumer: products are done", product)
                     release("consumer: k given back", self.k, k_ring)
-                    release("consumer: v given back", self.v, v_ring)
+                    if self.has_qv:
+                        yield from add_others(block)
+                    else:
+                        release("consumer: v given back", self.v, v_ring)
+                if self.has_qv:
+                    yield from close_exchange()
                 self.arrive("consumer: q given back", q.empty[q_ring.stage])
                 yield from wait_for("consumer: last v is there", self.v, v_ring)
                 product = self.multiply(values(first))
@@ -357,8 +427,11 @@ class ThreadBlock:
         def write_with_all_lanes():
             """Lanes go each their way until the whole warp gives the piece back."""
             lanes = {f"lane {lane} of warp {warp} of warpgroup {w}": write_rows(lane) for lane in range(LANES)}
+            expect(not self.unread("staging"), "output is staged where a letter lies")
+            self.staging += 1
             self.start(lanes)
             yield lambda: lanes.keys().isdisjoint(self.actors)
+            self.staging -= 1
 
         def leave_part():
             """PartRows::leave: a warp counts for its warpgroup, once all have left their rows; and tells them."""
@@ -380,14 +453,14 @@ class ThreadBlock:
         while (piece := (yield from self.next_piece("consumer", tiles))) is not None:
             q_ring = Ring(self.query_stages, tiles.count)
             whole = piece.joiners is None
-            yield from attend(*piece.own[w], finish_rows if whole else lambda: None)
+            yield from attend(*piece.own[w % self.row_groups], finish_rows if whole else lambda: None)
             if whole:
                 yield from write_with_all_lanes()
-            elif (yield from leave_part()):
+            elif self.has_qv or (yield from leave_part()):  # with qv it is leave_rows, where nobody waits
                 self.read_slot(tiles, piece)
                 yield lambda: True
             self.give_slot_back("consumer", tiles, piece)
-        if w == 0 and self.consumers > 1:
+        if w == 0 and self.takes_turns:
             yield from self.sync("consumer: last turn taken", mine)
 
     def start(self, actors):

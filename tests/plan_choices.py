@@ -24,6 +24,10 @@ def ragged(dtype, batch, seqlen, heads, heads_kv, head_dim, **more):
     return call(dtype, batch, batch * seqlen, batch * seqlen, heads, heads_kv, head_dim, ragged=True, **more)
 
 
+def latent(batch, seqlen_q, seqlen_k, heads, **more):
+    return call("bfloat16", batch, seqlen_q, seqlen_k, heads, 1, 64, head_dim_v=512, has_qv=True, **more)
+
+
 CALLS = {
     # spec.md, section 6
     "b3 s1680 h16 d80": call("float16", 3, 1680, 1680, 16, 16, 80),
@@ -55,6 +59,10 @@ CALLS = {
     "bf16 decode b64 k4096 h32/8 d128": call("bfloat16", 64, 1, 4096, 32, 8, 128),
     "bf16 decode b4 q4 k8192 h32/4 d128 causal": call("bfloat16", 4, 4, 8192, 32, 4, 128, causal=True),
     "bf16 b1 q64 k8192 h8 d128": call("bfloat16", 1, 64, 8192, 8, 8, 128),
+    "bf16 mla decode b1 k32768 h16": latent(1, 1, 32768, 16),
+    "bf16 mla decode b16 k4096 h64": latent(16, 1, 4096, 64),
+    "bf16 mla decode b128 k8192 h128": latent(128, 1, 8192, 128),
+    "bf16 mla b1 s4096 h16 causal": latent(1, 4096, 4096, 16, causal=True),
     "bf16 b1 s8192 h16 d128 window": call("bfloat16", 1, 8192, 8192, 16, 16, 128, window_left=512, window_right=0),
 }
 

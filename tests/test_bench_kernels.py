@@ -21,13 +21,14 @@ class FakeCore:
         self.plans = []
 
     def variants(self):
-        def variant(dtype, head_dim, head_dim_v, tile_m, tile_n):
-            return {"dtype": dtype, "head_dim": head_dim, "head_dim_v": head_dim_v, "tile_m": tile_m, "tile_n": tile_n}
+        def variant(dtype, head_dim, head_dim_v, tile_m, tile_n, has_qv=False):
+            return {"dtype": dtype, "head_dim": head_dim, "head_dim_v": head_dim_v, "tile_m": tile_m, "tile_n": tile_n,
+                    "has_qv": has_qv}
 
         return [variant("bfloat16", 64, 64, 64, 128), variant("bfloat16", 80, 80, 64, 64),
                 variant("float16", 80, 80, 64, 32), variant("bfloat16", 80, 80, 128, 128),
                 variant("bfloat16", 80, 80, 192, 112), variant("bfloat16", 128, 128, 192, 80),
-                variant("bfloat16", 192, 128, 128, 128)]
+                variant("bfloat16", 192, 128, 128, 128), variant("bfloat16", 80, 80, 64, 48, has_qv=True)]
 
     def plan(self, **problem):
         self.plans.append(problem)

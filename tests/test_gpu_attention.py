@@ -32,20 +32,12 @@ def dense_call(torch, **changes):
 
 # Not built yet: each says what.
 
-def latent_queries(torch):
-    return dense_call(torch, qv=half(torch, 2, 5, 4, 64))
-
-
-def latent_values(torch):
-    return dense_call(torch, q=half(torch, 2, 5, 4, 576), k=half(torch, 2, 7, 2, 576), v=half(torch, 2, 7, 2, 512))
-
-
 def wide_heads(torch):
     return dense_call(torch, q=half(torch, 2, 5, 4, 264), k=half(torch, 2, 7, 2, 264))
 
 
 @pytest.mark.parametrize(("call", "named"), [
-    (latent_queries, "qv"), (latent_values, "MLA"), (wide_heads, "q: head_dim 264")])
+    (wide_heads, "q: head_dim 264")])
 def test_what_is_not_built_says_so(torch, call, named):
     with pytest.raises(NotImplementedError, match=named):
         call(torch)

@@ -47,6 +47,7 @@ def heads(head_dim, head_dim_v=None, dtype="float16", **arrays):
     (264, 64, "float16", NotImplementedError, "q: head_dim 264, needs at most 256 on the GPU"),
     (128, 512, "float16", NotImplementedError, "v: head_dim 512, needs at most 256 on the GPU"),
     (64, 512, "float16", NotImplementedError, "v: head_dim 512 and q's 64 without qv, needs qv on the GPU"),
+    (576, 576, "float16", NotImplementedError, "q: head_dim 576, needs at most 256 on the GPU, or (q, v) of up to"),
 ])
 def test_head_dims_of_the_gpu(head_dim, head_dim_v, dtype, error, message):
     with pytest.raises(error, match=re.escape(message)):
@@ -58,8 +59,16 @@ def test_head_dims_that_the_gpu_takes(head_dim, head_dim_v):
     heads(head_dim, head_dim_v)
 
 
-def test_head_dims_of_mla_with_qv():
-    heads(64, 512, qv=device_array(2, 5, 4, 512))
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(64, 512), (8, 8), (64, 264)])
+def test_head_dims_with_qv(head_dim, head_dim_v):
+    heads(head_dim, head_dim_v, qv=device_array(2, 5, 4, head_dim_v))
+
+
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(72, 512), (64, 520), (576, 512)])
+def test_head_dims_too_wide_for_qv(head_dim, head_dim_v):
+    message = f"qv: given with head_dim {head_dim} and v's {head_dim_v}, needs at most 64 and 512 on the GPU"
+    with pytest.raises(NotImplementedError, match=message):
+        heads(head_dim, head_dim_v, qv=device_array(2, 5, 4, head_dim_v))
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])

@@ -102,7 +102,8 @@ def padding(variant, call):
 
 @given(calls())
 def test_variant_fits_and_pads_least(call):
-    fitting = [v for v in VARIANTS if v["dtype"] == call["dtype"] and min(padding(v, call)) >= 0]
+    fitting = [v for v in VARIANTS
+               if v["dtype"] == call["dtype"] and not v["has_qv"] and min(padding(v, call)) >= 0]
     plan = _core.plan(**call)
     chosen = VARIANTS[plan["variant"]]
     assert chosen in fitting
@@ -125,7 +126,8 @@ def test_native_tiles(dtype, dims):
 def test_variants_are_told_apart_by_name():
     assert len({v["name"] for v in VARIANTS}) == len(VARIANTS)
     for v in VARIANTS:
-        assert v["threads"] == 128 * (v["tile_m"] // 64 + 1)
+        warpgroups = 2 if v["has_qv"] else v["tile_m"] // 64  # with qv, two share 64 rows
+        assert v["threads"] == 128 * (warpgroups + 1)
         assert v["shared_memory"] <= 227 * 1024
 
 
@@ -191,6 +193,24 @@ def test_decoding_packs_heads_and_splits_keys():
     assert plan["pack_gqa"] == 8 and plan["num_splits"] > 8 and plan["grid"] == 2 * plan["num_splits"]
     assert _core.plan(**call, seqlen_k=64)["num_splits"] == 1, "one block of keys"
     assert _core.plan(**call | {"batch": 200}, seqlen_k=8192, ragged=False)["grid"] >= 132
+
+
+@pytest.mark.skipif(MINIMAL, reason="a minimal build has no kernel with qv")
+def test_latent_decoding():
+    """One query of many heads on one KV head: packed, split for all multiprocessors, the parts joined apart."""
+    call = {"dtype": "bfloat16", "seqlen_q": 1, "num_heads": 128, "num_heads_kv": 1, "has_qv": True}
+    for head_dim, head_dim_v, padded in ((64, 512, (64, 512)), (40, 264, (64, 512)), (64, 200, (64, 256))):
+        plan = _core.plan(**call, batch=16, seqlen_k=4096, head_dim=head_dim, head_dim_v=head_dim_v)
+        chosen = VARIANTS[plan["variant"]]
+        assert chosen["has_qv"] and (chosen["head_dim"], chosen["head_dim_v"]) == padded
+        assert (plan["tile_m"], plan["pack_gqa"], plan["num_splits"], plan["grid"]) == (64, 64, 4, 128)
+        rows = 4 * 16 * 128
+        assert plan["workspace"] == up_to_256(rows * head_dim_v * 4) + up_to_256(rows * 4)
+    call |= {"head_dim": 64, "head_dim_v": 512}
+    assert _core.plan(**call, batch=200, seqlen_k=4096)["num_splits"] == 1, "the last round is not split alone"
+    assert _core.plan(**call | {"num_heads": 16}, batch=1, seqlen_k=100_000)["num_splits"] > 64
+    with pytest.raises(NotImplementedError, match="qv: head dims 128 and 512"):
+        _core.plan(**call | {"head_dim": 128}, batch=1, seqlen_k=64)
 
 
 # What holds for any choice.

@@ -68,6 +68,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
   const int column = static_cast<int>(index - which * groups) * kColumns;
   const int head = static_cast<int>(which % args.num_heads);
   const int64_t rest = which / args.num_heads, row = rest % args.rows, batch = rest / args.rows;
+  if (args.sequences > 0 && !args.queries.owner(rest, args.sequences).used) return;
   auto place = [&](const auto& stride) { return batch * stride[0] + row * stride[1] + head * stride[2]; };
   const float* const lse = args.lse_partial + place(args.lse_partial_stride);
   const float* const parts = args.out_partial + place(args.out_partial_stride) + column * args.out_partial_stride[3];

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "attention/seqlen.h"
+
 namespace fa3 {
 
 /// Results of attention over disjoint parts of the keys, and where their sum goes. Strides count elements: batch, row,
@@ -17,6 +19,8 @@ struct CombineArgs {
   int splits, rows, num_heads, head_dim_v;
   int64_t count;                   // rows of all heads and batch entries
   bool part_vectors, out_vectors;  // 4 elements lie as one vector, for every address and stride
+  Lengths queries;                 // which rows are there
+  int sequences;                   // that they are of; 0: all rows are
 };
 
 /// Enqueue it; `out_dtype` is an fa3_dtype.

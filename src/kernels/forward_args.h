@@ -48,6 +48,7 @@ struct Descale {
 
 struct ForwardArgs {
   TmaOperand q, k, v;
+  TmaOperand qv;  // as q, for kernels whose scores add qv v
 
   void* out;
   int64_t out_stride[3];  // elements: batch, row, head
@@ -81,8 +82,10 @@ struct ForwardArgs {
   Splits splits;
   uint64_t ticket;          // this call's, for its counters
   uint64_t* piece_counter;  // of the pieces of work handed out, or null: they are dealt out in turn
-  float* parts;             // results of split tiles' parts: see forward_split.cuh
+  float* parts;             // results of split tiles' parts: see forward_split.cuh, or leave_rows()
   uint64_t* parts_done;     // a counter for each warpgroup of a split tile
+  float* parts_lse;         // of leave_rows(): (part, row, head)
+  int64_t part_rows;        // of all heads, in each of them
 };
 
 }  // namespace fa3

@@ -16,10 +16,10 @@ struct RowScales {
 };
 
 /// The rows' denominators, and their lse to memory.
-template <class Softmax>
-__device__ __forceinline__ RowScales finish_rows(const ForwardArgs& args, const TileHead& work, int consumers,
-                                                 uint32_t thread, const Softmax& softmax) {
-  const RowPlaces places(args, work, consumers, thread / 128);
+template <class Traits, class Softmax>
+__device__ __forceinline__ RowScales finish_rows(const ForwardArgs& args, const TileHead& work, uint32_t thread,
+                                                 const Softmax& softmax) {
+  const RowPlaces places = RowPlaces::of<Traits>(args, work, thread / 128);
   RowScales scales;
   if constexpr (Softmax::kEightBits) scales.descale = work.value_descale;
 #pragma unroll
@@ -29,7 +29,7 @@ __device__ __forceinline__ RowScales finish_rows(const ForwardArgs& args, const 
     const bool exists = places.exist(position, head);
     const auto result = softmax.finish(r, args.sinks && exists ? args.sinks[places.first_head + head] : -INFINITY);
     scales.scale[r] = result.scale * args.dropout.scale;
-    if (args.lse && exists && thread % 4 == 0)
+    if (args.lse && exists && thread % 4 == 0 && Traits::first_column(thread / 128) == 0)
       args.lse[places.batch * args.lse_stride[0] + (places.first_head + head) * args.lse_stride[1] +
                (places.first_row + position) * args.lse_stride[2]] = result.lse;
   }
@@ -58,28 +58,29 @@ __device__ __forceinline__ void store_elements(uint16_t* to, const uint4& x) {
 }
 
 /// Writes a warp's rows. A thread holds parts of two of them, as wgmma left them: rows lane / 4 and 8 below, and of
-/// each 8 columns the pair 2 (lane % 4). They go through shared memory, 64 columns at a time, so that 8 lanes write a
-/// row in one stretch. A warp stands alone here: nothing waits for the other warps.
+/// each 8 columns the pair 2 (lane % 4). They go through shared memory, 64 columns at a time (or 32), so that 8 lanes
+/// (or 4) write a row in one stretch. A warp stands alone here: nothing waits for the other warps.
 template <class Traits>
 class RowWriter {
   using Element = std::conditional_t<Traits::kEightBits, uint16_t, typename Traits::Element>;  // of the output
-  using Staging = StagedRows;
+  using Staging = typename Traits::Staging;
   static constexpr int kRowsAtOnce = 32 / Staging::kVectors, kTurns = Staging::kRows / kRowsAtOnce;
 
  public:
-  static constexpr int kPairs = Traits::kHeadDimV / 16;  // of 8 columns each
+  static constexpr int kPairs = Traits::kColumnsO / 16;  // of 8 columns each
 
   __device__ __forceinline__ RowWriter(const ForwardArgs& args, const TileHead& work, uint32_t thread,
                                        const RowScales& scales, Staging* staging)
       : args_(args),
-        places_(args, work, Traits::kConsumers, thread / 128),
+        places_(RowPlaces::of<Traits>(args, work, thread / 128)),
         lane_(thread % 32),
         first_row_(16 * (thread / 32 % 4)),
+        first_column_(Traits::first_column(thread / 128)),
         staging_(staging[thread / 32]),
         scale_{scales.empty(0) ? 0.f : scales.scale[0] * scales.descale,
                scales.empty(1) ? 0.f : scales.scale[1] * scales.descale} {
     auto* first = static_cast<Element*>(args_.out) + places_.batch * args_.out_stride[0] +
-                  places_.first_row * args_.out_stride[1] + places_.first_head * args_.out_stride[2] +
+                  places_.first_row * args_.out_stride[1] + places_.first_head * args_.out_stride[2] + first_column_ +
                   8 * (lane_ % Staging::kVectors);
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
@@ -102,11 +103,11 @@ class RowWriter {
   }
 
  private:
-  /// The 64 columns that are staged.
+  /// The columns that are staged.
   __device__ __forceinline__ void write(int group) const {
     __syncwarp();
     const int offset = 8 * Staging::kVectors * group;
-    const bool exists = offset + 8 * static_cast<int>(lane_ % Staging::kVectors) < args_.head_dim_v;
+    const bool exists = first_column_ + offset + 8 * static_cast<int>(lane_ % Staging::kVectors) < args_.head_dim_v;
     if (args_.out_vectors) {
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn)
@@ -126,6 +127,7 @@ class RowWriter {
   const ForwardArgs& args_;
   const RowPlaces places_;
   const uint32_t lane_, first_row_;
+  const int first_column_;
   Staging& staging_;
   const float scale_[2];
   Element* to_[kTurns];  // this lane's part of the rows that it writes
@@ -135,16 +137,45 @@ class RowWriter {
 /// The rows of a tile that is not split.
 template <class Traits>
 __device__ __forceinline__ void store_rows(const RowWriter<Traits>& writer, const RowScales& scales,
-                                           float (&o)[Traits::kHeadDimV / 2]) {
+                                           float (&o)[Traits::kColumnsO / 2]) {
   if (__any_sync(~0u, scales.empty(0) || scales.empty(1))) {  // products of zero probabilities may be NaN
 #pragma unroll
-    for (int i = 0; i < Traits::kHeadDimV / 2; ++i)
+    for (int i = 0; i < Traits::kColumnsO / 2; ++i)
       if (scales.empty(i / 2 % 2)) o[i] = 0.f;
   }
 #pragma unroll
   for (int i = 0; i < writer.kPairs; ++i)
     writer.put(i, make_float4(o[8 * i], o[8 * i + 1], o[8 * i + 2], o[8 * i + 3]),
                make_float4(o[8 * i + 4], o[8 * i + 5], o[8 * i + 6], o[8 * i + 7]));
+}
+
+/// The rows of a part for another kernel to join: in fp32 (part, row, head, column), as if there were no other keys. A
+/// sink belongs to the first part.
+template <class Traits, class Softmax>
+__device__ __forceinline__ void leave_rows(const ForwardArgs& args, const TileHead& work, uint32_t thread,
+                                           const float (&o)[Traits::kColumnsO / 2], const Softmax& softmax) {
+  const RowPlaces places = RowPlaces::of<Traits>(args, work, thread / 128);
+  const int first_column = Traits::first_column(thread / 128) + 2 * (thread % 4);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = thread % 128 / 32 * 16 + thread % 32 / 4 + 8 * r;
+    const int position = args.packing.position_of(row), head = args.packing.head_of(row);
+    const bool exists = places.exist(position, head), has_sink = args.sinks && work.part == 0 && exists;
+    const auto result = softmax.finish(r, has_sink ? args.sinks[places.first_head + head] : -INFINITY);
+    if (!exists) continue;
+    const int64_t query = places.batch * args.queries.rows + places.first_row + position;
+    const int64_t index =
+        work.part * args.part_rows + query * args.num_heads_kv * args.packing.ratio + places.first_head + head;
+    if (first_column == 0) args.parts_lse[index] = result.lse;
+    float* const to = args.parts + index * args.head_dim_v + first_column;
+    const bool empty = result.scale < 0;  // then o holds anything
+#pragma unroll
+    for (int i = 0; i < Traits::kColumnsO / 8; ++i)
+      if (first_column + 8 * i < args.head_dim_v)
+        *reinterpret_cast<float2*>(to + 8 * i) =
+            empty ? make_float2(0.f, 0.f)
+                  : make_float2(o[4 * i + 2 * r] * result.scale, o[4 * i + 2 * r + 1] * result.scale);
+  }
 }
 
 }  // namespace fa3

@@ -53,16 +53,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     Consumer<Traits, kDropout> consumer(args, shared, warpgroup);
     typename Consumer<Traits, kDropout>::Output o;
     while (const auto* work = consumer.next()) {
-      PartRows<Traits>(args, shared, *work, arch::thread_anew()).expect();
+      if constexpr (!Traits::kJoinsApart) PartRows<Traits>(args, shared, *work, arch::thread_anew()).expect();
       RowScales scales;
       consumer.attend(*work, o, [&] {
-        if (work->parts == 1)
-          scales = finish_rows(args, *work, Traits::kConsumers, arch::thread_anew(), consumer.softmax());
+        if (work->parts == 1) scales = finish_rows<Traits>(args, *work, arch::thread_anew(), consumer.softmax());
       });
       const uint32_t thread = arch::thread_anew();
       const PartRows<Traits> parts(args, shared, *work, thread);
       if (parts.all_here()) {
         store_rows(RowWriter<Traits>(args, *work, thread, scales, shared.staging), scales, o);
+      } else if constexpr (Traits::kJoinsApart) {
+        leave_rows<Traits>(args, *work, thread, o, consumer.softmax());
       } else if (parts.leave(o, consumer.softmax())) {
         parts.join();
       }
@@ -110,14 +111,16 @@ ForwardVariant describe_forward(const char* name, int dtype) {
           dtype,
           Traits::kHeadDim,
           Traits::kHeadDimV,
+          Traits::kHasQv,
           Traits::kConsumers,
+          Traits::kRowGroups,
           Traits::kTileN,
           Traits::kThreads,
           static_cast<int>(sizeof(ForwardShared<Traits>)),
           Traits::kBlocksPerSm,
           Traits::kTotals,
-          PartRows<Traits>::kBytes,
-          PartRows<Traits>::kFitsShared,
+          Traits::kJoinsApart ? 0 : PartRows<Traits>::kBytes,
+          !Traits::kJoinsApart && PartRows<Traits>::kFitsShared,
           Traits::kSwizzleQK,
           Traits::kSwizzleV,
           launch_forward<Traits, false>,

@@ -39,11 +39,10 @@ class Loader {
 #pragma unroll 1
     for (int n_block = work.end_block; n_block >= work.first_block; --n_block) {
       if (n_block == nearly_last(work) && Keys::leads()) shared_.tile_nearly_loaded.arrive();
+      if (Traits::kHasQv && n_block < work.end_block) load_v(v, n_block, here);  // scores need it
       if (n_block > work.first_block) load_k(k, n_block - 1, ahead);
-      if (n_block < work.end_block)
-        load_v(v, n_block, here);
-      else if (Keys::leads())
-        load_q(work);
+      if (!Traits::kHasQv && n_block < work.end_block) load_v(v, n_block, here);
+      if (n_block == work.end_block && Keys::leads()) load_q(work);
       here = ahead;
       ahead = Keys::place(k, n_block - 2);
     }
@@ -55,25 +54,31 @@ class Loader {
   }
 
   __device__ __forceinline__ void load_q(const TileHead& work) {
-    using Tile = typename Traits::TileQ;
-    const uint32_t bytes = args_.packing.rows * (Tile::kBytes / 64);
+    const uint32_t bytes = args_.packing.rows * (Traits::kQueryBytes / Traits::kTileM);
     const Ring<Traits::kQueryStages> ring{tiles_.count};
     const uint32_t stage = ring.stage();
-    const int head = work.first_head * args_.q.head_step, head_kv = work.head_kv * args_.q.head_step;
-    const int batch = work.batch * args_.q.batch_step;
-    int row = work.q_begin + work.m_block * Traits::kConsumers * args_.packing.positions;
+    int row = work.q_begin + work.m_block * Traits::kRowGroups * args_.packing.positions;
 #pragma unroll 1
-    for (int warpgroup = 0; warpgroup < Traits::kConsumers; ++warpgroup) {
-      uint8_t* rows = shared_.q[warpgroup][stage];
-      arch::Barrier& full = shared_.q_full[warpgroup][stage];
-      shared_.q_empty[warpgroup][stage].wait(ring.parity() ^ 1);
+    for (int group = 0; group < Traits::kRowGroups; ++group) {
+      arch::Barrier& full = shared_.q_full[group][stage];
+      shared_.q_empty[group][stage].wait(ring.parity() ^ 1);
       full.arrive_expecting(bytes);
-#pragma unroll
-      for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
-        arch::load_box(rows + chunk * Tile::kChunkBytes, &args_.q.map,
-                       {chunk * Tile::kChunkColumns, head, row, head_kv, batch}, full);
+      load_rows<typename Traits::TileQ>(args_.q, work, row, shared_.q[group][stage], full);
+      if constexpr (Traits::kHasQv)
+        load_rows<typename Traits::TileQV>(args_.qv, work, row, shared_.qv[group][stage], full);
       row += args_.packing.positions;
     }
+  }
+
+  template <class Tile>
+  __device__ __forceinline__ static void load_rows(const TmaOperand& from, const TileHead& work, int row, uint8_t* to,
+                                                   arch::Barrier& full) {
+    const int head = work.first_head * from.head_step, head_kv = work.head_kv * from.head_step;
+    const int batch = work.batch * from.batch_step;
+#pragma unroll
+    for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
+      arch::load_box(to + chunk * Tile::kChunkBytes, &from.map,
+                     {chunk * Tile::kChunkColumns, head, row, head_kv, batch}, full);
   }
 
   __device__ __forceinline__ void load_k(const Source& k, int n_block, Place place) {

@@ -6,6 +6,7 @@
 #include "attention/dropout.cuh"
 #include "attention/mask.h"
 #include "attention/softmax.cuh"
+#include "kernels/forward_exchange.cuh"
 #include "kernels/forward_rows.cuh"
 #include "tile/ring.cuh"
 
@@ -40,17 +41,19 @@ template <class Traits, bool kDropout>
 class Consumer {
   using Element = typename Traits::Element;
   using Shared = ForwardShared<Traits>;
-  using Work = TileWork<Traits::kConsumers>;
+  using Work = TileWork<Traits::kRowGroups>;
   using TileQ = typename Traits::TileQ;
+  using TileQV = typename Traits::TileQV;
   using TileK = typename Traits::TileK;
   using TileV = typename Traits::TileV;
   static constexpr int kTileN = Traits::kTileN;
+  static constexpr int kValueSteps = Traits::kColumnsO * Traits::kElementBytes / 32;  // along this warpgroup's columns
   using Scores = float[kTileN / 2];
   using RowSoftmax = Softmax<Element, kTileN>;
   using Probabilities = typename RowSoftmax::Probabilities;
 
  public:
-  using Output = float[Traits::kHeadDimV / 2];
+  using Output = float[Traits::kColumnsO / 2];
 
   __device__ __forceinline__ Consumer(const ForwardArgs& args, Shared& shared, int warpgroup)
       : args_(args),
@@ -59,9 +62,10 @@ class Consumer {
         lane_(threadIdx.x % 32),
         warp_(threadIdx.x / 32 % 4),
         turns_(warpgroup),
-        q_address_(arch::descriptor_address(shared.q[warpgroup])),
+        q_address_(arch::descriptor_address(shared.q[Traits::row_group(warpgroup)])),
         k_address_(arch::descriptor_address(shared.k)),
-        v_address_(arch::descriptor_address(shared.v)) {
+        v_address_(arch::descriptor_address(shared.v)),
+        exchange_(shared, warpgroup) {
     if constexpr (!Traits::kEightBits) softmax_.scale_log2[0] = args.score_scale_log2;
     if (args.packing.rows < 64) clear_idle_queries();
   }
@@ -86,34 +90,37 @@ class Consumer {
     softmax_.reset();
 #pragma unroll
     for (float& x : o) x = 0.f;
-    const BlockRange blocks = uniform(work.blocks[warpgroup_]);
+    const BlockRange blocks = uniform(work.blocks[row_group()]);
     k_ring_.count = v_ring_.count = arch::uniform(v_ring_.count);
     if constexpr (Traits::kEightBits) take_descales(work);
     skip_blocks(work.end_block - blocks.end, blocks.count() == 0);
-    shared_.q_full[warpgroup_][q_ring().stage()].wait(q_ring().parity());
+    shared_.q_full[row_group()][q_ring().stage()].wait(q_ring().parity());
     if (blocks.count() > 0) {
       Scores s;
       Probabilities p;
       load_queries();
+      if constexpr (Traits::kHasQv) exchange_.open();
       // Of dropout, which comes to tiles of one head alone.
       const Philox philox(shared_.seed, work.head_kv * args_.packing.ratio + work.first_head, work.batch);
-      const int first_query = query_of(args_, work, Traits::kConsumers, warpgroup_, 16 * warp_);
+      const int first_query = query_of<Traits>(args_, work, warpgroup_, 16 * warp_);
 
       // A plain block has no mask and no softcap. Its code stands apart: jumping over them cost 4% at head dim 256.
       auto step = [&](int n_block, bool plain, bool promoted) {
+        if constexpr (Traits::kHasQv) finish_values(o, p);  // lest the next block find no room while this one waits
         shared_.k_full[k_ring_.stage()].wait(k_ring_.parity());
         shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());
         if (promoted) promote_values(o, s, p);  // tensor cores idle meanwhile, if nobody else has them
         turns_.take();
         arch::wgmma_fence();
-        if (!promoted) add_values(o, p);
+        if (!promoted && !Traits::kHasQv) add_values(o, p);
         multiply_keys(s);
         turns_.pass();
         arch::wgmma_wait<0>();
         arch::wgmma_wrote(o);
         arch::wgmma_wrote(s);
         release_k();
-        release_v();
+        if constexpr (!Traits::kHasQv) release_v();
+        if constexpr (Traits::kHasQv) exchange_.add_others(s);
         if (!plain) shape_scores(s, work, n_block, n_block >= blocks.settled || n_block < blocks.plain_begin);
         const bool exact = args_.exact_max || (!plain && softmax_.met_no_key());
         softmax_.update(s, p, exact, o);
@@ -122,11 +129,13 @@ class Consumer {
 
       int n_block = blocks.end - 1;
       shared_.k_full[k_ring_.stage()].wait(k_ring_.parity());
+      if constexpr (Traits::kHasQv) shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());
       arch::wgmma_fence();
       multiply_keys(s);
       arch::wgmma_wait<0>();
       arch::wgmma_wrote(s);
       release_k();
+      if constexpr (Traits::kHasQv) exchange_.add_others(s);
       shape_scores(s, work, n_block, blocks.needs_mask(n_block));
       softmax_.first(s, p, args_.exact_max);
       take_dropped(p, philox, first_query, n_block);
@@ -146,7 +155,8 @@ class Consumer {
             if ((done & (args_.accumulate_blocks - 1)) == 0) move_to_totals(o, done > args_.accumulate_blocks);
           }
         }
-        release(shared_.q_empty[warpgroup_][q_ring().stage()]);
+        if constexpr (Traits::kHasQv) exchange_.close();
+        release(shared_.q_empty[row_group()][q_ring().stage()]);
 
         shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());
         if (promoted) {
@@ -170,7 +180,7 @@ class Consumer {
       }
     } else {
       meanwhile();
-      release(shared_.q_empty[warpgroup_][q_ring().stage()]);
+      release(shared_.q_empty[row_group()][q_ring().stage()]);
     }
     skip_blocks(blocks.begin - work.first_block, false);
   }
@@ -198,6 +208,9 @@ class Consumer {
 
   __device__ __forceinline__ Ring<Traits::kQueryStages> q_ring() const { return {tiles_.count}; }
 
+  __device__ __forceinline__ int row_group() const { return Traits::row_group(warpgroup_); }
+  __device__ __forceinline__ int column_group() const { return Traits::column_group(warpgroup_); }
+
   /// The row of the warpgroup's 64 that this thread's row r of two is.
   __device__ __forceinline__ int row(int r) const { return 16 * warp_ + lane_ / 4 + 8 * r; }
 
@@ -213,14 +226,23 @@ class Consumer {
 
   /// Rows that no query is ever loaded to are zeros: the softmax of a warp must not depend on what memory held before.
   __device__ __forceinline__ void clear_idle_queries() const {
-    constexpr int kVectors = Traits::kSwizzleQK / 16;  // of a row's chunk
-    for (int chunk = 0; chunk < Traits::kQueryStages * TileQ::kChunks; ++chunk) {
-      auto* vectors = reinterpret_cast<uint4*>(shared_.q[warpgroup_][0] + chunk * TileQ::kChunkBytes);
-      for (int i = args_.packing.rows * kVectors + threadIdx.x % 128; i < 64 * kVectors; i += 128)
-        vectors[i] = make_uint4(0, 0, 0, 0);
-    }
+    if constexpr (Traits::kHasQv)  // those of Q are left out by load_queries()
+      clear_rows<TileQV, Traits::kQueryStages>(shared_.qv[row_group()][0], args_.packing.rows);
+    else
+      clear_rows<TileQ, Traits::kQueryStages>(shared_.q[row_group()][0], args_.packing.rows);
     arch::fence_async_proxy();
     arch::barrier_sync(own_barrier(), 128);
+  }
+
+  /// Zeros for the rows from `first` on of a tile, or of the tiles of several stages.
+  template <class Tile, int kTiles>
+  __device__ __forceinline__ static void clear_rows(uint8_t* tile, int first) {
+    constexpr int kVectors = Tile::kRowBytes / 16, kRows = Tile::kChunkBytes / Tile::kRowBytes;
+    for (int chunk = 0; chunk < kTiles * Tile::kChunks; ++chunk) {
+      auto* vectors = reinterpret_cast<uint4*>(tile + chunk * Tile::kChunkBytes);
+      for (int i = first * kVectors + threadIdx.x % 128; i < kRows * kVectors; i += 128)
+        vectors[i] = make_uint4(0, 0, 0, 0);
+    }
   }
 
   /// Blocks that other warpgroups need and this one does not: let them pass in order, with their turns.
@@ -239,18 +261,26 @@ class Consumer {
 
   /// Those columns of Q that stay in registers.
   __device__ __forceinline__ void load_queries() {
-    const uint8_t* rows = shared_.q[warpgroup_][q_ring().stage()];
+    const uint8_t* rows = shared_.q[row_group()][q_ring().stage()];
+    const int first_byte = 32 * Traits::kOwnColumnSteps * column_group() + lane_ / 16 * 16;
 #pragma unroll
-    for (int step = 0; step < Traits::kQuerySteps; ++step)
+    for (int step = 0; step < Traits::kQuerySteps; ++step) {
       arch::load_matrices(queries_[step], rows + TileQ::offset(16 * warp_ + lane_ % 16,
-                                                               (32 * step + lane_ / 16 * 16) / Traits::kElementBytes));
+                                                               (32 * step + first_byte) / Traits::kElementBytes));
+      if constexpr (Traits::kHasQv) {  // rows that stand idle hold what was exchanged
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (row(i % 2) >= args_.packing.rows) queries_[step][i] = 0;
+      }
+    }
   }
 
   __device__ __forceinline__ void multiply_keys(Scores& s) const {
     const uint32_t q = q_address_ + q_ring().stage() * (TileQ::kBytes >> 4);
-    const uint32_t k = k_address_ + k_ring_.stage() * (TileK::kBytes >> 4);
+    const uint32_t k = k_address_ + k_ring_.stage() * (TileK::kBytes >> 4) +
+                       column_group() * TileK::column_step(Traits::kOwnColumnSteps);
 #pragma unroll
-    for (int step = 0; step < TileK::kColumnSteps; ++step) {
+    for (int step = 0; step < Traits::kOwnColumnSteps; ++step) {
       const uint64_t keys = arch::descriptor(TileK::kMajorColumns, k + TileK::column_step(step));
       if (step < Traits::kQuerySteps)
         arch::WgmmaRK<Element, kTileN>::mma(s, queries_[step], keys, step > 0);
@@ -258,17 +288,42 @@ class Consumer {
         arch::WgmmaSS<Element, kTileN>::mma(s, arch::descriptor(TileQ::kMajorColumns, q + TileQ::column_step(step)),
                                             keys, step > 0);
     }
+    if constexpr (Traits::kHasQv) multiply_values(s);
     arch::wgmma_commit();
   }
 
+  /// Add qv v, of this warpgroup's columns of the same block's values.
+  __device__ __forceinline__ void multiply_values(Scores& s) const {
+    // Read anew: descriptors of all columns, held through the loop, would not fit in registers.
+    const uint32_t qv = arch::uniform(arch::descriptor_address(shared_.qv[row_group()][q_ring().stage()]) +
+                                      column_group() * TileQV::column_step(kValueSteps));
+    const uint32_t v =
+        v_address_ + v_ring_.stage() * (TileV::kBytes >> 4) + column_group() * TileV::column_step(kValueSteps);
+#pragma unroll
+    for (int step = 0; step < kValueSteps; ++step)
+      arch::WgmmaSS<Element, kTileN>::mma(s, arch::descriptor(TileQV::kMajorColumns, qv + TileQV::column_step(step)),
+                                          arch::descriptor(TileV::kMajorColumns, v + TileV::column_step(step)), true);
+  }
+
   __device__ __forceinline__ void add_values(Output& o, const Probabilities& p) const {
-    multiply_values<Traits::kHeadDimV>(o, p, 0, true);
+    uint32_t offset = 0;
+    if constexpr (Traits::kHasQv) offset = column_group() * TileV::column_step(kValueSteps);
+    weigh_values<Traits::kColumnsO>(o, p, offset, true);
+  }
+
+  /// The same where nothing else is multiplied meanwhile.
+  __device__ __forceinline__ void finish_values(Output& o, const Probabilities& p) {
+    arch::wgmma_fence();
+    add_values(o, p);
+    arch::wgmma_wait<0>();
+    arch::wgmma_wrote(o);
+    release_v();
   }
 
   /// Columns of the next block of V, as many as the product has: from `offset` on, in units of 16 bytes.
   template <int kColumns>
-  __device__ __forceinline__ void multiply_values(float (&product)[kColumns / 2], const Probabilities& p,
-                                                  uint32_t offset, bool accumulate) const {
+  __device__ __forceinline__ void weigh_values(float (&product)[kColumns / 2], const Probabilities& p, uint32_t offset,
+                                               bool accumulate) const {
     const uint32_t v = v_address_ + v_ring_.stage() * (TileV::kBytes >> 4) + offset;
 #pragma unroll
     for (int step = 0; step < kTileN / Traits::kStepKeys; ++step)
@@ -285,7 +340,7 @@ class Consumer {
 #pragma unroll
       for (int first = 0; first < Traits::kHeadDimV; first += kTileN) {
         arch::wgmma_fence();
-        multiply_values<kTileN>(s, p, TileV::column(first), false);
+        weigh_values<kTileN>(s, p, TileV::column(first), false);
         arch::wgmma_wait<0>();
         arch::wgmma_wrote(s);
 #pragma unroll
@@ -339,12 +394,7 @@ class Consumer {
   __device__ __forceinline__ void clear_values_past(int rows) const {
     if (rows >= kTileN || !(args_.keys.cu_seqlens || args_.keys.seqused || args_.pages.used())) return;
     shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());
-    constexpr int kVectors = Traits::kSwizzleV / 16;  // of a row's chunk
-    for (int chunk = 0; chunk < TileV::kChunks; ++chunk) {
-      auto* vectors = reinterpret_cast<uint4*>(shared_.v[v_ring_.stage()] + chunk * TileV::kChunkBytes);
-      for (int i = rows * kVectors + threadIdx.x % 128; i < kTileN * kVectors; i += 128)
-        vectors[i] = make_uint4(0, 0, 0, 0);
-    }
+    clear_rows<TileV, 1>(shared_.v[v_ring_.stage()], rows);
     arch::fence_async_proxy();
     arch::barrier_sync(own_barrier(), 128);
   }
@@ -363,7 +413,7 @@ class Consumer {
     const int first_column = n_block * kTileN + 2 * (lane_ % 4);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int query = query_of(args_, work, Traits::kConsumers, warpgroup_, row(r));
+      const int query = query_of<Traits>(args_, work, warpgroup_, row(r));
       const KeyInterval seen = args_.visibility.keys(query, work.seqlen_q, work.seqlen_k);
       float hidden = args_.hidden;
       if constexpr (Traits::kEightBits) hidden = copysignf(INFINITY, -softmax_.scale(r));  // descales have signs
@@ -396,6 +446,7 @@ class Consumer {
   const int warpgroup_, lane_, warp_;
   const Turns<Traits::kConsumers, Traits::kTakesTurns> turns_;
   const uint32_t q_address_, k_address_, v_address_;  // in units of 16 bytes
+  const Exchange<Traits> exchange_;
   uint32_t queries_[larger(Traits::kQuerySteps, 1)][4];
   RowSoftmax softmax_;
   float totals_max_[2];  // row_max when the totals were last added to

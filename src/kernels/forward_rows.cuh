@@ -6,9 +6,10 @@
 namespace fa3 {
 
 /// The query, counted from its sequence's first, that a warpgroup's row belongs to.
-__device__ __forceinline__ int query_of(const ForwardArgs& args, const TileHead& work, int consumers, int warpgroup,
-                                        int row) {
-  return (work.m_block * consumers + warpgroup) * args.packing.positions + args.packing.position_of(row);
+template <class Traits>
+__device__ __forceinline__ int query_of(const ForwardArgs& args, const TileHead& work, int warpgroup, int row) {
+  return (work.m_block * Traits::kRowGroups + Traits::row_group(warpgroup)) * args.packing.positions +
+         args.packing.position_of(row);
 }
 
 /// The factor of fp8 scores of a tile's head, counted from the first query head of its KV head.
@@ -25,13 +26,14 @@ struct RowPlaces {
   int positions, heads;  // that exist
   int64_t batch;         // along their batch axis
 
-  __device__ __forceinline__ RowPlaces(const ForwardArgs& args, const TileHead& work, int consumers, int warpgroup) {
-    const int first_query = (work.m_block * consumers + warpgroup) * args.packing.positions;
-    first_row = int64_t{work.q_begin} + first_query;
-    first_head = work.head_kv * args.packing.ratio + work.first_head;
-    positions = smaller(args.packing.positions, work.seqlen_q - first_query);
-    heads = smaller(args.packing.heads, args.packing.ratio - work.first_head);
-    batch = args.queries.ragged() ? 0 : work.batch;
+  template <class Traits>
+  __device__ __forceinline__ static RowPlaces of(const ForwardArgs& args, const TileHead& work, int warpgroup) {
+    const int first_query = query_of<Traits>(args, work, warpgroup, 0);
+    return {.first_row = int64_t{work.q_begin} + first_query,
+            .first_head = work.head_kv * args.packing.ratio + work.first_head,
+            .positions = smaller(args.packing.positions, work.seqlen_q - first_query),
+            .heads = smaller(args.packing.heads, args.packing.ratio - work.first_head),
+            .batch = args.queries.ragged() ? 0 : work.batch};
   }
 
   __device__ __forceinline__ bool exist(int position, int head) const { return position < positions && head < heads; }

@@ -30,7 +30,7 @@ class PartRows {
         work_(work),
         thread_(thread % 128),
         warpgroup_(arch::uniform(thread / 128)),
-        places_(args, work, Traits::kConsumers, warpgroup_),
+        places_(RowPlaces::of<Traits>(args, work, warpgroup_)),
         parts_(arch::uniform(work.parts)) {}
 
   /// The tile is not split.

@@ -10,7 +10,7 @@
 namespace fa3 {
 
 /// Finds a thread block's pieces of work and describes them to its loader and its consumers, ahead of them. Every lane
-/// calls; lane w looks after the block range of warpgroup w, lane 0 after the rest.
+/// calls; lane g looks after the block range of row group g, lane 0 after the rest.
 template <class Traits>
 class Scheduler {
  public:
@@ -19,7 +19,7 @@ class Scheduler {
         shared_(shared),
         lane_(threadIdx.x % 32),
         heads_(args.heads.divisor),
-        tile_m_(Traits::kConsumers * args.packing.positions),
+        tile_m_(Traits::kRowGroups * args.packing.positions),
         index_(blockIdx.x),
         stride_(2 * (gridDim.x - blockIdx.x) - 1) {}
 
@@ -46,7 +46,7 @@ class Scheduler {
   };
 
   /// Describe the next piece that has queries in `work`, in shared memory; false: there is none.
-  __device__ __forceinline__ bool describe(TileWork<Traits::kConsumers>& work) {
+  __device__ __forceinline__ bool describe(TileWork<Traits::kRowGroups>& work) {
     for (;; take_index()) {
       const Splits::Piece piece = args_.splits.at(index_);
       Tile tile;
@@ -103,12 +103,12 @@ class Scheduler {
           work.value_descale = args_.v_descale.at(work.batch, work.head_kv);
         }
       }
-      if constexpr (Traits::kConsumers == 1) {
+      if constexpr (Traits::kRowGroups == 1) {
         if (lane_ == 0) {
           all.clip(first_block, end_block);
           work.blocks[0] = all;
         }
-      } else if (lane_ < Traits::kConsumers) {
+      } else if (lane_ < Traits::kRowGroups) {
         const int own_first = first + args_.packing.positions * lane_;
         const int own_last = smaller(own_first + args_.packing.positions, q.length) - 1;
         BlockRange own = own_last < own_first ? no_blocks(first_block) : range(own_first, own_last, q, k);
@@ -119,7 +119,7 @@ class Scheduler {
     }
   }
 
-  __device__ __forceinline__ bool nothing_left(TileWork<Traits::kConsumers>& work) const {
+  __device__ __forceinline__ bool nothing_left(TileWork<Traits::kRowGroups>& work) const {
     finish();
     if (lane_ == 0) work.m_block = TileHead::kNone;
     return false;

@@ -17,19 +17,27 @@ FA3_HOST_DEVICE constexpr int swizzle_for(int bytes) {
   return ceil_div(bytes, 128) * 128 > ceil_div(bytes, 64) * 64 ? 64 : 128;
 }
 
-template <class Element_, int kHeadDim_, int kHeadDimV_, int kConsumers_, int kTileN_>
+/// kHasQv_: scores add qv v (multi-head latent attention). Values are then wide, so two warpgroups share 64 rows. Each
+/// has half of V's columns: it sums up the scores over those, adds what the other has, and multiplies P with them.
+template <class Element_, int kHeadDim_, int kHeadDimV_, int kConsumers_, int kTileN_, bool kHasQv_ = false>
 struct ForwardTraits {
   using Element = Element_;
   static constexpr int kElementBytes = sizeof(Element);
   static constexpr bool kEightBits = kElementBytes == 1;
   static constexpr int kStepKeys = 32 / kElementBytes;  // that a product of P and V consumes
   static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;
-  static constexpr int kConsumers = kConsumers_;  // warpgroups, 64 query rows each
-  static constexpr int kTileM = 64 * kConsumers, kTileN = kTileN_;
-  static constexpr int kStages = 2;  // of K and of V: a third never helped
+  static constexpr bool kHasQv = kHasQv_;
+  // A warpgroup that joins the parts of 64 rows would read 64 KB of each through one multiprocessor, for up to 25 us. A
+  // kernel of its own has all of them.
+  static constexpr bool kJoinsApart = kHasQv;
+  static constexpr int kConsumers = kConsumers_;                 // warpgroups
+  static constexpr int kRowGroups = kHasQv ? 1 : kConsumers;     // of 64 query rows each
+  static constexpr int kColumnGroups = kConsumers / kRowGroups;  // of the output's columns
+  static constexpr int kColumnsO = kHeadDimV / kColumnGroups;    // that a warpgroup has
+  static constexpr int kTileM = 64 * kRowGroups, kTileN = kTileN_;
   static constexpr int kThreads = 128 * (kConsumers + 1);
 
-  static constexpr int kOperands = kTileN / 2 + kTileN * kElementBytes / 8 + kHeadDimV / 2;  // S, P and O
+  static constexpr int kOperands = kTileN / 2 + kTileN * kElementBytes / 8 + kColumnsO / 2;  // S, P and O
 
   // One warpgroup leaves its multiprocessor half idle while it waits: such blocks are small enough for two on each, or
   // for three where S, P and O leave 32 of 120 registers.
@@ -38,10 +46,11 @@ struct ForwardTraits {
 
   // Products of 16 bits fill the tensor cores only if warpgroups keep out of each other's way. Those of 8 bits wait for
   // exponentials, which three warpgroups spread better by themselves.
-  static constexpr bool kTakesTurns = kConsumers == 2 || (kConsumers == 3 && !kEightBits);
+  // Those that share rows go together.
+  static constexpr bool kTakesTurns = !kHasQv && (kConsumers == 2 || (kConsumers == 3 && !kEightBits));
 
   // Dropout is for training, whose rows are long: the largest tile of each pair of head dims has a kernel with it.
-  static constexpr bool kHasDropout = !kEightBits && kConsumers == (kHeadDim > 128 ? 2 : 3);
+  static constexpr bool kHasDropout = !kEightBits && !kHasQv && kConsumers == (kHeadDim > 128 ? 2 : 3);
 
   // A thread block starts with kThreads times the registers that kThreads of them can have each; setmaxnreg deals that
   // pool out anew, and waits forever for more than there is.
@@ -53,6 +62,8 @@ struct ForwardTraits {
   static_assert(kConsumers >= 1 && kConsumers <= 3, "registers are split for one to three consumer warpgroups");
   static constexpr int kMostOperands = kConsumers == 3 ? (kEightBits ? 124 : 128) : kConsumerRegisters - 24;
   static_assert(kOperands <= kMostOperands, "S, P and O must fit in a consumer's registers, or ptxas serialises wgmma");
+  static_assert(!kHasQv || !kEightBits, "scores would read V as it was before it was turned, which is not kept");
+  static_assert(!kHasQv || kConsumers == 2, "two warpgroups exchange their scores");
 
   // A product of 64 columns with Q in shared memory takes all that shared memory gives, one of 8 bits and 96 columns
   // five sixths. Where registers are left, they hold the first of Q's columns, 32 bytes a step.
@@ -60,11 +71,13 @@ struct ForwardTraits {
                                         : kConsumers == 3 && kEightBits ? kMostOperands - kOperands
                                                                         : 0;
   static constexpr int kColumnSteps = ceil_div(kElementBytes * kHeadDim, 32);
-  static constexpr int kQuerySteps = smaller(larger(kRegistersLeft / 4, 0), kColumnSteps);
+  static constexpr int kOwnColumnSteps = kColumnSteps / kColumnGroups;  // that a warpgroup multiplies
+  static constexpr int kQuerySteps = smaller(larger(kRegistersLeft / 4, 0), kOwnColumnSteps);
 
   static constexpr int kSwizzleQK = swizzle_for(kElementBytes * kHeadDim);
   static constexpr int kSwizzleV = swizzle_for(kElementBytes * kHeadDimV);
   using TileQ = SharedTile<64, kHeadDim, kSwizzleQK, kElementBytes>;  // one warpgroup's rows
+  using TileQV = SharedTile<64, kHeadDimV, kSwizzleV, kElementBytes>;
   using TileK = SharedTile<kTileN, kHeadDim, kSwizzleQK, kElementBytes>;
   // V as TMA brings it, and as products read it: the same, or turned by the Transposer.
   using TileLoadedV = SharedTile<kTileN, kHeadDimV, kSwizzleV, kElementBytes>;
@@ -77,22 +90,31 @@ struct ForwardTraits {
   }();
   static constexpr int kTransposers = kEightBits ? 2 : 0;  // warps: those of the producers without another role
 
-  static constexpr int kKeyBytes = kStages * (TileK::kBytes + TileV::kBytes + (kEightBits ? TileLoadedV::kBytes : 0));
-  // With a second place for Q, the next tile's arrives while this one is worked on.
+  using Staging = StagedColumns<kHasQv ? 32 : 64>;  // beside two blocks of 512 columns there is no room for more
   static constexpr int kSharedLimit = 228 * 1024 / kBlocksPerSm - 1024;
   static constexpr int kSharedRest = kEightBits ? 2048 : 1024;  // barriers and gaps
-  static constexpr int kStagingBytes = 4 * kConsumers * static_cast<int>(sizeof(StagedRows));
-  static constexpr int kBytesBesideQ = kKeyBytes + kStagingBytes + kSharedRest;
+  static constexpr int kStagingBytes = 4 * kConsumers * static_cast<int>(sizeof(Staging));
+  static constexpr int kQueryBytes = kRowGroups * (TileQ::kBytes + (kHasQv ? TileQV::kBytes : 0));
+  static constexpr int kStageBytes = TileK::kBytes + TileV::kBytes + (kEightBits ? TileLoadedV::kBytes : 0);
+  // Of K and of V. A third never helped, but with qv a block is held until its last product is done.
+  static constexpr int kMostStages = (kSharedLimit - kSharedRest - kStagingBytes - kQueryBytes) / kStageBytes;
+  static constexpr int kStages = kHasQv ? kMostStages : 2;
+  static constexpr int kBytesBesideQ = kStages * kStageBytes + kStagingBytes + kSharedRest;
   // O in fp32 beside it: where sums of fp8 products that grow too long move on to.
   static constexpr int kTotalBytes = kConsumers * 64 * kHeadDimV * static_cast<int>(sizeof(float));
-  static constexpr bool kTotals =
-      kEightBits && kBytesBesideQ + kTotalBytes + kConsumers * TileQ::kBytes <= kSharedLimit;
+  static constexpr bool kTotals = kEightBits && kBytesBesideQ + kTotalBytes + kQueryBytes <= kSharedLimit;
+  // With a second place for Q, the next tile's arrives while this one is worked on.
   static constexpr int kQueryStages =
-      kBytesBesideQ + (kTotals ? kTotalBytes : 0) + 2 * kConsumers * TileQ::kBytes <= kSharedLimit ? 2 : 1;
+      kBytesBesideQ + (kTotals ? kTotalBytes : 0) + 2 * kQueryBytes <= kSharedLimit ? 2 : 1;
   // Without room for them each block's products are summed in fp32. Bytes behind V that Consumer::promote_values then
   // reads, whose products have a block's keys of columns each:
   static constexpr bool kPromotes = kEightBits && !kTotals;
   static constexpr int kPastV = (ceil_div(kHeadDimV, kTileN) * kTileN - kHeadDimV) * kStepKeys;
+
+  /// Which of the groups of rows and of columns a warpgroup has, and its first column of the output.
+  FA3_HOST_DEVICE static constexpr int row_group(int warpgroup) { return kHasQv ? 0 : warpgroup; }
+  FA3_HOST_DEVICE static constexpr int column_group(int warpgroup) { return kHasQv ? warpgroup : 0; }
+  FA3_HOST_DEVICE static constexpr int first_column(int warpgroup) { return column_group(warpgroup) * kColumnsO; }
 };
 
 /// A piece of work: a tile, or its part along the keys.
@@ -110,9 +132,9 @@ struct TileHead {
 };
 
 /// The same as the scheduler hands it to the consumers.
-template <int kConsumers>
+template <int kRowGroups>
 struct alignas(16) TileWork : TileHead {
-  BlockRange blocks[kConsumers];  // what each warpgroup needs of the blocks loaded
+  BlockRange blocks[kRowGroups];  // what each group of rows needs of the blocks loaded
 };
 
 /// V before it is turned, where it has to be.
@@ -144,23 +166,32 @@ struct Totals<Traits, true> {
   float4 totals[Traits::kConsumers][Traits::kHeadDimV / 8][128];  // four of each thread's O
 };
 
+/// What scores multiply values with, where they do. It comes and goes with Q.
+template <class Traits, bool = Traits::kHasQv>
+struct ValueQueries {};
+
 template <class Traits>
-struct ForwardShared : LoadedValues<Traits>, Totals<Traits> {
+struct ValueQueries<Traits, true> {
+  alignas(1024) uint8_t qv[Traits::kRowGroups][Traits::kQueryStages][Traits::TileQV::kBytes];
+};
+
+template <class Traits>
+struct ForwardShared : LoadedValues<Traits>, Totals<Traits>, ValueQueries<Traits> {
   static constexpr int kTileSlots = 4;
 
-  using Work = TileWork<Traits::kConsumers>;
+  using Work = TileWork<Traits::kRowGroups>;
 
-  alignas(1024) uint8_t q[Traits::kConsumers][Traits::kQueryStages][Traits::TileQ::kBytes];
+  alignas(1024) uint8_t q[Traits::kRowGroups][Traits::kQueryStages][Traits::TileQ::kBytes];
   alignas(1024) uint8_t k[Traits::kStages][Traits::TileK::kBytes];
   alignas(1024) uint8_t v[Traits::kStages][Traits::TileV::kBytes];
   // Products that fp32 adds up may read past V's last column: there is something.
-  static_assert(!Traits::kPromotes || Traits::kPastV <= 4 * Traits::kConsumers * sizeof(StagedRows));
-  StagedRows staging[4 * Traits::kConsumers];  // each consumer warp's own
+  static_assert(!Traits::kPromotes || Traits::kPastV <= Traits::kStagingBytes);
+  typename Traits::Staging staging[4 * Traits::kConsumers];  // each consumer warp's own
 
   // full: the loader announces bytes, the copy engine delivers them; of a turned V, each transposing warp arrives once.
   // empty: each consumer warp arrives once.
-  arch::Barrier q_full[Traits::kConsumers][Traits::kQueryStages];  // q's are a warpgroup's own: 4 warps arrive
-  arch::Barrier q_empty[Traits::kConsumers][Traits::kQueryStages];
+  arch::Barrier q_full[Traits::kRowGroups][Traits::kQueryStages];
+  arch::Barrier q_empty[Traits::kRowGroups][Traits::kQueryStages];  // the warps arrive that have these rows
   arch::Barrier k_full[Traits::kStages], k_empty[Traits::kStages];
   arch::Barrier v_full[Traits::kStages], v_empty[Traits::kStages];
   arch::Barrier tile_full[kTileSlots];   // the scheduler arrives
@@ -173,10 +204,10 @@ struct ForwardShared : LoadedValues<Traits>, Totals<Traits> {
   __device__ void init_barriers() {
     constexpr int kWarps = 4 * Traits::kConsumers;
     LoadedValues<Traits>::init_barriers();
-    for (int w = 0; w < Traits::kConsumers; ++w) {
+    for (int group = 0; group < Traits::kRowGroups; ++group) {
       for (int stage = 0; stage < Traits::kQueryStages; ++stage) {
-        q_full[w][stage].init(1);
-        q_empty[w][stage].init(4);
+        q_full[group][stage].init(1);
+        q_empty[group][stage].init(4 * Traits::kColumnGroups);
       }
     }
     for (int stage = 0; stage < Traits::kStages; ++stage) {

@@ -95,8 +95,15 @@ static void check_fp8(void) {
 }
 
 static void check_missing_features(void) {
-  REFUSES(FA3_ERROR_NO_QV, "qv", p.qv = p.q);
-  REFUSES(FA3_ERROR_NO_QV, "576", p.head_dim = 576; p.head_dim_v = 512);
+  REFUSES(FA3_ERROR_NO_QV, "qv: head dims 128 and 128 with it, but at most 64 and 512", p.qv = p.q);
+  REFUSES(FA3_ERROR_NO_QV, "qv: attention with it of fp8", p.qv = p.q; p.dtype = FA3_FLOAT8_E4M3);
+  REFUSES(FA3_ERROR_NO_QV, "v: memory of its own, but with head dims 576 and 512", p.head_dim = 576; p.head_dim_v = 512;
+          p.v.stride[1] += 8);
+  REFUSES(FA3_ERROR_NO_QV, "rotary_cos: given, but with head dims 576 and 512", p.head_dim = 576; p.head_dim_v = 512;
+          p.cache.rotary_cos = address);
+  REFUSES(FA3_ERROR_HEAD_DIM, "head_dim: 512", p.head_dim = 64; p.head_dim_v = 512);
+  REFUSES(FA3_ERROR_SHAPE, "qv: stride 2", p.head_dim = p.head_dim_v = 64; p.qv = p.q; p.qv.stride[3] = 2);
+  REFUSES(FA3_ERROR_NULL, "qv: null data", p.head_dim = p.head_dim_v = 64; p.qv = p.q; p.qv.data = NULL);
   REFUSES(FA3_ERROR_SHAPE, "dropout_p: 1,", p.dropout.p = 1);
   REFUSES(FA3_ERROR_DTYPE, "dropout_seed: type 3", p.dropout.seed_type = 3);
   REFUSES(FA3_ERROR_NO_DROPOUT, "dropout_p: 0.1, but of fp8", p.dtype = FA3_FLOAT8_E4M3; p.dropout.p = 0.1f);
