@@ -7,7 +7,7 @@ import math
 from .shapes import GROUPS
 
 # What a row's reference is, as a column's title.
-_REFERENCE = {"window": "of full", "forward": "of next dim", "decode": "of contiguous"}
+_REFERENCE = {"window": "of full", "forward": "of next dim", "decode": "of contiguous", "mla": "of contiguous"}
 
 
 def ratios(entry: dict) -> tuple[float | None, float | None]:

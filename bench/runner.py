@@ -134,8 +134,10 @@ def problem(torch, row, device="cuda"):
         # the factors of the cases are 1, one for each sequence and head
         sizes = {"q_descale": row.num_heads, "k_descale": row.num_heads_kv, "v_descale": row.num_heads_kv}
         options |= {name: torch.ones(len(row.seqlens_q), heads, device=device) for name, heads in sizes.items()}
-    if row.group == "decode":
-        return q, k, v, _decode_call(torch, row, q, k, v)
+    if row.latent:
+        v = k[..., :row.dim_v]
+    if row.group in ("decode", "mla"):
+        return q, k, v, _cache_call(torch, row, q, k, v)
     if not row.varlen:
         if row.case.endswith("out="):
             options["out"] = torch.empty_like(q)
@@ -147,18 +149,22 @@ def problem(torch, row, device="cuda"):
     return q, k, v, lambda: fa3.flash_attn_varlen_func(*ragged, *cu_seqlens, *longest, **options)
 
 
-def _decode_call(torch, row, q, k, v):
+def _cache_call(torch, row, q, k, v):
     """A step on a cache of k and v, in pages that lie in random order where the row has pages."""
     import fa3
 
     options = {"causal": row.causal}
     if row.page is not None:
         order = torch.randperm(k.shape[0] * k.shape[1] // row.page, device=k.device)
-        pages = []
-        for rows in (k, v):
-            pages.append(torch.empty_like(rows).view(-1, row.page, *rows.shape[2:]))
-            pages[-1][order] = rows.view(pages[-1].shape)
-        k, v = pages
+
+        def in_pages(rows):
+            pages = torch.empty_like(rows).view(-1, row.page, *rows.shape[2:])
+            pages[order] = rows.view(pages.shape)
+            return pages
+
+        k, v = in_pages(k), None if row.latent else in_pages(v)
+    if row.latent:
+        v = k[..., :row.dim_v]
         options["page_table"] = order.to(torch.int32).view(q.shape[0], -1)
     options["cache_seqlens"] = torch.tensor(row.seqlens_k, dtype=torch.int32, device=q.device)
     return lambda: fa3.flash_attn_with_kvcache(q, k, v, **options)

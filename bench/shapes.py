@@ -70,6 +70,11 @@ class Row:
         return self.head_dim if self.head_dim_v is None else self.head_dim_v
 
     @property
+    def latent(self) -> bool:
+        """Whether values are the first columns of the keys."""
+        return self.group == "mla"
+
+    @property
     def flops(self) -> int:
         """Products over visible pairs: one over head_dim and one over head_dim_v, in the backward three and two."""
         pairs = sum(self.masking.visible_pairs(sq, sk)
@@ -81,7 +86,7 @@ class Row:
     def bytes_moved(self) -> int:
         """q, k, v read once and out written once; the backward also reads out and dout and writes dq, dk, dv."""
         rows_q, rows_k = sum(self.seqlens_q) * self.num_heads, sum(self.seqlens_k) * self.num_heads_kv
-        item, dims = ITEMSIZE[self.dtype], self.head_dim + self.dim_v
+        item, dims = ITEMSIZE[self.dtype], self.head_dim + (0 if self.latent else self.dim_v)
         if self.group == "backward":
             return 2 * (rows_q + rows_k) * dims * item
         return rows_q * (self.head_dim * item + self.dim_v * 2) + rows_k * dims * item
@@ -259,6 +264,22 @@ def _decode_rows():
     return rows
 
 
+def _latent_rows():
+    """Absorbed latent attention: decoding, on a contiguous or a paged cache of rows of 576, and a prefill. What counts
+    is GB/s of the cache, up to 64 heads; more are bound by products."""
+    def row(case, batch, seqlen_q, seqlen_k, heads, **more):
+        return Row("mla", f"bf16 {case} h{heads}", "bf16", (seqlen_q,) * batch, (seqlen_k,) * batch, heads, 1, 576, 512,
+                   causal=True, **more)
+
+    rows = []
+    for batch, context in ((1, 4096), (1, 32768), (16, 4096), (16, 32768), (128, 4096), (128, 8192)):
+        for heads in (16, 64, 128):
+            contiguous = row(f"b{batch} ctx{context} pageNone", batch, 1, context, heads)
+            rows += [contiguous, row(f"b{batch} ctx{context} page64", batch, 1, context, heads, page=64,
+                                     reference=contiguous.case, bar_share=0.96)]
+    return rows + [row("s4096 causal", 1, 4096, 4096, heads) for heads in (16, 128)]
+
+
 def _overhead_rows():
     """The host's part of a call: a problem so small that the GPU is never waited for."""
     return [Row("overhead", case, "bf16", (128,), (128,), 8, 8, 64, bar_us=bar)
@@ -292,6 +313,7 @@ GROUPS: dict[str, list[Row]] = {
     "seed": _seed_rows(),
     "overhead": _overhead_rows(),
     "decode": _decode_rows(),
+    "mla": _latent_rows(),
     "backward": _BACKWARD,
     "tiles": _tile_rows(),
     "quantize": _quantize_rows(),
@@ -299,7 +321,7 @@ GROUPS: dict[str, list[Row]] = {
     "counters": _counter_rows(),
 }
 # What `runner` times beside peers.
-TIMED = ("forward", "sweep", "window", "short", "fp8", "seed", "overhead", "decode")
+TIMED = ("forward", "sweep", "window", "short", "fp8", "seed", "overhead", "decode", "mla")
 
 
 def rows(group: str, pattern: str = "") -> list[Row]:

@@ -43,6 +43,10 @@ EXPECTED_CASES = {
     "decode": [f"bf16 b{batch} ctx{context} h64/8 d128 page{page}"
                for batch, context in ((1, 4096), (1, 65536), (16, 4096), (16, 32768), (128, 2048), (128, 8192))
                for page in ("None", 16, 64, 256)],
+    "mla": [f"bf16 b{batch} ctx{context} page{page} h{heads}"
+            for batch, context in ((1, 4096), (1, 32768), (16, 4096), (16, 32768), (128, 4096), (128, 8192))
+            for heads in (16, 64, 128) for page in ("None", 64)] + [
+                f"bf16 s4096 causal h{heads}" for heads in (16, 128)],
 }
 
 
@@ -95,8 +99,15 @@ def test_flops_and_bytes_of_two_head_dims_and_a_window():
     assert row.bytes_moved == 2 * (7 * 6 * (24 + 16) + 9 * 2 * (24 + 16))
 
 
+def test_latent_rows_are_read_once():
+    row = shapes.rows("mla", "^bf16 b1 ctx4096 pageNone h16$")[0]
+    assert row.flops == 2 * 16 * 4096 * (576 + 512)
+    assert row.bytes_moved == 2 * (16 * (576 + 512) + 4096 * 576)
+
+
 def test_an_unknown_group_says_which_there_are():
-    groups = "forward, sweep, window, short, fp8, seed, overhead, decode, backward, tiles, quantize, accuracy, counters"
+    groups = ("forward, sweep, window, short, fp8, seed, overhead, decode, mla, backward, tiles, quantize, accuracy, "
+              "counters")
     with pytest.raises(ValueError, match=f"^group 'sideward' is unknown; there are: {groups}$"):
         shapes.rows("sideward")
 
