@@ -59,8 +59,8 @@ class PartRows {
     return all_here;
   }
 
-  /// Join the parts and write the rows, or this block's share of them: in order, so that the bits do not depend on who
-  /// was last.
+  /// Join the parts and write the rows, or this block's share of them. Which sums are made does not depend on who was
+  /// last, so the bits do not either.
   __device__ __forceinline__ void join() const {
     const uint32_t vectors = arch::uniform(larger(places_.positions, 0) * args_.packing.heads * kVectors);
     if (in_cluster())
@@ -100,7 +100,7 @@ class PartRows {
     return at;
   }
 
-  /// In device memory: a thread joins a vector, several parts at once.
+  /// In device memory: a thread joins a vector, part after part, several on their way at once.
   __device__ __forceinline__ void join_all(uint32_t end) const {
 #pragma unroll 1
     for (uint32_t first = 0; first < end; first += 128) {  // a warp goes on together: see uniform() in the consumer
