@@ -52,14 +52,15 @@ sm_margin : int, default 0
     "fp8_accumulate": """\
 fp8_accumulate : int, optional
     Of fp8 on the GPU: after how many keys a sum of weighted values, of which tensor cores keep some 14 bits,
-    moves on to one in float32, rounded down to a power of two of blocks of keys, but at least a block. 0: never;
+    moves on to one in float32, rounded down to a power of two of blocks of keys, but at least two blocks. 0: never;
     values whose mean is far from 0 then lose about 1/1000 for every 100 keys. Default: 2,048, which costs next to
     nothing; with head dims above 128 never up to 4,096 keys, else (and always with `batch_invariant`) after each
     block.""",
     "dropout_p": """\
 dropout_p : float, default 0.0
     Drop each weight of the softmax with this probability, in steps of 2**-15, and multiply the others by
-    ``1 / (1 - dropout_p)``; lse is that of all. Above 0 it needs a seed. Not of fp8 on the GPU.
+    ``1 / (1 - dropout_p)``; lse is that of all. Above 0 it needs a seed. On the GPU not of fp8, nor
+    with `qv`.
 dropout_seed : int or array () or (1,), optional
     Which weights are dropped: the same with the same seed, in forward and backward, on every device, by
     Philox4x32-10 of the seed at (batch, head, query, key). From 0 to 2**64 - 1, or an array of int64, uint64,

@@ -1,5 +1,6 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 """One call's arrays, sizes and options: read off q, k, v, then what every further argument is checked against."""
+from libc.limits cimport INT_MAX
 from libc.math cimport pow
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy
@@ -337,7 +338,7 @@ cdef class Problem:
             if self.backend_dtype() != FP8:
                 raise ValueError(f"fp8_accumulate: {fp8_accumulate}, needs None with q of dtype {self.q.dtype}")
             keys = check.integer(fp8_accumulate, "fp8_accumulate", 0)
-            options.fp8_accumulate = <int>min(keys, max(self.max_seqlen_k, 1)) if keys else -1
+            options.fp8_accumulate = <int>min(keys, INT_MAX) if keys else -1
         options.rotary_interleaved = True
         return 0
 

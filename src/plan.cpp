@@ -229,14 +229,15 @@ Choice estimate(const Work& work, int index, bool packed) {
   return choice;
 }
 
-/// After how many blocks of keys sums of fp8 products move on to fp32; 0: never. What a sequence may sum must not
-/// depend on the batch where bits must not.
+/// After how many blocks of keys sums of fp8 products move on to fp32; 0: never. Totals begin after two blocks at the
+/// earliest: one's products are done with the next one's scores. What a sequence may sum must not depend on the batch
+/// where bits must not.
 int accumulate_blocks(const fa3_forward_params& p, const Visibility& visibility, const ForwardVariant& variant,
                       const Splits& splits) {
   if (p.dtype != FA3_FLOAT8_E4M3 || p.fp8_accumulate < 0) return 0;
   if (variant.totals) {
     const int keys = p.fp8_accumulate > 0 ? p.fp8_accumulate : kMostKeysSummed;
-    return static_cast<int>(std::bit_floor(static_cast<unsigned>(std::max(keys / variant.tile_n, 1))));
+    return static_cast<int>(std::bit_floor(static_cast<unsigned>(std::max(keys / variant.tile_n, 2))));
   }
   if (p.fp8_accumulate > 0 || p.batch_invariant) return 1;
   const fa3_lengths keys = lengths_of_keys(p);

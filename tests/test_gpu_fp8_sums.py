@@ -75,6 +75,17 @@ def test_totals_follow_their_row_s_maximum(torch, variant, growth):
                 assert torch.equal(out, fa3.flash_attn_func(*arrays, **options)), "the same bits again"
 
 
+@pytest.mark.parametrize("keys", [1, 64, 65, 129, 193, 300])
+@pytest.mark.parametrize("variant", TILES, ids=lambda variant: variant["name"])
+def test_few_blocks_have_no_totals_of_a_call_before(torch, variant, keys):
+    q, k, v = problem(torch, variant)
+    bad = torch.full_like(v.float(), float("nan")).to(v.dtype)
+    with tile(variant):
+        fa3.flash_attn_func(q, k, bad, fp8_accumulate=1, num_splits=1)  # leaves its NaN where totals are
+        out = fa3.flash_attn_func(q, k[:, :keys], v[:, :keys], fp8_accumulate=1, num_splits=1)
+    assert error(torch, out, q, k[:, :keys], v[:, :keys]) <= 0.02
+
+
 @pytest.mark.parametrize("variant", TILES[:1], ids=lambda variant: variant["name"])
 def test_bits_do_not_depend_on_the_batch_where_that_is_asked_for(torch, variant):
     one = problem(torch, variant)

@@ -79,15 +79,16 @@ def cases(draw, longest=12, page_sizes=(1, 3, 4, 16)):
 
     new = lengths(st.integers(0, 9), varlen_new) if draw(st.booleans()) else None
     dtype = draw(st.sampled_from(["float16", "bfloat16", "float8_e4m3fn"]))
-    head_dim = draw(st.sampled_from([64, 16, 40, 72, 128, 256]))
-    rotary_dim = draw(st.sampled_from([0, 16, 32, head_dim // 16 * 16])) if dtype != "float8_e4m3fn" else 0
+    fp8 = dtype == "float8_e4m3fn"
+    head_dim = draw(st.sampled_from([64, 16, 128, 256] if fp8 else [64, 16, 40, 72, 128, 256]))
+    rotary_dim = draw(st.sampled_from([0, 16, 32, head_dim // 16 * 16])) if not fp8 else 0
     return Case(
         cached=lengths(st.integers(0, longest), not (new and one_length)), new=new,
         one_length=one_length and new is not None, seqlens_q=lengths(st.integers(0, 6), varlen_q),
         layout=draw(st.sampled_from(["dense", "indexed", "paged"])), page_size=draw(st.sampled_from(page_sizes)),
         room=draw(st.sampled_from([0, 5])), num_heads_kv=draw(st.integers(1, 3)),
         ratio=draw(st.sampled_from([1, 3])), head_dim=head_dim,
-        head_dim_v=draw(st.sampled_from([head_dim, 8, 24])), dtype=dtype, varlen_q=varlen_q, varlen_new=varlen_new,
+        head_dim_v=draw(st.sampled_from([head_dim, 16, 48] if fp8 else [head_dim, 8, 24])), dtype=dtype, varlen_q=varlen_q, varlen_new=varlen_new,
         uses_q=draw(st.booleans()), rotary_dim=min(rotary_dim, head_dim),
         rotary_dtype=draw(st.sampled_from(["float32", dtype])), interleaved=draw(st.booleans()),
         rotary_seqlens=draw(st.none() | st.just(lengths(st.integers(0, 20), True))) if rotary_dim else None,

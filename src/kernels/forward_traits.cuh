@@ -223,8 +223,12 @@ struct ForwardShared : LoadedValues<Traits>, Totals<Traits>, ValueQueries<Traits
     }
   }
 
-  /// Every thread, once, each where it begins to need barriers: one of them makes them.
-  __device__ __forceinline__ void wait_for_barriers() const { arch::barrier_sync(0, Traits::kThreads); }
+  /// Every thread, once, each where it begins to need barriers: one of them makes them. Named barrier 15, since tools
+  /// take 0 for __syncthreads(), which all threads must come to at the same place.
+  __device__ __forceinline__ void wait_for_barriers() const {
+    __syncwarp();
+    arch::barrier_sync(15, Traits::kThreads);
+  }
 };
 
 }  // namespace fa3
