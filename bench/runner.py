@@ -163,9 +163,9 @@ def _cache_call(torch, row, q, k, v):
             return pages
 
         k, v = in_pages(k), None if row.latent else in_pages(v)
+        options["page_table"] = order.to(torch.int32).view(q.shape[0], -1)
     if row.latent:
         v = k[..., :row.dim_v]
-        options["page_table"] = order.to(torch.int32).view(q.shape[0], -1)
     options["cache_seqlens"] = torch.tensor(row.seqlens_k, dtype=torch.int32, device=q.device)
     return lambda: fa3.flash_attn_with_kvcache(q, k, v, **options)
 

@@ -1,6 +1,7 @@
 """The benchmark harness without a GPU: its rows, its statistics on a made-up clock, its checks."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import re
 import shutil
@@ -200,7 +201,12 @@ SMALL = shapes.Row("short", "small", "bf16", (37,) * 5, (37,) * 5, 8, 4, 32, 16,
 RAGGED = shapes.Row("seed", "ragged", "fp16", (3, 0, 20), (3, 7, 20), 4, 2, 16, causal=True, varlen=True)
 
 
-@pytest.mark.parametrize("row", [SMALL, RAGGED], ids=["dense", "ragged"])
+CACHE = shapes.Row("decode", "cache", "bf16", (1,) * 3, (64,) * 3, 8, 2, 32, causal=True)
+LATENT = shapes.Row("mla", "latent", "bf16", (1,) * 3, (64,) * 3, 8, 1, 576, 512, causal=True)
+CACHES = {f"{row.case} {page}": dataclasses.replace(row, page=page) for row in (CACHE, LATENT) for page in (None, 16)}
+
+
+@pytest.mark.parametrize("row", [SMALL, RAGGED, *CACHES.values()], ids=["dense", "ragged", *CACHES])
 @pytest.mark.parametrize("wrong", [None, 0.1, float("nan")])
 def test_the_check_finds_what_is_wrong(row, wrong):
     torch = pytest.importorskip("torch")
