@@ -97,11 +97,12 @@ bool may_join_in_cluster(const ForwardVariant& v, const Splits& splits, double p
 }
 
 /// What splitting adds then, in microseconds: to each part, and to joining them; where large clusters come to share
-/// multiprocessors, though others are idle; and how much slower keys and values come. Measured, decoding.
+/// multiprocessors, though others are idle; and how much slower keys and values come. Measured, decoding; what a round
+/// of joining takes also at 512 rows of 8 heads, which splitting in two made slower.
 constexpr double kClusterPartTime = 0.4, kCrowdedTime = 1.8, kClusterReading = 1.12;
 double cluster_join_time(int parts, double pieces, int rows, int head_dim_v, int num_sms) {
   const bool crowded = parts > 8 && pieces > 0.85 * num_sms;
-  return 0.2 + 0.2 * ceil_div(rows * (head_dim_v / 8), 128) + (crowded ? kCrowdedTime : 0);
+  return 0.2 + 0.35 * ceil_div(rows * (head_dim_v / 8), 128) + (crowded ? kCrowdedTime : 0);
 }
 /// The same where another kernel joins them: its launch, its rounds of 8 parts, and their way out and back.
 double join_apart_time(int parts, double bytes) { return 4 + 0.6 * ceil_div(parts, 8) + 2 * bytes / 3e6; }
