@@ -56,12 +56,11 @@ template <int kAxes>
 __device__ __forceinline__ void load_box(void* shared, const CUtensorMap* map, const int32_t (&at)[kAxes],
                                          Barrier& barrier) {
   const uint32_t to = shared_address(shared), full = shared_address(&barrier.word);
-  static_assert(kAxes == 4 || kAxes == 5, "operands are batches of rows of heads, and rows may be of pages");
+  static_assert(kAxes == 4 || kAxes == 5, "keys have four axes; queries, whose heads may share tiles, five");
   if constexpr (kAxes == 4) {
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, "
-        "%5}], "
-        "[%6];" ::"r"(to),
+        "%5}], [%6];" ::"r"(to),
         "l"(map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(full)
         : "memory");
   } else {

@@ -223,8 +223,8 @@ struct ForwardShared : LoadedValues<Traits>, Totals<Traits>, ValueQueries<Traits
     }
   }
 
-  /// Every thread, once, each where it begins to need barriers: one of them makes them. Named barrier 15, since tools
-  /// take 0 for __syncthreads(), which all threads must come to at the same place.
+  /// Every thread, once, each where it begins to need barriers: one of them makes them. All come to named barrier 15,
+  /// as whole warps but from different places. PTX allows that; compute-sanitizer's synccheck reports it all the same.
   __device__ __forceinline__ void wait_for_barriers() const {
     __syncwarp();
     arch::barrier_sync(15, Traits::kThreads);
