@@ -41,7 +41,7 @@ struct Barrier {
 /// Order this thread's ordinary writes to shared memory before what tensor cores and the copy engine do there next.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-/// Make initialised barriers visible to the copy engine; a __syncthreads() must follow for the other threads.
+/// Make initialised barriers visible to the copy engine; a barrier of the threads must follow for the others.
 __device__ __forceinline__ void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }

@@ -19,36 +19,34 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
   extern __shared__ __align__(1024) uint8_t dynamic_shared[];
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
 
-  const int warpgroup = arch::uniform(threadIdx.x / 128);
+  const uint32_t thread = arch::thread_anew();
+  const int warpgroup = arch::uniform(thread / 128);
+  // Of 16 bits only two of the producers' four warps have a role, but fewer would save no registers.
+  const int producer = arch::uniform(thread / 32) - 4 * Traits::kConsumers;
+  if (warpgroup == Traits::kConsumers) arch::shrink_registers<Traits::kProducerRegisters>();
+  if (producer == 0) {
+    shared.make_barriers();
+    Scheduler<Traits>(args, shared).run();
+    return;
+  }
+  if (producer == 1 && thread % 32 == 0) {
+    arch::prefetch_map(&args.q.map);
+    arch::prefetch_map(&args.k.map);
+    arch::prefetch_map(&args.v.map);
+  }
+  if constexpr (kDropout)
+    if (thread == 0) shared.seed = args.dropout.seed();
+  shared.wait_for_barriers();
   if (warpgroup == Traits::kConsumers) {
-    arch::shrink_registers<Traits::kProducerRegisters>();
-    // Of 16 bits only two of four have a role, but fewer warps would save no registers.
-    const int warp = arch::uniform(threadIdx.x / 32 % 4);
-    if (warp == 0) {
-      Scheduler<Traits>(args, shared).run();
-      return;
-    }
-    if (warp == 1 && threadIdx.x % 32 == 0) {
-      arch::prefetch_map(&args.q.map);
-      arch::prefetch_map(&args.k.map);
-      arch::prefetch_map(&args.v.map);
-    }
-    shared.wait_for_barriers();
-    if (warp == 1) {
+    if (producer == 1) {
       if (args.pages.used())
         Loader<Traits, PagedKeys<Traits>>(args, shared).run();
       else if (threadIdx.x % 32 == 0)
         Loader<Traits, ContiguousKeys<Traits>>(args, shared).run();
     }
     if constexpr (Traits::kEightBits)
-      if (warp >= 2) Transposer<Traits>(shared, warp - 2).run();
+      if (producer >= 2) Transposer<Traits>(shared, producer - 2).run();
   } else {
-    if (threadIdx.x == 0) {
-      shared.init_barriers();
-      if constexpr (kDropout) shared.seed = args.dropout.seed();
-      arch::publish_barriers();
-    }
-    shared.wait_for_barriers();
     arch::grow_registers<Traits::kConsumerRegisters>();
     Consumer<Traits, kDropout> consumer(args, shared, warpgroup);
     typename Consumer<Traits, kDropout>::Output o;

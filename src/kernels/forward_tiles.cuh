@@ -23,7 +23,6 @@ class Scheduler {
         index_(blockIdx.x),
         stride_(2 * (gridDim.x - blockIdx.x) - 1) {}
 
-  /// Everyone else waits for the first piece of work, so it is found even before there are barriers.
   __device__ __forceinline__ void run() {
     constexpr uint32_t kSlots = ForwardShared<Traits>::kTileSlots;
     for (;; take_index()) {
@@ -32,7 +31,6 @@ class Scheduler {
         shared_.tile_empty[before.stage()].wait(before.parity());
       }
       const bool found = describe(shared_.tile[tiles_.stage()]);
-      if (tiles_.count == 0) shared_.wait_for_barriers();
       __syncwarp();
       if (lane_ == 0) shared_.tile_full[tiles_.stage()].arrive();
       tiles_.advance();

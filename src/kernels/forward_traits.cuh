@@ -223,12 +223,19 @@ struct ForwardShared : LoadedValues<Traits>, Totals<Traits>, ValueQueries<Traits
     }
   }
 
-  /// Every thread, once, each where it begins to need barriers: one of them makes them. All come to named barrier 15,
-  /// as whole warps but from different places. PTX allows that; compute-sanitizer's synccheck reports it all the same.
-  __device__ __forceinline__ void wait_for_barriers() const {
+  /// The scheduler's warp: make the barriers and go on. Everyone else comes to one place and waits for them.
+  __device__ __forceinline__ void make_barriers() {
+    if (threadIdx.x % 32 == 0) {
+      init_barriers();
+      arch::publish_barriers();
+    }
     __syncwarp();
-    arch::barrier_sync(15, Traits::kThreads);
+    arch::barrier_arrive(kStartBarrier, Traits::kThreads);
   }
+  __device__ __forceinline__ void wait_for_barriers() const { arch::barrier_sync(kStartBarrier, Traits::kThreads); }
+
+ private:
+  static constexpr int kStartBarrier = 15;
 };
 
 }  // namespace fa3
