@@ -76,10 +76,17 @@ struct Launch {
                          .swizzle = variant.swizzle_q_k};
     if (p.cache.page_table) args.pages = {cache_rows(p), page_box_rows(p, variant)};
     const int box_rows = args.pages.box_rows > 0 ? args.pages.box_rows : plan.tile_n;
-    const OperandShape k{
-        .head_dim = p.head_dim, .heads = p.num_heads_kv, .box_rows = box_rows, .swizzle = variant.swizzle_q_k};
-    const OperandShape v{
-        .head_dim = p.head_dim_v, .heads = p.num_heads_kv, .box_rows = box_rows, .swizzle = variant.swizzle_v};
+    const bool read_once = plan.num_m_blocks == 1 && args.packing.tiles == 1;
+    const OperandShape k{.head_dim = p.head_dim,
+                         .heads = p.num_heads_kv,
+                         .box_rows = box_rows,
+                         .swizzle = variant.swizzle_q_k,
+                         .read_once = read_once};
+    const OperandShape v{.head_dim = p.head_dim_v,
+                         .heads = p.num_heads_kv,
+                         .box_rows = box_rows,
+                         .swizzle = variant.swizzle_v,
+                         .read_once = read_once};
     if (auto status = operand(p.q, p.queries, p.batch, plan.copy_q, rotated_q, q, args.q)) return status;
     if (has_qv(p)) {
       OperandShape qv = q;

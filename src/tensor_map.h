@@ -12,6 +12,7 @@ struct OperandShape {
   int group = 0;  // heads side by side on an axis of their own, as q's of one KV head; 0: no such axis
   int box_group = 0, box_rows = 0;  // heads (with such an axis) and rows that one load brings
   int swizzle = 0;                  // bytes of a shared memory chunk: 32, 64 or 128
+  bool read_once = false;           // by one thread block: nobody else is served by more than was asked for
 };
 
 /// Describe `array` for TMA; see TmaOperand for what its axes are.
