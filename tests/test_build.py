@@ -135,7 +135,7 @@ def test_a_spill_of_any_function(compile_kernel):
 
 
 def test_each_forward_kernel_of_a_file_has_a_line(compile_kernel):
-    entry = "_ZN3fa314forward_kernelINS_13ForwardTraitsI6__halfLi64ELi64ELi{}ELi{}EEEEEvNS_11ForwardArgsE"
+    entry = "_ZN3fa314forward_kernelINS_13ForwardTraitsINS_7Float16ELi64ELi64ELi{}ELi{}EEEEEvNS_11ForwardArgsE"
     one, three = (PTXAS.replace("'kernel'", f"'{entry.format(*tile)}'") for tile in ((1, 64), (3, 128)))
     done = compile_kernel(one.format(**CLEAN) + three.format(**CLEAN | {"registers": 128}))
     assert (done.returncode, done.resources) == (0, "some_kernel_1x64,168,0,0,0\nsome_kernel_3x128,128,0,0,0\n")
@@ -257,8 +257,8 @@ def operands(text):
     return re.findall(r'"(\+?\w)"\(([^()]*)\)', text)
 
 
-@pytest.mark.parametrize(("shape", "element", "n"), [("bf16:ss:80", "__nv_bfloat16", 80), ("f16:rs:64", "__half", 64),
-                                                     ("f16:ss:256", "__half", 256), ("bf16:rs:8", "__nv_bfloat16", 8)])
+@pytest.mark.parametrize(("shape", "element", "n"), [("bf16:ss:80", "BFloat16", 80), ("f16:rs:64", "Float16", 64),
+                                                     ("f16:ss:256", "Float16", 256), ("bf16:rs:8", "BFloat16", 8)])
 def test_wgmma_wrapper(shape, element, n):
     dtype, kind, _ = shape.split(":")
     text = load_helper("gen_wgmma").wrapper(shape)

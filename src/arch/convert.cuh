@@ -1,11 +1,9 @@
 // Number conversions and the exponential, one instruction each.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_fp8.h>
-
 #include <cstdint>
 #include <type_traits>
+
+#include "arch/elements.h"
 
 namespace fa3::arch {
 
@@ -27,10 +25,10 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
 template <class Element>
 __device__ __forceinline__ uint32_t max_pair_or_nan(uint32_t a, uint32_t b) {
   uint32_t larger;
-  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+  if constexpr (std::is_same_v<Element, BFloat16>) {
     asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
   } else {
-    static_assert(std::is_same_v<Element, __half>, "compares 16-bit floats");
+    static_assert(std::is_same_v<Element, Float16>, "compares 16-bit floats");
     asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
   }
   return larger;
@@ -59,10 +57,10 @@ __device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d
 template <class Element>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
   uint32_t packed;
-  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+  if constexpr (std::is_same_v<Element, BFloat16>) {
     asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(packed) : "f"(low), "f"(high));
   } else {
-    static_assert(std::is_same_v<Element, __half>, "packs 16-bit floats");
+    static_assert(std::is_same_v<Element, Float16>, "packs 16-bit floats");
     asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(packed) : "f"(low), "f"(high));
   }
   return packed;
@@ -71,11 +69,18 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 /// The two Elements of a word.
 template <class Element>
 __device__ __forceinline__ float2 unpack(uint32_t pair) {
-  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+  if constexpr (std::is_same_v<Element, BFloat16>) {
     return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000));
   } else {
-    static_assert(std::is_same_v<Element, __half>, "unpacks 16-bit floats");
-    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+    static_assert(std::is_same_v<Element, Float16>, "unpacks 16-bit floats");
+    float2 unpacked;
+    asm("{.reg .b16 low, high;\n"
+        "mov.b32 {low, high}, %2;\n"
+        "cvt.f32.f16 %0, low;\n"
+        "cvt.f32.f16 %1, high;}"
+        : "=f"(unpacked.x), "=f"(unpacked.y)
+        : "r"(pair));
+    return unpacked;
   }
 }
 

@@ -18,7 +18,7 @@ struct Softmax {
 
   // A thread's sum bounds its largest probability. bfloat16 and the fp32 sums hold 2^30 easily; float16 ends at 65,504,
   // e4m3 at 448, where it saturates.
-  static constexpr float kLargestSum = kEightBits ? 448.f : std::is_same_v<Element, __half> ? 32768.f : 1073741824.f;
+  static constexpr float kLargestSum = kEightBits ? 448.f : std::is_same_v<Element, Float16> ? 32768.f : 1073741824.f;
   // Eight bits are few, so small probabilities survive only if large ones reach up to their end: a row's largest is
   // taken to be 2^kHeadroom. Sums must be far enough from 448 for that, or rows of equal scores would go the long way
   // in every block. There the sums of even and of odd columns, kTileN / 8 each, bound the largest one by themselves.
@@ -26,7 +26,7 @@ struct Softmax {
   static_assert(!kEightBits || kTileN / 8 * (kTileN <= 96 ? 32 : 16) < 400, "equal scores must not look unsafe");
 
   // A whole row's first sum must reach this: float16 loses bits below 2^-14, and 2^-10 of a sum still matters.
-  static constexpr float kSmallestSum = std::is_same_v<Element, __half> ? 0.0625f : 9.3132257e-10f;
+  static constexpr float kSmallestSum = std::is_same_v<Element, Float16> ? 0.0625f : 9.3132257e-10f;
 
   // A row of 8 bits has its head's descale in its scale: tiles of several heads have rows of several.
   static constexpr int kScales = kEightBits ? 2 : 1;

@@ -142,9 +142,9 @@ __global__ void __launch_bounds__(kThreads)
 cudaError_t prepare_backward(const PrepareBackwardArgs& args, int dtype, int dq_shares, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(args.scratch.query_tiles), args.num_heads);
   if (dtype == FA3_FLOAT16)
-    prepare_backward_kernel<__half><<<grid, kThreads, 0, stream>>>(args, dq_shares);
+    prepare_backward_kernel<Float16><<<grid, kThreads, 0, stream>>>(args, dq_shares);
   else
-    prepare_backward_kernel<__nv_bfloat16><<<grid, kThreads, 0, stream>>>(args, dq_shares);
+    prepare_backward_kernel<BFloat16><<<grid, kThreads, 0, stream>>>(args, dq_shares);
   return cudaGetLastError();
 }
 

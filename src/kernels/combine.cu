@@ -121,7 +121,7 @@ cudaError_t launch(const CombineArgs& args, cudaStream_t stream) {
 
 cudaError_t launch_combine(const CombineArgs& args, int out_dtype, cudaStream_t stream) {
   if (out_dtype == FA3_FLOAT32) return launch<float>(args, stream);
-  return out_dtype == FA3_FLOAT16 ? launch<__half>(args, stream) : launch<__nv_bfloat16>(args, stream);
+  return out_dtype == FA3_FLOAT16 ? launch<Float16>(args, stream) : launch<BFloat16>(args, stream);
 }
 
 }  // namespace fa3

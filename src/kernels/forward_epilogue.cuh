@@ -40,7 +40,7 @@ __device__ __forceinline__ RowScales finish_rows(const ForwardArgs& args, const 
 template <class Traits>
 __device__ __forceinline__ uint32_t pack_output(const ForwardArgs& args, float low, float high) {
   if constexpr (Traits::kEightBits)
-    return args.out_float16 ? arch::pack<__half>(low, high) : arch::pack<__nv_bfloat16>(low, high);
+    return args.out_float16 ? arch::pack<Float16>(low, high) : arch::pack<BFloat16>(low, high);
   else
     return arch::pack<typename Traits::Element>(low, high);
 }

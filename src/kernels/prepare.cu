@@ -214,11 +214,11 @@ cudaError_t launch(const PrepareArgs& args, cudaStream_t stream) {
 cudaError_t launch_prepare(const PrepareArgs& args, int dtype, cudaStream_t stream) {
   switch (dtype) {
     case FA3_FLOAT16:
-      return launch<__half>(args, stream);
+      return launch<Float16>(args, stream);
     case FA3_BFLOAT16:
-      return launch<__nv_bfloat16>(args, stream);
+      return launch<BFloat16>(args, stream);
     default:
-      return launch<__nv_fp8_e4m3>(args, stream);
+      return launch<Float8E4M3>(args, stream);
   }
 }
 

@@ -4,8 +4,6 @@
 // loads stays in shared memory until amax is known: 27 MB on 132 multiprocessors, or half of that with a rotation,
 // whose results are kept in fp32. What does not fit is read again, from L2 where it is still there. Each thread keeps
 // to places of its own, so that shared memory needs no barrier; asynchronous copies fill them, a ring of steps ahead.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_pipeline_primitives.h>
 
 #include <type_traits>
@@ -29,9 +27,9 @@ struct Traits {
   using Type = Element;
   static constexpr bool kHadamard = kHadamard_;
   static constexpr int kSlots = kSlots_;
-  static constexpr int kDtype = std::is_same_v<Element, __half>          ? FA3_FLOAT16
-                                : std::is_same_v<Element, __nv_bfloat16> ? FA3_BFLOAT16
-                                                                         : FA3_FLOAT32;
+  static constexpr int kDtype = std::is_same_v<Element, Float16>    ? FA3_FLOAT16
+                                : std::is_same_v<Element, BFloat16> ? FA3_BFLOAT16
+                                                                    : FA3_FLOAT32;
   static constexpr QuantizeKind kKind{kDtype, kHadamard, kSlots};
   static_assert(kKind.max_places() >= kQuantizeRing, "the ring must fit in shared memory");
   static constexpr int kLoadedWords = kGroup * sizeof(Element) / sizeof(uint4);
@@ -504,9 +502,9 @@ cudaError_t launch_element(const QuantizePlan& plan, cudaStream_t stream) {
 cudaError_t launch_quantize(const QuantizePlan& plan, cudaStream_t stream) {
   switch (plan.kind.dtype) {
     case FA3_FLOAT16:
-      return launch_element<__half>(plan, stream);
+      return launch_element<Float16>(plan, stream);
     case FA3_BFLOAT16:
-      return launch_element<__nv_bfloat16>(plan, stream);
+      return launch_element<BFloat16>(plan, stream);
     default:
       return launch_element<float>(plan, stream);
   }

@@ -16,6 +16,8 @@
 #include <thread>
 #include <vector>
 
+#include "arch/elements.h"
+
 #define __global__
 #define __device__
 #define __host__
@@ -198,26 +200,13 @@ inline unsigned long long atomicCAS(unsigned long long* word, unsigned long long
   return expected;
 }
 
-struct __half {
-  uint16_t bits;
-};
-struct __half2 {
-  __half low, high;
-};
-struct __nv_bfloat16 {
-  uint16_t bits;
-};
-struct __nv_fp8_e4m3 {
-  uint8_t bits;
-};
-inline float half_to_float(__half half) {
+inline float half_to_float(fa3::Float16 half) {
   const int exponent = half.bits >> 10 & 31, fraction = half.bits & 1023;
   const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
                                     : std::ldexp(static_cast<float>(exponent ? fraction + 1024 : fraction),
                                                  std::max(exponent, 1) - 25);
   return half.bits >> 15 ? -size : size;
 }
-inline float2 __half22float2(__half2 two) { return {half_to_float(two.low), half_to_float(two.high)}; }
 
 using cudaError_t = int;
 using cudaStream_t = void*;

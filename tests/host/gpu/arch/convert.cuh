@@ -9,7 +9,7 @@ inline float max_or_nan(float a, float b) { return std::isnan(a) || std::isnan(b
 template <class Element>
 uint32_t max_pair_or_nan(uint32_t a, uint32_t b) {
   const auto larger = [](auto x, auto y) { return std::isnan(x) || std::isnan(y) ? x + y : std::max(x, y); };
-  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+  if constexpr (std::is_same_v<Element, BFloat16>) {
     const float low = larger(__uint_as_float(a << 16), __uint_as_float(b << 16));
     const float high = larger(__uint_as_float(a & 0xffff0000), __uint_as_float(b & 0xffff0000));
     return __float_as_uint(low) >> 16 | (__float_as_uint(high) & 0xffff0000);
@@ -36,16 +36,16 @@ inline uint32_t pack_e4m3(float low, float high) { return e4m3(low) | e4m3(high)
 
 template <class Element>
 float2 unpack(uint32_t pair) {
-  if constexpr (std::is_same_v<Element, __nv_bfloat16>)
+  if constexpr (std::is_same_v<Element, BFloat16>)
     return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000)};
   else
-    return __half22float2(std::bit_cast<__half2>(pair));
+    return {half_to_float({static_cast<uint16_t>(pair)}), half_to_float({static_cast<uint16_t>(pair >> 16)})};
 }
 
 template <class Element>
 uint32_t rounded(float value) {
   if (std::isnan(value)) return 0x7fff;
-  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+  if constexpr (std::is_same_v<Element, BFloat16>) {
     const uint32_t bits = __float_as_uint(value);
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   } else {

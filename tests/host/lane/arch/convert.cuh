@@ -5,10 +5,10 @@
 #include <cstdlib>
 #include <type_traits>
 
+#include "arch/elements.h"
+
 #define __device__
 #define __forceinline__ inline
-
-struct __half {};
 
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __log2f(float x) { return std::log2(x); }
