@@ -187,7 +187,8 @@ class PartRows {
 #pragma unroll
       for (int i = 0; i < kDim / 8; ++i)
         columns[4 * i] = make_float2(empty ? 0.f : o[4 * i + 2 * r], empty ? 0.f : o[4 * i + 2 * r + 1]);
-      if (lane % 4 == 0) columns[kDim / 2] = make_float2(softmax.row_max[r], sum[r]);
+      // From all four lanes, though one is read: a sector of 32 bytes that is written in part comes from memory first.
+      columns[kDim / 2] = make_float2(softmax.row_max[r], sum[r]);
     }
   }
 
