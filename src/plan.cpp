@@ -65,6 +65,9 @@ bool equal_lengths(const fa3_lengths& lengths, int batch) {
 /// warpgroups.
 struct TileCost {
   double tile, block;
+  // Where queries are many and no multiprocessor has two tiles: a small one goes as fast as its latencies allow, and a
+  // large one's first keys come later.
+  double lone_block, first_keys;
 };
 
 TileCost tile_cost(const ForwardVariant& v) {
@@ -73,10 +76,11 @@ TileCost tile_cost(const ForwardVariant& v) {
   const double products = dim * element_bytes(v.dtype) / 2.0;
   const double score = std::max(35 + 0.42 * products, 0.7 * products) * 1e-6;
   const double block = score * v.tile_m() * v.tile_n;
-  if (v.has_qv) return {2.5, 1.35 * block};  // its two warpgroups do everything at the same time
-  if (v.consumers == 1) return {1.2, std::max(1.15 * block, 0.53)};  // two share an SM: half of what each takes
-  if (v.consumers == 2) return {1.8, 1.07 * block};
-  return {0.03 * dim, 0.95 * block};
+  if (v.has_qv) return {2.5, 1.35 * block, 1.35 * block, 0};  // its two warpgroups do everything at the same time
+  // Two or three share an SM: half of what each takes.
+  if (v.consumers == 1) return {1.2, std::max(1.15 * block, 0.53), std::max(1.84 * block, 0.6), 0};
+  if (v.consumers == 2) return {1.8, 1.07 * block, 1.07 * block, 1};
+  return {0.03 * dim, 0.95 * block, 0.95 * block, 1};
 }
 
 /// What splitting adds, in microseconds: to each part, which it leaves in memory and counts, and to the last, whose
@@ -98,11 +102,12 @@ bool may_join_in_cluster(const ForwardVariant& v, const Splits& splits, double p
 
 /// What splitting adds then, in microseconds: to each part, and to joining them; where large clusters come to share
 /// multiprocessors, though others are idle; and how much slower keys and values come. Measured, decoding; what a round
-/// of joining takes also at 512 rows of 8 heads, which splitting in two made slower.
+/// of joining takes, and what a block's further warpgroups add to it, at 512 rows of 8 heads.
 constexpr double kClusterPartTime = 0.4, kCrowdedTime = 1.8, kClusterReading = 1.12;
-double cluster_join_time(int parts, double pieces, int rows, int head_dim_v, int num_sms) {
+double cluster_join_time(const ForwardVariant& v, int parts, double pieces, int rows, int num_sms) {
   const bool crowded = parts > 8 && pieces > 0.85 * num_sms;
-  return 0.2 + 0.35 * ceil_div(rows * (head_dim_v / 8), 128) + (crowded ? kCrowdedTime : 0);
+  const double round = 0.35 * (v.consumers + 1) / 2;
+  return 0.2 + round * ceil_div(rows * (v.head_dim_v / 8), 128) + (crowded ? kCrowdedTime : 0);
 }
 /// The same where another kernel joins them: its launch, its rounds of 8 parts, and their way out and back.
 double join_apart_time(int parts, double bytes) { return 4 + 0.6 * ceil_div(parts, 8) + 2 * bytes / 3e6; }
@@ -169,7 +174,6 @@ Choice estimate(const Work& work, int index, bool packed) {
   const double mean = std::ceil(blocks_around(last / 2)), longest = std::ceil(blocks_around(last));
   const double tiles =
       double(ceil_div(std::max(work.seqlen_q, 1), tile_queries(v, packing))) * p.batch * p.num_heads_kv * packing.tiles;
-  const double alone = v.blocks_per_sm > 1 ? 1.6 : 1.0;  // without neighbours a block runs faster, but not twice
   // Keys and values come from memory at least once; each tile has its share of that. Pages are a longer way: twice as
   // many pieces as memory asks for made 16 x 4,096 keys in pages of 16 rows faster, 79 us where it was 115.
   const double read_time = p.cache.page_table ? 0
@@ -177,19 +181,24 @@ Choice estimate(const Work& work, int index, bool packed) {
                                                     p.num_heads_kv * p.batch / kReadRate / std::max(tiles, 1.0);
   const int rows = std::min(work.seqlen_q, packing.positions) * packing.heads;
 
+  const double alone = v.blocks_per_sm > 1 ? 1.6 : 1.0;  // without neighbours a block runs faster, but not twice
+  const bool lone = tiles <= work.num_sms && work.seqlen_q >= v.tile_m();
   auto time_of = [&](double pieces, int parts, bool cluster) {
     const double around = cost.tile + (parts == 1 ? 0.0 : cluster ? kClusterPartTime : kPartTime);
     auto piece = [&](double blocks) { return around + std::ceil(blocks / parts) * cost.block; };
+    const double longest_piece =
+        lone && parts == 1 ? alone * around + longest * cost.lone_block : alone * piece(longest);
+    const double slowest = longest_piece + (lone ? cost.first_keys : 0);
     // Equal pieces come in whole rounds; unequal ones fill each other's gaps, up to a rest.
     const double rounds =
         work.equal_tiles ? std::ceil(pieces / work.num_sms) : std::max(pieces / work.num_sms + 0.3, 1.0);
     const double reading = pieces / parts * read_time * (cluster ? kClusterReading : 1.0);
     const double joining = parts == 1 ? 0.0
-                           : cluster  ? cluster_join_time(parts, pieces, rows, v.head_dim_v, work.num_sms)
+                           : cluster  ? cluster_join_time(v, parts, pieces, rows, work.num_sms)
                            : v.joins_apart()
                                ? join_apart_time(parts, double(bytes_of_parts(p, v, packing, Splits::of(0, parts))))
                                : join_time(parts, rows, v.head_dim_v);
-    return std::max({rounds * piece(mean), alone * piece(longest), around + reading}) + joining;
+    return std::max({rounds * piece(mean), slowest, around + reading}) + joining;
   };
 
   const int slots = work.num_sms * v.blocks_per_sm;

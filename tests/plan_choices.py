@@ -63,6 +63,9 @@ CALLS = {
     "bf16 mla decode b16 k4096 h64": latent(16, 1, 4096, 64),
     "bf16 mla decode b128 k8192 h128": latent(128, 1, 8192, 128),
     "bf16 mla b1 s4096 h16 causal": latent(1, 4096, 4096, 16, causal=True),
+    "bf16 b1 s512 h8 d128": call("bfloat16", 1, 512, 512, 8, 8, 128),
+    "b1 s1024 h8 d80 causal": call("float16", 1, 1024, 1024, 8, 8, 80, causal=True),
+    "bf16 b1 q64 k4096 h16/2 d128": call("bfloat16", 1, 64, 4096, 16, 2, 128),
     "bf16 b1 s8192 h16 d128 window": call("bfloat16", 1, 8192, 8192, 16, 16, 128, window_left=512, window_right=0),
 }
 
