@@ -66,6 +66,7 @@ CALLS = {
     "bf16 b1 s512 h8 d128": call("bfloat16", 1, 512, 512, 8, 8, 128),
     "b1 s1024 h8 d80 causal": call("float16", 1, 1024, 1024, 8, 8, 80, causal=True),
     "bf16 b1 q64 k4096 h16/2 d128": call("bfloat16", 1, 64, 4096, 16, 2, 128),
+    "bf16 b1 s16384 h16 d128 window": call("bfloat16", 1, 16384, 16384, 16, 16, 128, window_left=1024, window_right=0),
     "bf16 b1 s8192 h16 d128 window": call("bfloat16", 1, 8192, 8192, 16, 16, 128, window_left=512, window_right=0),
 }
 

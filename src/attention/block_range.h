@@ -23,6 +23,9 @@ struct Visibility {
   /// Without bounds the interval does not depend on the query.
   FA3_HOST_DEVICE bool full() const { return left == kUnbounded && right == kUnbounded && chunk == 0; }
 
+  /// With both it has as many keys for every query, but for those near the sequence's ends.
+  FA3_HOST_DEVICE bool window() const { return left != kUnbounded && right != kUnbounded && chunk == 0; }
+
   /// Keys that query `row` sees, of a sequence of these lengths. Both ends are monotone in `row`.
   FA3_HOST_DEVICE KeyInterval keys(int row, int seqlen_q, int seqlen_k) const {
     const int position = row + seqlen_k - seqlen_q;

@@ -50,7 +50,8 @@ struct ForwardTraits {
   static constexpr bool kTakesTurns = !kHasQv && (kConsumers == 2 || (kConsumers == 3 && !kEightBits));
 
   // Dropout is for training, whose rows are long: the largest tile of each pair of head dims has a kernel with it.
-  static constexpr bool kHasDropout = !kEightBits && !kHasQv && kConsumers == (kHeadDim > 128 ? 2 : 3);
+  static constexpr bool kHasDropout =
+      !kEightBits && !kHasQv && (kHeadDim > 128 ? kConsumers == 2 : kConsumers == 3 && kTileN > 64);
 
   // A thread block starts with kThreads times the registers that kThreads of them can have each; setmaxnreg deals that
   // pool out anew, and waits forever for more than there is.
