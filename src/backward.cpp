@@ -1,6 +1,8 @@
 // The C entry points of the backward: validate -> plan -> launch.
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "backward_plan.h"
 #include "device.h"
 #include "fa3.h"
@@ -32,6 +34,7 @@ struct BackwardLaunch {
   const fa3_backward_params& params;
   const BackwardPlan& plan;
   const BackwardVariant& variant;
+  int num_sms;
   Workspace workspace;
   cudaStream_t stream;
   BackwardScratch scratch{};
@@ -40,11 +43,15 @@ struct BackwardLaunch {
     scratch.query_tiles = plan.query_tiles;
     scratch.stats = static_cast<float*>(workspace.take(plan.stats));
     scratch.dq = static_cast<float*>(workspace.take(plan.dq));
-    if (plan.turns) scratch.dq_turns = static_cast<uint32_t*>(workspace.take(plan.turns));
+    scratch.dq_turns = static_cast<uint32_t*>(workspace.take(plan.turns));
+    scratch.in_order = params.deterministic;
     if (plan.sink_parts) scratch.sink_parts = static_cast<float*>(workspace.take(plan.sink_parts));
+    if (plan.taken) scratch.taken = static_cast<uint32_t*>(workspace.take(plan.taken));
     if (plan.query_tiles)
       if (auto status = prepare()) return status;
-    if (plan.grid)
+    if (plan.key_tiles && !plan.query_tiles)
+      if (auto status = none_taken()) return status;
+    if (plan.key_tiles)
       if (auto status = main_kernel()) return status;
     if (plan.query_tiles)
       if (auto status = finish_queries()) return status;
@@ -71,8 +78,13 @@ struct BackwardLaunch {
     args.num_heads = p.num_heads;
     args.head_dim_v = p.head_dim_v;
     args.tile_m = variant.tile_m;
-    args.dq_floats = variant.dq_floats;
-    return checked(prepare_backward(args, p.dtype, variant.dq_shares, stream), "prepare_backward");
+    args.dq_shares = variant.dq_shares;
+    return checked(prepare_backward(args, p.dtype, stream), "prepare_backward");
+  }
+
+  /// What prepare() does beside the rest of it.
+  fa3_status none_taken() const {
+    return checked(cudaMemsetAsync(scratch.taken, 0, sizeof(uint32_t), stream), "cudaMemsetAsync");
   }
 
   fa3_status operand(const fa3_array& array, const fa3_lengths& lengths, bool copy, OperandShape shape,
@@ -108,8 +120,9 @@ struct BackwardLaunch {
     args.softmax_scale = p.softmax_scale;
     args.dropout = dropout_of(p.dropout);
     args.order = plan.order;
+    args.key_tiles = plan.key_tiles;
     const auto launch = args.dropout.active ? v.launch_dropout : v.launch;
-    return checked(launch(args, plan.grid, p.device, stream), v.name);
+    return checked(launch(args, std::min(plan.key_tiles, num_sms), p.device, stream), v.name);
   }
 
   /// dQ, and the sinks' gradients.
@@ -151,7 +164,7 @@ fa3_status backward(const fa3_backward_params* params, void* workspace, cudaStre
     if (auto status = checked(error, "cudaMemsetAsync")) return status;
   }
   if (params->batch == 0) return FA3_OK;
-  return BackwardLaunch{*params, plan, backward_variants()[plan.variant], Workspace(workspace), stream}.run();
+  return BackwardLaunch{*params, plan, backward_variants()[plan.variant], num_sms, Workspace(workspace), stream}.run();
 }
 
 fa3_status workspace_bytes(const fa3_backward_params* params, size_t* bytes) {

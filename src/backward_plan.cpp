@@ -55,14 +55,15 @@ fa3_status plan_backward(const fa3_backward_params& p, BackwardPlan& plan) {
   if (plan.query_tiles > INT_MAX || key_tiles > INT_MAX)
     return fail(FA3_ERROR_SHAPE, "q, k: %lld and %lld tiles, but at most 2^31 - 1 are possible",
                 static_cast<long long>(plan.query_tiles), static_cast<long long>(key_tiles));
-  plan.grid = p.keys.rows > 0 ? static_cast<int>(key_tiles) : 0;
+  plan.key_tiles = p.keys.rows > 0 ? static_cast<int>(key_tiles) : 0;
   plan.order = plan_order(p);
 
   const size_t tiles = plan.query_tiles * p.num_heads;
   plan.stats = workspace_aligned(tiles * 2 * variant.tile_m * sizeof(float));
   plan.dq = workspace_aligned(tiles * variant.dq_floats * sizeof(float));
-  if (p.deterministic) plan.turns = workspace_aligned(tiles * variant.dq_shares * sizeof(uint32_t));
+  plan.turns = workspace_aligned(tiles * variant.dq_shares * sizeof(uint32_t));
   if (p.sinks) plan.sink_parts = workspace_aligned(tiles * sizeof(float));
+  if (plan.key_tiles) plan.taken = workspace_aligned(sizeof(uint32_t));
   auto plan_copy = [&](const fa3_array& array, const fa3_lengths& lengths, int heads, int head_dim) {
     const bool copy = !tma_addressable(array, lengths, p.batch, heads, p.dtype);
     if (copy) plan.copies += copy_bytes(lengths, p.batch, heads, head_dim, p.dtype);

@@ -8,12 +8,12 @@ namespace fa3 {
 struct BackwardPlan {
   int variant;          // of backward_variants()
   int64_t query_tiles;  // of a head: see QueryTiles
-  int grid;             // thread blocks of the main kernel, one for each block of keys of a KV head
+  int key_tiles;        // pieces of the main kernel's work, one for each block of keys of a KV head
   TileOrder order;
-  bool copy_q, copy_k, copy_v, copy_dout;       // to the workspace first, because TMA cannot address it
-  size_t stats, dq, turns, sink_parts, copies;  // bytes of the workspace's parts, in this order
+  bool copy_q, copy_k, copy_v, copy_dout;              // to the workspace first, because TMA cannot address it
+  size_t stats, dq, turns, sink_parts, taken, copies;  // bytes of the workspace's parts, in this order
 
-  size_t workspace() const { return stats + dq + turns + sink_parts + copies; }
+  size_t workspace() const { return stats + dq + turns + sink_parts + taken + copies; }
 };
 
 /// Every choice that a backward call makes, from its (validated) arguments alone. Calls no CUDA.

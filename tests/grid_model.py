@@ -1,8 +1,9 @@
 """What thread blocks do to each other through memory, as a model for test_grid_model.py.
 
-Counter (src/arch/counter.cuh), Scheduler::take_index and finish (src/kernels/forward_tiles.cuh) and PartRows
-(src/kernels/forward_split.cuh), one atomic access at a time. Global memory keeps what it held: nobody zeroes it.
-Shared memory, in which the blocks of a cluster leave their parts, ends with its block.
+Counter (src/arch/counter.cuh), Scheduler::take_index and finish (src/kernels/forward_tiles.cuh), PartRows
+(src/kernels/forward_split.cuh) and DqAdder (src/kernels/backward_load.cuh), one atomic access at a time. Global memory
+keeps what it held: nobody zeroes it, but for the turns that DqAdder goes by. Shared memory, in which the blocks of a
+cluster leave their parts, ends with its block.
 """
 
 import itertools
@@ -170,3 +171,51 @@ class Cluster:
                 next(running[which])
             except StopIteration:
                 del running[which]
+
+
+@dataclass
+class Sums:
+    """Blocks of keys that add to the sums of query tiles in memory that nobody has cleared, in any order."""
+
+    starts: tuple  # of each block: the tile that it begins with, one after the other to the last, then those before it
+    tiles: int
+    left_out: str | None = None
+    state: dict = field(default_factory=lambda: defaultdict(int))  # 0, CLAIMED or BEGUN
+    sums: dict = field(default_factory=dict)  # tile -> blocks whose sums are in it
+
+    CLAIMED, BEGUN = 1, 2
+
+    def adder(self, block):
+        for step in range(self.tiles):
+            tile = (self.starts[block] + step) % self.tiles
+            state = self.state[tile]
+            yield
+            if state != self.BEGUN:
+                state = self.state[tile]
+                if state == 0 and self.left_out != "claim":
+                    self.state[tile] = self.CLAIMED
+                yield
+            while state == self.CLAIMED and self.left_out != "wait" and self.state[tile] != self.BEGUN:
+                yield
+            if state == 0:
+                yield  # the copy engine takes its time
+                self.sums[tile] = [block]
+                yield
+                self.state[tile] = self.BEGUN
+            else:
+                self.sums.setdefault(tile, ["whatever was there"]).append(block)
+            yield
+
+    def run(self, choose):
+        running = [self.adder(block) for block in range(len(self.starts))]
+        turns = 0
+        while running:
+            which = choose(len(running))
+            try:
+                next(running[which])
+            except StopIteration:
+                del running[which]
+            turns += 1
+            assert turns < 100_000, "deadlock"
+        for tile in range(self.tiles):
+            assert sorted(map(str, self.sums[tile])) == sorted(map(str, range(len(self.starts)))), "each block once"

@@ -87,13 +87,16 @@ def test_refused(library, changes, status, words):
 
 
 def test_workspace(library):
-    """Two numbers a query, a sum of dq in fp32 for each tile of 64 queries, and what options ask for."""
-    tiles = 2 * 5 * 4
-    plain = tiles * 64 * (2 + 128) * 4
-    assert workspace(library, params()) == (0, plain)
-    assert workspace(library, params(deterministic=1)) == (0, plain + -(-tiles * 2 * 4 // 256) * 256)
-    assert workspace(library, params(sinks=4096, dsinks=4096)) == (0, plain + 256)
-    assert workspace(library, params(q__data=4098)) == (0, plain + 2 * 300 * 4 * 128 * 2)
+    """Two numbers a query, a sum of dq in fp32 for each tile of 64 queries and two turns, a counter, and what options
+    ask for."""
+    def plain(tiles):
+        return tiles * 64 * (2 + 128) * 4 + -(-tiles * 2 * 4 // 256) * 256 + 256
+
+    dense = plain(2 * 5 * 4)
+    assert workspace(library, params()) == (0, dense)
+    assert workspace(library, params(deterministic=1)) == (0, dense)
+    assert workspace(library, params(sinks=4096, dsinks=4096)) == (0, dense + 256)
+    assert workspace(library, params(q__data=4098)) == (0, dense + 2 * 300 * 4 * 128 * 2)
     assert workspace(library, params(rows=0)) == (0, 0)
     ragged = params(batch=7, queries__cu_seqlens=4096)
-    assert workspace(library, ragged) == (0, (5 + 7) * 4 * 64 * (2 + 128) * 4)
+    assert workspace(library, ragged) == (0, plain((5 + 7) * 4))

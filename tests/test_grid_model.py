@@ -4,7 +4,7 @@ import random
 from collections import defaultdict
 
 import pytest
-from grid_model import COUNT_BITS, Cluster, Launch
+from grid_model import COUNT_BITS, Cluster, Launch, Sums
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -78,3 +78,15 @@ def test_the_model_sees_a_barrier_of_a_cluster_left_out(left_out):
     with pytest.raises(AssertionError, match="a part"):
         for seed in range(100):
             Cluster(3, 2, left_out).run(random.Random(seed).randrange)
+
+
+@given(st.lists(st.integers(0, 8), min_size=1, max_size=6), st.integers(1, 9), st.integers(0, 2**32))
+def test_each_block_of_keys_adds_once(starts, tiles, seed):
+    Sums(tuple(start % tiles for start in starts), tiles).run(random.Random(seed).randrange)
+
+
+@pytest.mark.parametrize("left_out", ["claim", "wait"])
+def test_sums_need_each_of_their_steps(left_out):
+    with pytest.raises(AssertionError):
+        for seed in range(100):
+            Sums((0, 0, 1), 3, left_out).run(random.Random(seed).randrange)

@@ -20,6 +20,14 @@ __device__ __forceinline__ void add_floats(float* global, const float* shared, u
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
+/// Write floats of shared memory over those in device memory, as one group of this thread.
+__device__ __forceinline__ void store_floats(float* global, const float* shared, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared_address(shared)),
+               "r"(bytes)
+               : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
 /// Until this thread's groups have read shared memory, which may then be written again.
 __device__ __forceinline__ void wait_until_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
@@ -29,12 +37,24 @@ __device__ __forceinline__ void wait_until_added() { asm volatile("cp.async.bulk
 /// Order what this thread wrote or read in device memory before what the copy engine does there, or after it.
 __device__ __forceinline__ void fence_async_proxy_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
+/// What stands in device memory, with all that came before it.
+__device__ __forceinline__ uint32_t peek(const uint32_t* state) {
+  uint32_t now;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(state) : "memory");
+  return now;
+}
+
+/// The same, but from then on 1 if it was 0.
+__device__ __forceinline__ uint32_t claim(uint32_t* state) {
+  uint32_t was;
+  asm volatile("atom.acquire.gpu.global.cas.b32 %0, [%1], 0, 1;" : "=r"(was) : "l"(state) : "memory");
+  return was;
+}
+
 /// Wait for `turn` in device memory, which others count up.
 __device__ __forceinline__ void wait_for_turn(const uint32_t* turns, uint32_t turn) {
-  uint32_t now;
-  do {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(turns) : "memory");
-  } while (now != turn);
+  while (peek(turns) != turn) {
+  }
   fence_async_proxy_global();
 }
 

@@ -15,11 +15,16 @@ struct RowArray {
 
 /// Device memory that the backward's kernels hand to one another. A query tile is tile_m queries of one head.
 struct BackwardScratch {
-  float* stats;         // (head, query tile, 2, tile_m): lse in base 2, infinite where nothing is seen; delta
-  float* dq;            // (head, query tile, tile_m * head dim of the variant), in the order of wgmma's accumulators
-  uint32_t* dq_turns;   // (head, query tile, consumer): key blocks added so far, or null: they add in any order
+  float* stats;  // (head, query tile, 2, tile_m): lse in base 2, infinite where nothing is seen; delta
+  float* dq;     // (head, query tile, tile_m * head dim of the variant), in the order of wgmma's accumulators
+  // (head, query tile, consumer): 0 where no key block has come yet. In one order how many have; else kClaimed, and
+  // kBegun when what the first one stores is there to be added to.
+  uint32_t* dq_turns;
+  static constexpr uint32_t kClaimed = 1, kBegun = 2;
   float* sink_parts;    // (head, query tile), or null
   int64_t query_tiles;  // of a head: all sequences'
+  bool in_order;        // key blocks add to dq one after the other
+  uint32_t* taken;      // pieces of the main kernel's work taken, beyond each thread block's first; null without keys
 };
 
 /// What all of them need.
@@ -40,16 +45,17 @@ struct BackwardArgs : BackwardProblem {
   float softmax_scale;
   Dropout dropout;
   TileOrder order;
+  uint32_t key_tiles;  // pieces of work: blocks of keys of all KV heads, or more
 };
 
-/// What surrounds the main kernel: delta and the zeros that dq starts from before it, dq itself behind it.
+/// What surrounds the main kernel: delta before it, dq itself behind it.
 struct PrepareBackwardArgs : BackwardProblem {
   RowArray out, dout;
   const float *lse, *dlse;                // dlse may be null
   int64_t lse_stride[3], dlse_stride[3];  // elements: batch, head, row
   const float* sinks;                     // (num_heads), or null
   int num_heads, head_dim_v;
-  int tile_m, dq_floats;  // of a query tile
+  int tile_m, dq_shares;  // of a query tile
 };
 
 struct ConvertArgs : BackwardProblem {

@@ -13,8 +13,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) backward_kernel(const __g
   extern __shared__ __align__(1024) uint8_t dynamic_shared[];
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
 
-  KeyTile work;
-  if (!find_work<Traits>(args, work)) return;
   const int warpgroup = arch::uniform(threadIdx.x / 128);
   if (threadIdx.x == 0) {
     shared.init_barriers();
@@ -26,13 +24,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) backward_kernel(const __g
   if (warpgroup == Traits::kConsumers) {
     arch::shrink_registers<Traits::kProducerRegisters>();
     const int warp = arch::uniform(threadIdx.x / 32 % 4);
-    if (threadIdx.x % 32 == 0) {
-      if (warp == 0) BackwardLoader<Traits>(args, shared, work).run();
-      if (warp >= 1 && warp <= Traits::kConsumers) add_dq<Traits>(args, shared, work, warp - 1);
-    }
+    if (warp == 0)
+      BackwardLoader<Traits>(args, shared).run();
+    else if (warp <= Traits::kConsumers)
+      DqAdder<Traits>(args, shared, warp - 1).run();
   } else {
     arch::grow_registers<Traits::kConsumerRegisters>();
-    BackwardConsumer<Traits, kDropout>(args, shared, work, warpgroup).run();
+    BackwardConsumer<Traits, kDropout>(args, shared).run();
   }
 }
 
@@ -49,12 +47,13 @@ __global__ void __launch_bounds__(128) convert_dq_kernel(const __grid_constant__
       (tile - tiles.first(batch)) * Traits::kTileM + (Traits::kShareQueries ? 64 * consumer : 0) + 16 * warp;
   if (first < 0 || first >= q.length) return;  // no tile of a sequence's
   const int column = Traits::kShareQueries ? 0 : Traits::kDqColumns * consumer;
-  const auto* sums = reinterpret_cast<const float4*>(
-      args.scratch.dq + ((head * args.scratch.query_tiles + tile) * Traits::kConsumers + consumer) * Traits::kDqFloats);
+  const int64_t share = (head * args.scratch.query_tiles + tile) * Traits::kConsumers + consumer;
+  const auto* sums = reinterpret_cast<const float4*>(args.scratch.dq + share * Traits::kDqFloats);
+  const bool any = args.scratch.dq_turns[share] != 0;  // where no key is seen, nothing was written
   float x[Traits::kDqCount];
 #pragma unroll
   for (int i = 0; i < Traits::kDqCount / 4; ++i) {
-    const float4 sum = sums[128 * i + threadIdx.x];
+    const float4 sum = any ? sums[128 * i + threadIdx.x] : float4{};
     x[4 * i] = sum.x;
     x[4 * i + 1] = sum.y;
     x[4 * i + 2] = sum.z;

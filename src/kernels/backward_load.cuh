@@ -6,100 +6,189 @@
 
 namespace fa3 {
 
-/// One thread.
+/// A warp, of which one thread loads: with all of it on the way, ptxas keeps in uniform registers what it needs. It
+/// takes the next piece of work when it has asked for all that the one before needs, and loads what it can of it while
+/// the consumers are still busy with that one's end.
 template <class Traits>
 class BackwardLoader {
   using Shared = BackwardShared<Traits>;
 
  public:
-  __device__ __forceinline__ BackwardLoader(const BackwardArgs& args, Shared& shared, const KeyTile& work)
-      : args_(args), shared_(shared), work_(work) {}
+  __device__ __forceinline__ BackwardLoader(const BackwardArgs& args, Shared& shared) : args_(args), shared_(shared) {}
 
   __device__ __forceinline__ void run() {
-    constexpr uint32_t kStatBytes = Traits::kTileM * sizeof(float);
-    const int steps = work_.steps(args_.group);
-    if (steps == 0) return;
-    const int key = work_.k.begin + work_.n_block * Traits::kTileN;
-    load<typename Traits::TileK>(args_.k, shared_.k, key, work_.head_kv, shared_.k_full, 0);
-    QueryStep at(work_);
+    KeyTile work;
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step, ring_.advance(), at.advance(work_)) {
-      const uint32_t stage = ring_.stage();
-      const Ring<Traits::kDoutStages> dout{ring_.count};
-      const int head = work_.head_kv * args_.group + at.head, row = work_.q.begin + at.m_block * Traits::kTileM;
-      const float* stats = args_.scratch.stats +
-                           (head * args_.scratch.query_tiles + work_.first_tile + at.m_block) * (2 * Traits::kTileM);
-      shared_.q_empty[stage].wait(ring_.parity() ^ 1);
-      load<typename Traits::TileQ>(args_.q, shared_.q[stage], row, head, shared_.q_full[stage], kStatBytes);
-      arch::load_bytes(shared_.lse[stage], stats, kStatBytes, shared_.q_full[stage]);
-      if (step == 0) load<typename Traits::TileV>(args_.v, shared_.v, key, work_.head_kv, shared_.v_full, 0);
-      arch::Barrier& dout_full = shared_.dout_full[dout.stage()];
-      shared_.dout_empty[dout.stage()].wait(dout.parity() ^ 1);
-      load<typename Traits::TileDo>(args_.dout, shared_.dout[dout.stage()], row, head, dout_full, kStatBytes);
-      arch::load_bytes(shared_.delta[dout.stage()], stats + Traits::kTileM, kStatBytes, dout_full);
+    for (uint32_t index = blockIdx.x; index < args_.key_tiles; index = next_index()) {
+      if (!find_work<Traits>(args_, index, work)) continue;
+      work = work.uniform();
+      shared_.works.put(work, works_);
+      load(work);
     }
+    work.n_block = -1;
+    shared_.works.put(work, works_);
   }
 
  private:
+  __device__ __forceinline__ static bool leads() { return threadIdx.x % 32 == 0; }
+
+  __device__ __forceinline__ uint32_t next_index() const {
+    uint32_t taken = 0;
+    if (leads()) taken = atomicAdd(args_.scratch.taken, 1u);
+    return gridDim.x + arch::uniform(taken);
+  }
+
+  /// K and V come behind the first queries: the consumers need them for longer. A piece of work without steps has them
+  /// all the same, so that all are alike.
+  __device__ __forceinline__ void load(const KeyTile& work) {
+    int steps = work.steps(args_.group);
+    bool begun = false;
+    QueryStep at(work);
+#pragma unroll 1
+    do {
+      if (steps > 0) load_queries(work, at);
+      if (!begun) load_keys(work);
+      begun = true;
+      at.advance(work);
+    } while (--steps > 0);
+  }
+
+  __device__ __forceinline__ void load_queries(const KeyTile& work, const QueryStep& at) {
+    constexpr uint32_t kStatBytes = Traits::kTileM * sizeof(float);
+    const uint32_t stage = ring_.stage();
+    const Ring<Traits::kDoutStages> dout{ring_.count};
+    const int head = work.head_kv * args_.group + at.head, row = work.q.begin + at.m_block * Traits::kTileM;
+    const int batch = work.batch;
+    const float* stats =
+        args_.scratch.stats + (head * args_.scratch.query_tiles + work.first_tile + at.m_block) * (2 * Traits::kTileM);
+    shared_.q_empty[stage].wait(ring_.parity() ^ 1);
+    load<typename Traits::TileQ>(args_.q, shared_.q[stage], row, head, batch, shared_.q_full[stage], kStatBytes);
+    if (leads()) arch::load_bytes(shared_.lse[stage], stats, kStatBytes, shared_.q_full[stage]);
+    arch::Barrier& dout_full = shared_.dout_full[dout.stage()];
+    shared_.dout_empty[dout.stage()].wait(dout.parity() ^ 1);
+    load<typename Traits::TileDo>(args_.dout, shared_.dout[dout.stage()], row, head, batch, dout_full, kStatBytes);
+    if (leads()) arch::load_bytes(shared_.delta[dout.stage()], stats + Traits::kTileM, kStatBytes, dout_full);
+    ring_.advance();
+  }
+
+  __device__ __forceinline__ void load_keys(const KeyTile& work) {
+    const int key = work.k.begin + work.n_block * Traits::kTileN, head = work.head_kv, batch = work.batch;
+    const Ring<1> keys{works_.count - 1};  // told of already
+    shared_.v_empty.wait(keys.parity() ^ 1);
+    load<typename Traits::TileV>(args_.v, shared_.v, key, head, batch, shared_.v_full, 0);
+    shared_.k_empty.wait(keys.parity() ^ 1);
+    load<typename Traits::TileK>(args_.k, shared_.k, key, head, batch, shared_.k_full, 0);
+  }
+
   /// A tile that begins at `row`, and announce `more` bytes beside it.
   template <class Tile>
-  __device__ __forceinline__ void load(const TmaOperand& from, uint8_t* to, int row, int head, arch::Barrier& full,
-                                       uint32_t more) {
+  __device__ __forceinline__ void load(const TmaOperand& from, uint8_t* to, int row, int head, int batch,
+                                       arch::Barrier& full, uint32_t more) const {
+    if (!leads()) return;
     full.arrive_expecting(Tile::kBytes + more);
-    const int batch = work_.batch * from.batch_step;
 #pragma unroll
     for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
       arch::load_box(to + chunk * Tile::kChunkBytes, &from.map,
-                     {chunk * Tile::kChunkColumns, row, head * from.head_step, batch}, full);
+                     {chunk * Tile::kChunkColumns, row, head * from.head_step, batch * from.batch_step}, full);
   }
 
   const BackwardArgs& args_;
   Shared& shared_;
-  const KeyTile& work_;
-  Ring<Traits::kStages> ring_;
+  Ring<Traits::kStages> ring_;  // of Q
+  Ring<WorkRing::kPlaces> works_;
 };
 
-/// One thread for each consumer: adds its share of each query tile's dQ to that in device memory. With turns, blocks of
-/// keys add in their order: thread blocks start in that order too, so whoever waits waits for one that is running.
+/// A warp for each consumer: adds its share of each query tile's dQ to that in device memory. The first to come stores
+/// it, which spares clearing the memory. In one order, blocks of keys take turns: they are begun in that order too, so
+/// whoever waits waits for one that is under way. In any order, the first is who claims the share, with its sums at
+/// hand: those who come while it stores them wait for the copy engine alone.
 template <class Traits>
-__device__ __forceinline__ void add_dq(const BackwardArgs& args, BackwardShared<Traits>& shared, const KeyTile& work,
-                                       int consumer) {
-  const int steps = work.steps(args.group);
-  if (steps == 0) return;
-  constexpr int kPartFloats = Traits::kDqFloats / Traits::kDqParts;
-  const float* const given = &shared.dq[consumer][0][0].x;
-  Ring<1> ring;
-  if (Traits::lags(consumer)) {  // in the first step it has none yet
-    for (int part = 0; part < Traits::kDqParts; ++part, ring.advance()) {
-      shared.dq_full[consumer].wait(ring.parity());
-      shared.dq_empty[consumer].arrive();
+class DqAdder {
+  static constexpr int kPartFloats = Traits::kDqFloats / Traits::kDqParts;
+
+ public:
+  __device__ __forceinline__ DqAdder(const BackwardArgs& args, BackwardShared<Traits>& shared, int consumer)
+      : args_(args), shared_(shared), consumer_(consumer), given_(&shared.dq[consumer][0][0].x) {}
+
+  __device__ __forceinline__ void run() {
+    Ring<WorkRing::kPlaces> at;
+    while (true) {
+      const KeyTile work = shared_.works.take(at).uniform();
+      if (!work.exists()) break;
+      shared_.works.give_back(at);
+      add(work);
     }
   }
-  QueryStep at(work);
+
+ private:
+  __device__ __forceinline__ static bool leads() { return threadIdx.x % 32 == 0; }  // does all but wait
+
+  __device__ __forceinline__ void add(const KeyTile& work) {
+    if (Traits::lags(consumer_)) {  // in the first step it has none yet
+      for (int part = 0; part < Traits::kDqParts; ++part) {
+        wait_for_part();
+        give_back_part();
+      }
+    }
+    const int steps = work.steps(args_.group);
+    QueryStep at(work);
 #pragma unroll 1
-  for (int step = 0; step < steps; ++step, at.advance(work)) {
-    const int64_t head = work.head_kv * args.group + at.head;
-    const int64_t tile =
-        (head * args.scratch.query_tiles + work.first_tile + at.m_block) * Traits::kConsumers + consumer;
-    float* const sum = args.scratch.dq + tile * Traits::kDqFloats;
-    if (args.scratch.dq_turns) {  // before there is anything to add: both come when they come
-      const int first =
-          first_key_block<Traits::kTileN>(args.visibility, at.m_block * Traits::kTileM, work.q.length, work.k.length);
-      arch::wait_for_turn(args.scratch.dq_turns + tile, work.n_block - first);
-    }
+    for (int step = 0; step < steps; ++step, at.advance(work)) {
+      const int64_t head = work.head_kv * args_.group + at.head;
+      const int64_t share =
+          (head * args_.scratch.query_tiles + work.first_tile + at.m_block) * Traits::kConsumers + consumer_;
+      float* const sums = args_.scratch.dq + share * Traits::kDqFloats;
+      uint32_t* const turns = args_.scratch.dq_turns + share;
+      // Before there is anything to add: both come when they come.
+      uint32_t state;
+      if (args_.scratch.in_order) {
+        const int first = first_key_block<Traits::kTileN>(args_.visibility, at.m_block * Traits::kTileM, work.q.length,
+                                                          work.k.length);
+        state = work.n_block - first;
+        arch::wait_for_turn(turns, state);
+      } else {  // most often there is something to add to, and nothing to be claimed
+        state = arch::uniform(arch::peek(turns));
+        arch::fence_async_proxy_global();
+      }
 #pragma unroll
-    for (int part = 0; part < Traits::kDqParts; ++part, ring.advance()) {
-      shared.dq_full[consumer].wait(ring.parity());
-      arch::add_floats(sum + part * kPartFloats, given, kPartFloats * sizeof(float));
-      arch::wait_until_read();
-      shared.dq_empty[consumer].arrive();
-    }
-    if (args.scratch.dq_turns) {
-      arch::wait_until_added();
-      arch::pass_turn(args.scratch.dq_turns + tile);
+      for (int part = 0; part < Traits::kDqParts; ++part) {
+        wait_for_part();
+        if (part == 0 && !args_.scratch.in_order && state != BackwardScratch::kBegun) state = claim(turns);
+        if (leads()) {
+          if (state == 0)
+            arch::store_floats(sums + part * kPartFloats, given_, kPartFloats * sizeof(float));
+          else
+            arch::add_floats(sums + part * kPartFloats, given_, kPartFloats * sizeof(float));
+          arch::wait_until_read();
+        }
+        give_back_part();
+      }
+      if ((args_.scratch.in_order || state == 0) && leads()) {
+        arch::wait_until_added();
+        arch::pass_turn(turns);
+      }
     }
   }
-  arch::wait_until_added();  // shared memory must outlive the copy engine's reads
-}
+
+  /// 0: this warp is the first. Otherwise what the first one stored is there.
+  __device__ __forceinline__ static uint32_t claim(uint32_t* turns) {
+    const uint32_t state = arch::uniform(leads() ? arch::claim(turns) : 0);
+    if (state == BackwardScratch::kClaimed) arch::wait_for_turn(turns, BackwardScratch::kBegun);
+    arch::fence_async_proxy_global();
+    return state;
+  }
+
+  __device__ __forceinline__ void wait_for_part() const { shared_.dq_full[consumer_].wait(ring_.parity()); }
+  __device__ __forceinline__ void give_back_part() {
+    if (leads()) shared_.dq_empty[consumer_].arrive();
+    ring_.advance();
+  }
+
+  const BackwardArgs& args_;
+  BackwardShared<Traits>& shared_;
+  const int consumer_;
+  const float* const given_;
+  Ring<1> ring_;  // parts of dQ handed over
+};
 
 }  // namespace fa3

@@ -40,41 +40,49 @@ class BackwardConsumer {
   static constexpr bool kTogether = !kDropout || kTileM == 64;
 
  public:
-  __device__ __forceinline__ BackwardConsumer(const BackwardArgs& args, Shared& shared, const KeyTile& work,
-                                              int warpgroup)
-      : args_(args),
-        shared_(shared),
-        work_(work),
-        warpgroup_(warpgroup),
-        lane_(threadIdx.x % 32),
-        warp_(threadIdx.x / 32 % 4),
-        k_address_(arch::shared_address(shared.k) >> 4),
-        v_address_(arch::shared_address(shared.v) >> 4),
-        q_address_(arch::shared_address(shared.q) >> 4),
-        dout_address_(arch::shared_address(shared.dout) >> 4),
-        ds_address_(arch::shared_address(shared.ds) >> 4) {}
+  __device__ __forceinline__ BackwardConsumer(const BackwardArgs& args, Shared& shared)
+      : args_(args), shared_(shared) {}
 
   __device__ __forceinline__ void run() {
-    if constexpr (Traits::kApart) {
-      if (warpgroup_ == 0) {
-        clear(dv_);
-        take_steps([&](auto plain, const QueryStep& at) { values_step<plain.value>(at); });
-        store(args_.dv, dv_, args_.dropout.scale, args_.head_dim_v);
+#pragma unroll 1
+    while (arch::uniform(shared_.works.take(works_).exists())) {
+      find_place();
+      if constexpr (Traits::kApart) {
+        if (warpgroup_ == 0) {
+          clear(dv_);
+          take_steps([&](auto plain, const QueryStep& at) { values_step<plain.value>(at); });
+          store(args_.dv, dv_, args_.dropout.scale, args_.head_dim_v);
+        } else {
+          clear(dk_);
+          take_steps([&](auto plain, const QueryStep& at) { keys_step<plain.value>(at); });
+          store(args_.dk, dk_, args_.softmax_scale, args_.head_dim);
+        }
+        arch::barrier_sync(own_barrier(), 128);  // rows were staged where the next dQ of other warps' comes
       } else {
         clear(dk_);
-        take_steps([&](auto plain, const QueryStep& at) { keys_step<plain.value>(at); });
+        clear(dv_);
+        take_steps([&](auto plain, const QueryStep& at) { step<plain.value>(at); });
         store(args_.dk, dk_, args_.softmax_scale, args_.head_dim);
+        store(args_.dv, dv_, args_.dropout.scale, args_.head_dim_v);
       }
-    } else {
-      clear(dk_);
-      clear(dv_);
-      take_steps([&](auto plain, const QueryStep& at) { step<plain.value>(at); });
-      store(args_.dk, dk_, args_.softmax_scale, args_.head_dim);
-      store(args_.dv, dv_, args_.dropout.scale, args_.head_dim_v);
+      shared_.works.give_back(works_);
     }
   }
 
  private:
+  /// For each piece of work anew, or ptxas keeps what follows from it through all of them, in registers that it lacks.
+  __device__ __forceinline__ void find_place() {
+    const uint32_t thread = arch::thread_anew();
+    warpgroup_ = arch::uniform(thread / 128);
+    lane_ = thread % 32;
+    warp_ = thread / 32 % 4;
+    k_address_ = arch::shared_address(shared_.k) >> 4;
+    v_address_ = arch::shared_address(shared_.v) >> 4;
+    q_address_ = arch::shared_address(shared_.q) >> 4;
+    dout_address_ = arch::shared_address(shared_.dout) >> 4;
+    ds_address_ = arch::shared_address(shared_.ds) >> 4;
+  }
+
   template <int kCount>
   __device__ __forceinline__ static void clear(float (&x)[kCount]) {
 #pragma unroll
@@ -84,39 +92,48 @@ class BackwardConsumer {
   /// Every step, plain or not, and the dQ that a consumer that lags still owes.
   template <class Step>
   __device__ __forceinline__ void take_steps(const Step& step) {
-    if (const int steps = work_.steps(args_.group)) {
-      shared_.k_full.wait(0);
-      shared_.v_full.wait(0);
-      clear_keys();
-      const int own_first = first_key();
-      const QueryBlockRange own = query_block_range<kTileM>(args_.visibility, smaller(own_first, work_.k.length - 1),
-                                                            own_first + 63, work_.q.length, work_.k.length);
-      const bool all_plain = args_.softcap_scale == 0 && own_first + 63 < work_.k.length;
-      const int plain_begin = arch::uniform(all_plain ? own.plain_begin : work_.blocks.end);
-      const int plain_end = arch::uniform(own.plain_end);
-      QueryStep at(work_);
+    shared_.k_full.wait(works_.count % 2);
+    shared_.v_full.wait(works_.count % 2);
+    clear_keys();
+    KeyTile walked;  // what the loop needs of it; the rest is read where it is needed
+    walked.blocks = {arch::uniform(work().blocks.begin), arch::uniform(work().blocks.end), 0, 0};
+    walked.start = arch::uniform(work().start);
+    walked.backwards = args_.scratch.in_order;
+    const int own_first = first_key(), keys = work().k.length;
+    const QueryBlockRange own = query_block_range<kTileM>(args_.visibility, smaller(own_first, keys - 1),
+                                                          own_first + 63, work().q.length, keys);
+    const bool all_plain = args_.softcap_scale == 0 && own_first + 63 < keys;
+    const int plain_begin = arch::uniform(all_plain ? own.plain_begin : walked.blocks.end);
+    const int whole_end = ends_inside() ? work().q.length / kTileM : own.plain_end;
+    const int plain_end = arch::uniform(smaller(own.plain_end, whole_end));
+    begin_ = ring_.count;
+    const uint32_t end = begin_ + walked.steps(args_.group);
+    QueryStep at(walked);
 #pragma unroll 1
-      for (int i = 0; i < steps; ++i, at.advance(work_)) {
-        if (at.m_block >= plain_begin && at.m_block < plain_end)
-          step(std::true_type(), at);
-        else
-          step(std::false_type(), at);
-      }
-      if (Traits::lags(warpgroup_)) {
-        QueryGradient dq;
-        wait_for_ds(ring_.count - 1);
-        wait_for_adder();
-        arch::wgmma_fence();
-        multiply_ds(dq, ring_.count - 1);
-        arch::wgmma_wait<0>();
-        arch::wgmma_wrote(dq);
-        hand_over(dq);
-        ring_.advance();
-      }
+    for (; ring_.count != end; at.advance(walked)) {
+      if (at.m_block >= plain_begin && at.m_block < plain_end)
+        step(std::true_type(), at);
+      else
+        step(std::false_type(), at);
+    }
+    release(shared_.v_empty);
+    if (Traits::lags(warpgroup_)) {  // without any step, dQ of nothing
+      QueryGradient dq;
+      wait_for_last_ds();
+      wait_for_adder();
+      arch::wgmma_fence();
+      multiply_ds(dq, ring_.count - 1);
+      arch::wgmma_wait<0>();
+      arch::wgmma_wrote(dq);
+      release(shared_.k_empty);
+      if (!Traits::kApart && begun()) release(shared_.ds_empty[(ring_.count - 1) % 2]);
+      hand_over(dq);
+    } else {
+      release(shared_.k_empty);
     }
   }
 
-  /// A plain one has neither mask nor softcap.
+  /// A plain one has neither mask nor softcap, and its queries are all the sequence's.
   template <bool kPlain>
   __device__ __forceinline__ void step(const QueryStep& at) {
     Scores s, dp;
@@ -124,7 +141,7 @@ class BackwardConsumer {
     QueryGradient dq;
     Kept kept;
     const uint32_t stage = ring_.stage();
-    wait_for_queries(at.m_block);
+    wait_for_queries<kPlain>(at.m_block);
     shared_.dout_full[stage].wait(ring_.parity());
     if constexpr (kFromDelta) begin_values(dp);
     arch::wgmma_fence();
@@ -160,7 +177,7 @@ class BackwardConsumer {
     add_dk(ds);
     arch::wgmma_wait<2>();
     arch::wgmma_wrote(dq);
-    if (ring_.count > 0) release(shared_.ds_empty[(ring_.count - 1) % 2]);
+    if (begun()) release(shared_.ds_empty[(ring_.count - 1) % 2]);
     hand_over(dq);
     arch::wgmma_wait<0>();
     arch::wgmma_wrote(dv_);
@@ -178,7 +195,7 @@ class BackwardConsumer {
     QueryGradient dq;
     Kept kept;
     const uint32_t stage = ring_.stage();
-    wait_for_queries(at.m_block);
+    wait_for_queries<kPlain>(at.m_block);
     arch::wgmma_fence();
     multiply_keys(s);
     if constexpr (kDropout) draw(kept, at);
@@ -213,7 +230,7 @@ class BackwardConsumer {
     QueryGradient dq;
     Kept kept;
     const uint32_t stage = ring_.stage();
-    wait_for_queries(at.m_block);
+    wait_for_queries<kPlain>(at.m_block);
     shared_.dout_full[dout_ring().stage()].wait(dout_ring().parity());
     arch::wgmma_fence();
     multiply_values(dp);
@@ -240,10 +257,14 @@ class BackwardConsumer {
     ring_.advance();
   }
 
+  /// Read anew where it is needed: registers do not hold it beside the products.
+  __device__ __forceinline__ const KeyTile& work() const { return shared_.works.place[works_.stage()]; }
+  /// Whether there was a step before, of the same work.
+  __device__ __forceinline__ bool begun() const { return ring_.count != begin_; }
   __device__ __forceinline__ Ring<Traits::kDoutStages> dout_ring() const { return {ring_.count}; }
   /// This consumer's first row of a block of keys.
   __device__ __forceinline__ int first_row() const { return Traits::kOwnKeys * warpgroup_; }
-  __device__ __forceinline__ int first_key() const { return work_.n_block * Traits::kTileN + first_row(); }
+  __device__ __forceinline__ int first_key() const { return work().n_block * Traits::kTileN + first_row(); }
   __device__ __forceinline__ int own_barrier() const { return 1 + warpgroup_; }  // of this warpgroup's 128 threads
 
   // ---- products ---------------------------------------------------------------------------------------
@@ -392,7 +413,7 @@ class BackwardConsumer {
   // ---- dropout ----------------------------------------------------------------------------------------
 
   __device__ __forceinline__ void draw(Kept& kept, const QueryStep& at) const {
-    const Philox philox(shared_.seed, work_.head_kv * args_.group + at.head, work_.batch);
+    const Philox philox(shared_.seed, work().head_kv * args_.group + at.head, work().batch);
 #pragma unroll
     for (int i = 0; i < kTileM / 64; ++i) {
       const uint32_t own =
@@ -422,7 +443,7 @@ class BackwardConsumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int key = first_key() + 16 * warp_ + lane_ / 4 + 8 * r;
-      const QueryInterval seeing = args_.visibility.queries(key, work_.q.length, work_.k.length);
+      const QueryInterval seeing = args_.visibility.queries(key, work().q.length, work().k.length);
       hide_columns(x, r, seeing.begin - first_query, seeing.end - first_query, 0.f);
     }
   }
@@ -451,9 +472,10 @@ class BackwardConsumer {
   }
 
   /// Q and lse of this step.
+  template <bool kPlain>
   __device__ __forceinline__ void wait_for_queries(int m_block) const {
     shared_.q_full[ring_.stage()].wait(ring_.parity());
-    clear_queries(m_block);
+    if (!kPlain) clear_queries(m_block);
   }
 
   /// The whole dS of a step.
@@ -464,11 +486,13 @@ class BackwardConsumer {
 
   /// Of the step before. In the first step there is none, and dQ of nothing costs less than a branch around it.
   __device__ __forceinline__ void wait_for_last_ds() const {
-    if (ring_.count > 0) wait_for_ds(ring_.count - 1);
+    if (begun()) wait_for_ds(ring_.count - 1);
   }
 
+  /// One that lags hands over once more for each piece of work.
   __device__ __forceinline__ void wait_for_adder(int part = 0) const {
-    shared_.dq_empty[warpgroup_].wait((ring_.count * Traits::kDqParts + part) % 2 ^ 1);
+    const uint32_t handed = ring_.count + (Traits::lags(warpgroup_) ? works_.count : 0);
+    shared_.dq_empty[warpgroup_].wait((handed * Traits::kDqParts + part) % 2 ^ 1);
   }
 
   /// dQ to the adder, who has been waited for. It knows which first one is of nothing.
@@ -511,41 +535,32 @@ class BackwardConsumer {
     release(shared_.p_empty);
   }
 
-  /// Zeros for the rows [begin, end) of a tile: 0 times what another sequence has there might be NaN.
-  template <class Tile, int kSwizzle>
-  __device__ __forceinline__ static void clear_rows(uint8_t* tile, int begin, int end) {
-    constexpr int kVectors = kSwizzle / 16;  // of a row's chunk
-    for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
-      auto* vectors = reinterpret_cast<uint4*>(tile + chunk * Tile::kChunkBytes);
-      for (int i = begin * kVectors + threadIdx.x % 128; i < end * kVectors; i += 128)
-        vectors[i] = make_uint4(0, 0, 0, 0);
-    }
-  }
-
   /// Keys past the sequence's end, of this consumer's. TMA does that at the array's own end.
   __device__ __forceinline__ void clear_keys() const {
-    const int begin = larger(work_.k.length - first_key(), 0);
+    const int begin = larger(work().k.length - first_key(), 0);
     if (begin >= 64 || !(args_.keys.cu_seqlens || args_.keys.seqused)) return;
-    clear_rows<TileK, Traits::kSwizzleQK>(shared_.k, first_row() + begin, first_row() + 64);
-    clear_rows<TileV, Traits::kSwizzleV>(shared_.v, first_row() + begin, first_row() + 64);
+    clear_rows<TileK>(shared_.k, first_row() + begin, first_row() + 64);
+    clear_rows<TileV>(shared_.v, first_row() + begin, first_row() + 64);
     arch::fence_async_proxy();
     arch::barrier_sync(own_barrier(), 128);
   }
 
+  /// Whether an array may have more queries behind a sequence's end.
+  __device__ __forceinline__ bool ends_inside() const { return args_.queries.cu_seqlens || args_.queries.seqused; }
+
   /// Queries past the sequence's end, and those before the first that sees a key. Every consumer clears the whole rest
   /// for itself, which spares them waiting for each other.
   __device__ __forceinline__ void clear_queries(int m_block) const {
-    const int first = args_.visibility.queries(0, work_.q.length, work_.k.length).begin - m_block * kTileM;
-    const int end = work_.q.length - m_block * kTileM;
-    const bool padded = end < kTileM && (args_.queries.cu_seqlens || args_.queries.seqused);
-    if (first <= 0 && !padded) return;
+    const int first = args_.visibility.queries(0, work().q.length, work().k.length).begin - m_block * kTileM;
+    const int end = work().q.length - m_block * kTileM;
+    if (first <= 0 && (end >= kTileM || !ends_inside())) return;
     shared_.dout_full[dout_ring().stage()].wait(dout_ring().parity());
     uint8_t* const q = shared_.q[ring_.stage()];
     uint8_t* const dout = shared_.dout[dout_ring().stage()];
-    clear_rows<TileQ, Traits::kSwizzleQK>(q, 0, smaller(first, kTileM));
-    clear_rows<TileDo, Traits::kSwizzleV>(dout, 0, smaller(first, kTileM));
-    clear_rows<TileQ, Traits::kSwizzleQK>(q, smaller(end, kTileM), kTileM);
-    clear_rows<TileDo, Traits::kSwizzleV>(dout, smaller(end, kTileM), kTileM);
+    clear_rows<TileQ>(q, 0, smaller(first, kTileM));
+    clear_rows<TileDo>(dout, 0, smaller(first, kTileM));
+    clear_rows<TileQ>(q, smaller(end, kTileM), kTileM);
+    clear_rows<TileDo>(dout, smaller(end, kTileM), kTileM);
     arch::fence_async_proxy();
     arch::barrier_sync(own_barrier(), 128);
   }
@@ -556,20 +571,21 @@ class BackwardConsumer {
   __device__ __forceinline__ void store(const RowArray& array, const float (&x)[kCount], float scale,
                                         int columns) const {
     const int first = first_key() + 16 * warp_;
-    auto* const data = static_cast<uint16_t*>(array.data) + (args_.keys.ragged() ? 0 : work_.batch * array.stride[0]) +
-                       (int64_t{work_.k.begin} + first) * array.stride[1] + work_.head_kv * array.stride[2];
+    auto* const data = static_cast<uint16_t*>(array.data) + (args_.keys.ragged() ? 0 : work().batch * array.stride[0]) +
+                       (int64_t{work().k.begin} + first) * array.stride[1] + work().head_kv * array.stride[2];
     if (Traits::kApart) wait_for_adder();  // rows are staged where dQ was
     store_fragment<Element>(shared_.staged(warpgroup_, warp_), x, scale,
-                            {data, array.stride[1], work_.k.length - first, columns, array.vectors}, lane_);
+                            {data, array.stride[1], work().k.length - first, columns, array.vectors}, lane_);
   }
 
   const BackwardArgs& args_;
   Shared& shared_;
-  const KeyTile& work_;
-  const int warpgroup_, lane_, warp_;
-  const uint32_t k_address_, v_address_, q_address_, dout_address_, ds_address_;  // in units of 16 bytes
+  int warpgroup_, lane_, warp_;
+  uint32_t k_address_, v_address_, q_address_, dout_address_, ds_address_;  // in units of 16 bytes
   float dk_[Traits::kHeadDim / 2], dv_[Traits::kHeadDimV / 2];
   Ring<Traits::kStages> ring_;  // steps: of Q, of dO and of both buffers of dS
+  uint32_t begin_;              // of this work's steps
+  Ring<WorkRing::kPlaces> works_;
 };
 
 }  // namespace fa3

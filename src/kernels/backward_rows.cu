@@ -41,8 +41,7 @@ __device__ __forceinline__ const uint16_t* row_of(const RowArray& array, int64_t
 
 /// A thread block has a query tile of a head; 8 lanes have a row.
 template <class Element>
-__global__ void __launch_bounds__(kThreads)
-    prepare_backward_kernel(const __grid_constant__ PrepareBackwardArgs args, int dq_shares) {
+__global__ void __launch_bounds__(kThreads) prepare_backward_kernel(const __grid_constant__ PrepareBackwardArgs args) {
   const int tile = blockIdx.x, head = blockIdx.y, lane = threadIdx.x % kLanes;
   const QueryTiles tiles{args.queries, args.tile_m};
   const int batch = tiles.sequence(tile, args.batch);
@@ -83,10 +82,8 @@ __global__ void __launch_bounds__(kThreads)
     stats[args.tile_m + row] = sees ? delta : 0;
   }
 
-  auto* const sums = reinterpret_cast<float4*>(args.scratch.dq + place * args.dq_floats);
-  if (first < q.length)
-    for (int i = threadIdx.x; i < args.dq_floats / 4; i += kThreads) sums[i] = make_float4(0, 0, 0, 0);
-  if (args.scratch.dq_turns && threadIdx.x < dq_shares) args.scratch.dq_turns[place * dq_shares + threadIdx.x] = 0;
+  if (tile == 0 && head == 0 && threadIdx.x == 0 && args.scratch.taken) *args.scratch.taken = 0;
+  if (threadIdx.x < args.dq_shares) args.scratch.dq_turns[place * args.dq_shares + threadIdx.x] = 0;
   if (args.sinks) {
     __shared__ float parts[kThreads / kLanes];
     if (lane == 0) parts[threadIdx.x / kLanes] = sink_part;
@@ -139,12 +136,12 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-cudaError_t prepare_backward(const PrepareBackwardArgs& args, int dtype, int dq_shares, cudaStream_t stream) {
+cudaError_t prepare_backward(const PrepareBackwardArgs& args, int dtype, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(args.scratch.query_tiles), args.num_heads);
   if (dtype == FA3_FLOAT16)
-    prepare_backward_kernel<Float16><<<grid, kThreads, 0, stream>>>(args, dq_shares);
+    prepare_backward_kernel<Float16><<<grid, kThreads, 0, stream>>>(args);
   else
-    prepare_backward_kernel<BFloat16><<<grid, kThreads, 0, stream>>>(args, dq_shares);
+    prepare_backward_kernel<BFloat16><<<grid, kThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 

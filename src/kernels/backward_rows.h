@@ -5,9 +5,9 @@
 
 namespace fa3 {
 
-/// Before the main kernel: each query's lse and delta = sum(dO * O) - dlse, zeros for dQ's sums and turns, and each
-/// query tile's part of the sinks' gradient.
-cudaError_t prepare_backward(const PrepareBackwardArgs& args, int dtype, int dq_shares, cudaStream_t stream);
+/// Before the main kernel: each query's lse and delta = sum(dO * O) - dlse, zeros for dQ's turns and the count of work
+/// taken, and each query tile's part of the sinks' gradient.
+cudaError_t prepare_backward(const PrepareBackwardArgs& args, int dtype, cudaStream_t stream);
 
 /// The sinks' gradients (num_heads) from their parts, in one order.
 cudaError_t sum_sinks(const BackwardScratch& scratch, int num_heads, float* dsinks, cudaStream_t stream);

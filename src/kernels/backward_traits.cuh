@@ -1,8 +1,8 @@
-// Everything about a backward kernel that follows from its line in the variant table, its shared memory, and its work.
+// Everything about a backward kernel that follows from its line in the variant table, and its shared memory.
 #pragma once
 #include "arch/barrier.cuh"
-#include "arch/warpgroup.cuh"
 #include "kernels/backward_args.h"
+#include "kernels/backward_work.cuh"
 #include "tile/shared_tile.cuh"
 #include "tile/staged_rows.cuh"
 
@@ -53,6 +53,19 @@ struct BackwardTraits {
   static_assert(kDqColumns % TileK::kChunkColumns == 0, "a consumer's columns of dQ are whole chunks of K");
 };
 
+/// Zeros for the rows [begin, end) of a tile, by 128 threads: 0 times what another sequence has there might be NaN.
+template <class Tile>
+__device__ __forceinline__ void clear_rows(uint8_t* tile, int begin, int end) {
+  constexpr int kVectors = Tile::kRowBytes / 16;  // of a row's chunk
+#pragma unroll 1
+  for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
+    auto* vectors = reinterpret_cast<uint4*>(tile + chunk * Tile::kChunkBytes);
+#pragma unroll 1
+    for (int i = begin * kVectors + threadIdx.x % 128; i < end * kVectors; i += 128)
+      vectors[i] = make_uint4(0, 0, 0, 0);
+  }
+}
+
 /// What the consumers of 64 keys have instead of a place of its own to stage rows in: dQ's, when all is added.
 template <class Traits, bool = Traits::kApart>
 struct ConsumerExchange {
@@ -87,8 +100,9 @@ struct BackwardShared : ConsumerExchange<Traits> {
   alignas(128) float4 dq[Traits::kConsumers][Traits::kDqCount / Traits::kDqParts / 4][128];
   alignas(128) float lse[kStages][Traits::kTileM], delta[kDoutStages][Traits::kTileM];
 
+  WorkRing works;
   // full: the loader announces bytes, the copy engine delivers them. empty: each consumer warp arrives once.
-  arch::Barrier k_full, v_full;
+  arch::Barrier k_full, v_full, k_empty, v_empty;
   arch::Barrier q_full[kStages], q_empty[kStages];                // with lse
   arch::Barrier dout_full[kDoutStages], dout_empty[kDoutStages];  // with delta
   // Each warp that makes dS arrives once, and each that has read it. Where one consumer makes it alone, it knows by P,
@@ -112,8 +126,11 @@ struct BackwardShared : ConsumerExchange<Traits> {
   __device__ void init_barriers() {
     constexpr int kWarps = 4 * Traits::kConsumers;
     ConsumerExchange<Traits>::init_barriers();
+    works.init_barriers(kWarps + Traits::kConsumers);
     k_full.init(1);
     v_full.init(1);
+    k_empty.init(kWarps);
+    v_empty.init(kWarps);
     for (int stage = 0; stage < kStages; ++stage) {
       q_full[stage].init(1);
       q_empty[stage].init(kWarps);
@@ -132,83 +149,5 @@ struct BackwardShared : ConsumerExchange<Traits> {
     }
   }
 };
-
-/// A thread block's work: a block of keys of one KV head, against all queries of its group's heads that see it.
-struct KeyTile {
-  int n_block, batch, head_kv;
-  Span q, k;
-  QueryBlockRange blocks;  // of queries, for each head of the group
-  int first_tile;          // the sequence's first query tile
-  bool last_first;         // the last block of queries comes first
-
-  __device__ __forceinline__ int steps(int group) const { return group * blocks.count(); }
-};
-
-/// The queries that a step works on.
-struct QueryStep {
-  int m_block, head;  // head of the group
-
-  __device__ __forceinline__ explicit QueryStep(const KeyTile& work)
-      : m_block(work.last_first ? work.blocks.end - 1 : work.blocks.begin), head(0) {}
-
-  __device__ __forceinline__ void advance(const KeyTile& work) {
-    const QueryBlockRange& blocks = work.blocks;
-    m_block += work.last_first ? -1 : 1;
-    if (m_block == (work.last_first ? blocks.begin - 1 : blocks.end)) {
-      m_block = work.last_first ? blocks.end - 1 : blocks.begin;
-      ++head;
-    }
-  }
-};
-
-/// Every warp finds the work for itself; all of it is uniform. False: there is none for this thread block.
-template <class Traits>
-__device__ __forceinline__ bool find_work(const BackwardArgs& args, KeyTile& work) {
-  int index = blockIdx.x, n_blocks;
-  TileOrder::Tile found;
-  if (!args.keys.ragged()) {
-    n_blocks = ceil_div(args.keys.rows, Traits::kTileN);
-    found = args.order.at(index, args.num_heads_kv * args.batch, n_blocks);
-    work.batch = found.head / args.num_heads_kv;
-    work.head_kv = found.head - work.batch * args.num_heads_kv;
-  } else {
-    // The lanes count the blocks of 32 sequences at a time.
-    const int lane = threadIdx.x % 32;
-    unsigned reached = 0;
-    for (work.batch = 0; !reached; work.batch += 32) {
-      if (work.batch >= args.batch) return false;
-      int blocks = 0;
-      if (work.batch + lane < args.batch)
-        blocks = args.num_heads_kv * ceil_div(args.keys.span(work.batch + lane).length, Traits::kTileN);
-      int until = blocks;  // becomes the blocks of this lane's sequence and those of the group before it
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int below = __shfl_up_sync(~0u, until, step);
-        if (lane >= step) until += below;
-      }
-      reached = __ballot_sync(~0u, index < until);
-      const int owner = reached ? __ffs(reached) - 1 : 31;
-      index -= __shfl_sync(~0u, reached ? until - blocks : until, owner);
-      if (reached) work.batch += owner - 32;
-    }
-    n_blocks = ceil_div(arch::uniform(args.keys.span(work.batch).length), Traits::kTileN);
-    found = args.order.at(index, args.num_heads_kv, n_blocks);
-    work.head_kv = found.head;
-  }
-  work.n_block = n_blocks - 1 - found.m_block;  // under a causal mask the first keys are seen by most
-  const Span q = args.queries.span(work.batch), k = args.keys.span(work.batch);
-  work.q = {arch::uniform(q.begin), arch::uniform(q.length)};
-  work.k = {arch::uniform(k.begin), arch::uniform(k.length)};
-  const int first = work.n_block * Traits::kTileN;
-  if (first >= work.k.length) return false;  // past seqused_k
-  work.blocks = query_block_range<Traits::kTileM>(args.visibility, first, first + Traits::kTileN - 1, work.q.length,
-                                                  work.k.length);
-  if (work.q.length == 0) work.blocks = {};
-  // Where blocks of keys take turns, all begin with the queries that all see under a causal mask, each a step behind
-  // the one before it. Begun with its first queries, a block would wait there for blocks that have to come all the way.
-  work.last_first = args.scratch.dq_turns != nullptr;
-  work.first_tile = arch::uniform(QueryTiles{args.queries, Traits::kTileM}.first(work.batch));
-  return true;
-}
 
 }  // namespace fa3
