@@ -34,13 +34,17 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) backward_kernel(const __g
   }
 }
 
-/// Sums of dQ to rows: a warp has 16 rows of a consumer's share of a query tile.
+/// Sums of dQ to rows: a warp has 16 rows of a consumer's share of a query tile. What the main kernel had last comes
+/// first: it is in L2.
 template <class Traits>
 __global__ void __launch_bounds__(128) convert_dq_kernel(const __grid_constant__ ConvertArgs args) {
   __shared__ StagedRows staging[4];
-  const int tile = blockIdx.x, head = blockIdx.y / Traits::kConsumers, consumer = blockIdx.y % Traits::kConsumers;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const QueryTiles tiles{args.queries, Traits::kTileM};
+  const int together = args.queries.ragged() ? 1 : ceil_div(args.queries.rows, Traits::kTileM);  // tiles of a head
+  const uint32_t index = gridDim.x - 1 - blockIdx.x, place = index / Traits::kConsumers;
+  const int consumer = index % Traits::kConsumers, head = place / together % args.num_heads;
+  const int tile = place / together / args.num_heads * together + place % together;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int batch = tiles.sequence(tile, args.batch);
   const Span q = args.queries.span(batch);
   const int first =
@@ -85,7 +89,8 @@ cudaError_t launch_backward(const BackwardArgs& args, int grid, int device, cuda
 
 template <class Traits>
 cudaError_t launch_convert(const ConvertArgs& args, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(args.scratch.query_tiles), args.num_heads * Traits::kConsumers);
+  // Their sums' memory ends before their number does.
+  const auto grid = static_cast<unsigned>(args.scratch.query_tiles * args.num_heads * Traits::kConsumers);
   convert_dq_kernel<Traits><<<grid, 128, 0, stream>>>(args);
   return cudaGetLastError();
 }
