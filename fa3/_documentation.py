@@ -52,7 +52,7 @@ sm_margin : int, default 0
     "fp8_accumulate": """\
 fp8_accumulate : int, optional
     Of fp8 on the GPU: after how many keys a sum of weighted values, of which tensor cores keep some 14 bits,
-    moves on to one in float32, rounded down to a power of two of blocks of keys, but at least two blocks. 0: never;
+    moves on to one in float32, rounded down to whole blocks of keys, but at least two blocks. 0: never;
     values whose mean is far from 0 then lose about 1/1000 for every 100 keys. Default: 2,048, which costs next to
     nothing; with head dims above 128 never up to 4,096 keys, else (and always with `batch_invariant`) after each
     block.""",

@@ -2,7 +2,6 @@
 #include "plan.h"
 
 #include <algorithm>
-#include <bit>
 #include <climits>
 #include <cmath>
 #include <cstdio>
@@ -272,7 +271,7 @@ int accumulate_blocks(const fa3_forward_params& p, const Visibility& visibility,
   if (p.dtype != FA3_FLOAT8_E4M3 || p.fp8_accumulate < 0) return 0;
   if (variant.totals) {
     const int keys = p.fp8_accumulate > 0 ? p.fp8_accumulate : kMostKeysSummed;
-    return static_cast<int>(std::bit_floor(static_cast<unsigned>(std::max(keys / variant.tile_n, 2))));
+    return std::max(keys / variant.tile_n, 2);
   }
   if (p.fp8_accumulate > 0 || p.batch_invariant) return 1;
   const fa3_lengths keys = lengths_of_keys(p);

@@ -27,6 +27,19 @@ struct Barrier {
     } while (!over);
   }
 
+  /// Whether wait() would return at once.
+  __device__ __forceinline__ bool is_over(uint32_t parity) const {
+    uint32_t over;
+    asm volatile(
+        "{.reg .pred p;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.b32 %0, 1, 0, p;}"
+        : "=r"(over)
+        : "r"(shared_address(&word)), "r"(parity)
+        : "memory");
+    return over;
+  }
+
   __device__ __forceinline__ void arrive() {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&word)) : "memory");
   }

@@ -60,18 +60,24 @@ struct Softmax {
   __device__ __forceinline__ void update(const Scores& s, Probabilities& p, bool exact, float (&... o)[kCounts]) {
     float sum[2];
     const bool safe = exponentiate(s, p, sum);
-    if (__any_sync(~0u, exact || !safe)) {
-      float rescale[2];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float new_max = fmaxf(row_max[r], largest(s, r));
-        rescale[r] = arch::exp2_fast(row_max[r] - finite(new_max));
-        row_max[r] = new_max;
-        row_sum[r] *= rescale[r];
-      }
-      (multiply(o, rescale), ...);
-      exponentiate(s, p, sum);
-    }
+    if (__any_sync(~0u, exact || !safe)) take_maximum(s, p, sum, o...);
+    row_sum[0] += sum[0];
+    row_sum[1] += sum[1];
+  }
+
+  /// The same in two parts, for a loop that jumps over nothing. False: it was not safe, and redo() must follow.
+  __device__ __forceinline__ bool attempt(const Scores& s, Probabilities& p, bool exact) {
+    float sum[2];
+    const bool safe = exponentiate(s, p, sum);
+    if (__any_sync(~0u, exact || !safe)) return false;
+    row_sum[0] += sum[0];
+    row_sum[1] += sum[1];
+    return true;
+  }
+  template <int kCount>
+  __device__ __forceinline__ void redo(const Scores& s, Probabilities& p, float (&o)[kCount]) {
+    float sum[2];
+    take_maximum(s, p, sum, o);
     row_sum[0] += sum[0];
     row_sum[1] += sum[1];
   }
@@ -122,6 +128,22 @@ struct Softmax {
       safe = safe && sum >= kSmallestSum;
     }
     return __all_sync(~0u, safe);
+  }
+
+  /// The block's true maximum counts from here on: for what was summed up before, and for the block, done again.
+  template <int... kCounts>
+  __device__ __forceinline__ void take_maximum(const Scores& s, Probabilities& p, float (&sum)[2],
+                                               float (&... o)[kCounts]) {
+    float rescale[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float new_max = fmaxf(row_max[r], largest(s, r));
+      rescale[r] = arch::exp2_fast(row_max[r] - finite(new_max));
+      row_max[r] = new_max;
+      row_sum[r] *= rescale[r];
+    }
+    (multiply(o, rescale), ...);
+    exponentiate(s, p, sum);
   }
 
   template <int kCount>

@@ -66,7 +66,7 @@ struct ForwardArgs {
   Divisor heads;    // tiles side by side of a sequence: num_heads_kv * packing.tiles
 
   Descale q_descale, k_descale, v_descale;  // of fp8 operands
-  int accumulate_blocks;  // of fp8: blocks whose P V tensor cores add up, then fp32. 0: all; of totals 2, 4, 8 and on
+  int accumulate_blocks;  // of fp8: blocks whose P V tensor cores add up, then fp32. 0: all; of totals at least 2
 
   float score_scale_log2;  // exponent = score * score_scale_log2 - max
   float hidden;            // what a masked score becomes: minus infinity once scaled

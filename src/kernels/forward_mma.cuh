@@ -104,11 +104,15 @@ class Consumer {
       const Philox philox(shared_.seed, work.head_kv * args_.packing.ratio + work.first_head, work.batch);
       const int first_query = query_of<Traits>(args_, work, warpgroup_, 16 * warp_);
 
+      bool here = false;  // the next block, as was seen when there was time to look
       // A plain block has no mask and no softcap. Its code stands apart: jumping over them cost 4% at head dim 256.
+      // False: its softmax is to be done again.
       auto step = [&](int n_block, bool plain, bool promoted) {
         if constexpr (Traits::kHasQv) finish_values(o, p);  // lest the next block find no room while this one waits
-        shared_.k_full[k_ring_.stage()].wait(k_ring_.parity());
-        shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());
+        if (!Traits::kRunsFree || !here) {
+          shared_.k_full[k_ring_.stage()].wait(k_ring_.parity());
+          shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());
+        }
         if (promoted) promote_values(o, s, p);  // tensor cores idle meanwhile, if nobody else has them
         turns_.take();
         arch::wgmma_fence();
@@ -120,11 +124,18 @@ class Consumer {
         arch::wgmma_wrote(s);
         release_k();
         if constexpr (!Traits::kHasQv) release_v();
+        if constexpr (Traits::kRunsFree) {
+          const bool k_here = shared_.k_full[k_ring_.stage()].is_over(k_ring_.parity());
+          const bool v_here = shared_.v_full[v_ring_.stage()].is_over(v_ring_.parity());
+          here = k_here && v_here;
+        }
         if constexpr (Traits::kHasQv) exchange_.add_others(s);
         if (!plain) shape_scores(s, work, n_block, n_block >= blocks.settled || n_block < blocks.plain_begin);
         const bool exact = args_.exact_max || (!plain && softmax_.met_no_key());
+        if constexpr (Traits::kRunsFree) return softmax_.attempt(s, p, exact);
         softmax_.update(s, p, exact, o);
         take_dropped(p, philox, first_query, n_block);
+        return true;
       };
 
       int n_block = blocks.end - 1;
@@ -143,16 +154,36 @@ class Consumer {
 
       // Sums of e4m3 products lose what lies below some 14 bits of them. So every few blocks they move on to totals in
       // fp32, or, where these have no place, each block's are added in fp32.
+      int next_move = blocks.end - args_.accumulate_blocks;
       auto go_on = [&](bool promoted) {
 #pragma unroll 1
         while (--n_block >= blocks.begin) {
-          if (n_block < blocks.settled && n_block >= blocks.plain_begin && args_.plain_blocks)
+          if constexpr (Traits::kRunsFree) {
+            bool safe;
+            if (n_block < blocks.settled && n_block >= blocks.plain_begin && args_.plain_blocks) {
+              // Plain blocks, down to one that needs more: a loop with no jump but its own.
+              int last = larger(blocks.plain_begin, blocks.begin);
+              if (next_move <= n_block) last = larger(last, next_move);
+              ++n_block;
+#pragma unroll 1
+              do {
+                --n_block;
+                safe = step(n_block, true, false);
+              } while (safe && n_block > last);
+            } else {
+              safe = step(n_block, false, false);
+            }
+            if (!safe) softmax_.redo(s, p, o);
+          } else if (n_block < blocks.settled && n_block >= blocks.plain_begin && args_.plain_blocks) {
             step(n_block, true, promoted);
-          else
+          } else {
             step(n_block, false, promoted);
+          }
           if constexpr (Traits::kTotals) {
-            const uint32_t done = blocks.end - n_block;
-            if ((done & (args_.accumulate_blocks - 1)) == 0) move_to_totals(o, done > args_.accumulate_blocks);
+            if (n_block == next_move) {
+              move_to_totals(o, blocks.end - next_move > args_.accumulate_blocks);
+              next_move -= args_.accumulate_blocks;
+            }
           }
         }
         if constexpr (Traits::kHasQv) exchange_.close();
@@ -350,30 +381,29 @@ class Consumer {
     }
   }
 
-  /// Add o, which no product is under way to, to its totals, if there are any yet, and begin anew. Like o, totals count
-  /// relative to their row's maximum, at the time.
+  /// Move o, which no product is under way to, to its totals, `again` with what is there, and begin anew. Like o,
+  /// totals count relative to their row's maximum, at the time.
   __device__ __forceinline__ void move_to_totals(Output& o, bool again) {
-    const float weight[2] = {weight_of_totals(0), weight_of_totals(1)};
+    constexpr int kCount = Traits::kHeadDimV / 8, kAtOnce = 4;  // with more of them read at once, ptxas spills
 #pragma unroll
-    for (int i = 0; i < Traits::kHeadDimV / 8; ++i) {
-      float4& total = totals(i);
-      float4 sum = make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]);
-      if (again) {
-        sum = make_float4(fmaf(total.x, weight[0], sum.x), fmaf(total.y, weight[0], sum.y),
-                          fmaf(total.z, weight[1], sum.z), fmaf(total.w, weight[1], sum.w));
+    for (int i = 0; i < kCount; i += kAtOnce) {
+      const int end = smaller(i + kAtOnce, kCount);
+      if (again) add_totals(o, i, end);
+#pragma unroll
+      for (int j = i; j < end; ++j) {
+        totals(j) = make_float4(o[4 * j], o[4 * j + 1], o[4 * j + 2], o[4 * j + 3]);
+        o[4 * j] = o[4 * j + 1] = o[4 * j + 2] = o[4 * j + 3] = 0.f;
       }
-      total = sum;
-      o[4 * i] = o[4 * i + 1] = o[4 * i + 2] = o[4 * i + 3] = 0.f;
     }
     totals_max_[0] = softmax_.row_max[0];
     totals_max_[1] = softmax_.row_max[1];
   }
 
-  /// The last o, with all that went before.
-  __device__ __forceinline__ void add_totals(Output& o) const {
+  /// Add to o, in fours from `first` to `end`, what went before it.
+  __device__ __forceinline__ void add_totals(Output& o, int first = 0, int end = Traits::kHeadDimV / 8) const {
     const float weight[2] = {weight_of_totals(0), weight_of_totals(1)};
 #pragma unroll
-    for (int i = 0; i < Traits::kHeadDimV / 8; ++i) {
+    for (int i = first; i < end; ++i) {
       const float4 total = totals(i);
       o[4 * i] = fmaf(total.x, weight[0], o[4 * i]);
       o[4 * i + 1] = fmaf(total.y, weight[0], o[4 * i + 1]);
