@@ -65,7 +65,8 @@ struct BackwardLaunch {
 
   fa3_status prepare() {
     const fa3_backward_params& p = params;
-    PrepareBackwardArgs args{problem()};
+    PrepareBackwardArgs args{};
+    static_cast<BackwardProblem&>(args) = problem();
     args.out = row_array(p.out);
     args.dout = row_array(p.dout);
     args.lse = static_cast<const float*>(p.lse.data);
@@ -96,7 +97,8 @@ struct BackwardLaunch {
   fa3_status main_kernel() {
     const fa3_backward_params& p = params;
     const BackwardVariant& v = variant;
-    BackwardArgs args{problem()};
+    BackwardArgs args{};
+    static_cast<BackwardProblem&>(args) = problem();
     const OperandShape q{.head_dim = p.head_dim, .heads = p.num_heads, .box_rows = v.tile_m, .swizzle = v.swizzle_q_k};
     const OperandShape dout{
         .head_dim = p.head_dim_v, .heads = p.num_heads, .box_rows = v.tile_m, .swizzle = v.swizzle_v};
@@ -128,7 +130,8 @@ struct BackwardLaunch {
   /// dQ, and the sinks' gradients.
   fa3_status finish_queries() {
     const fa3_backward_params& p = params;
-    ConvertArgs args{problem()};
+    ConvertArgs args{};
+    static_cast<BackwardProblem&>(args) = problem();
     args.dq = row_array(p.dq);
     args.num_heads = p.num_heads;
     args.head_dim = p.head_dim;
