@@ -25,13 +25,13 @@ fa3_status quantize(const fa3_quantize_params* params, void* workspace, cudaStre
   int num_sms = 0;
   if (auto status = hopper_sms(params->device, num_sms)) return status;
   QuantizePlan plan = plan_quantize(*params, num_sms);
-  if (plan.workspace() && !workspace)
-    return fail(FA3_ERROR_WORKSPACE, "workspace: null, but %zu bytes are needed", plan.workspace());
+  if (plan.workspace && !workspace)
+    return fail(FA3_ERROR_WORKSPACE, "workspace: null, but %zu bytes are needed", plan.workspace);
   if (auto status = slow_checks(*params, stream)) return status;
   plan.args.ticket = draw_ticket();
   plan.args.arrivals = static_cast<uint64_t*>(workspace);
-  plan.args.parts = reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.arrivals_bytes);
-  const cudaError_t error = launch_quantize(plan, stream);
+  plan.args.parts = plan.args.arrivals + kQuantizeHeader;
+  const cudaError_t error = launch_quantize(plan, params->device, stream);
   return check_cuda(error, "quantize", cudaGetErrorString(error));
 }
 
@@ -42,7 +42,7 @@ fa3_status workspace_bytes(const fa3_quantize_params* params, size_t* bytes) {
   if (no_scales(*params)) return FA3_OK;
   int num_sms = 0;
   if (auto status = hopper_sms(params->device, num_sms)) return status;
-  *bytes = plan_quantize(*params, num_sms).workspace();
+  *bytes = plan_quantize(*params, num_sms).workspace;
   return FA3_OK;
 }
 

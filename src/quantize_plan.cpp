@@ -4,8 +4,6 @@
 #include <algorithm>
 #include <limits>
 
-#include "plan.h"
-
 namespace fa3 {
 namespace {
 
@@ -60,22 +58,55 @@ bool multiples_of(int64_t alignment, const fa3_array& array, int64_t itemsize) {
 
 int64_t ceil_quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/// Which thread blocks share a unit. One that a block can hold is a block's own, with nothing to wait for. Larger ones
-/// are worked on by groups of resident blocks, several units at a time so that some load while others wait for
-/// their amax or write: as many as the chip holds, but rather fewer than leave groups idle in the last round.
-void share_units(const QuantizePlan& plan, int64_t steps, int num_sms, QuantizeArgs& args) {
-  const int64_t places = plan.kind.max_places(), resident = int64_t{num_sms} * plan.kind.blocks_per_sm();
-  // With cu_seqlens a block may get more steps than it is planned for.
-  args.places = static_cast<int>(args.cu_seqlens ? places : std::clamp<int64_t>(steps, 1, places));
+QuantizeKind kind_of(const fa3_quantize_params& p, bool large) {
+  const bool hadamard = p.hadamard != 0;
+  if (p.head_dim > 256) return {p.dtype, hadamard, 3, 1};
+  // The rotation of a power of two is half in the lanes' own registers; others cannot be cut in halves. Two groups of a
+  // row also share the counting of rows and places, as several rows do in large units.
+  const bool power = (p.head_dim & (p.head_dim - 1)) == 0, halves = p.head_dim % 16 == 0;
+  const int columns = halves && (hadamard ? power : !large) ? 2 : 1;
+  if (!large) return {p.dtype, hadamard, columns, 1};
+  return {p.dtype, hadamard, columns, columns == 2 || (!hadamard && p.dtype == FA3_FLOAT32) ? 2 : 4};
+}
+
+/// Cuts units of so many rows into steps. Returns how many.
+int64_t cut_steps(const QuantizeKind& kind, int64_t rows, QuantizeArgs& args) {
+  args.row_lanes = kind.row_lanes(args.head_dim);
+  args.warp_rows = 32 / args.row_lanes;
+  args.slot_rows = kind.threads() / 32 * args.warp_rows;
+  args.step_rows = args.slot_rows * kind.rows;
+  args.places = kind.max_places();
+  return ceil_quotient(rows, args.step_rows);
+}
+
+/// Which thread blocks share a unit of so many rows. One that a small block can hold is a block's own, with nothing to
+/// wait for. Larger ones go through groups of resident blocks: as many groups as can hold a unit and have room for as
+/// much of others while they wait for its amax, but rather fewer than leave groups idle in the last round. Units that
+/// are too large for that, and sequences, whose lengths only the device knows, go one by one.
+void share_units(const fa3_quantize_params& p, int64_t rows, int num_sms, QuantizePlan& plan) {
+  QuantizeArgs& args = plan.args;
+  plan.kind = kind_of(p, false);
+  int64_t steps = cut_steps(plan.kind, rows, args);
   args.groups = args.units;
   args.blocks_per_group = 1;
-  if (steps <= places) return;
-  const int64_t most_groups = std::clamp<int64_t>(resident / ceil_quotient(steps, places), 1, args.units);
+  if (steps <= args.places) {
+    if (!args.cu_seqlens) args.places = static_cast<int>(std::max<int64_t>(steps, 1));
+    return;
+  }
+  plan.kind = kind_of(p, true);
+  steps = cut_steps(plan.kind, rows, args);
+  const int64_t resident = int64_t{num_sms} * (plan.kind.max_threads() / plan.kind.threads());
+  const int64_t held = args.places - plan.kind.ring();
+  const bool streams =
+      plan.kind.streams() && !args.cu_seqlens && 2 * ceil_quotient(steps, std::min(resident, steps)) <= held;
+  if (streams) args.unit_steps = static_cast<int>(steps);
   double best = 0;
-  for (int64_t groups = 1; groups <= most_groups; ++groups) {
-    const int64_t rounds = ceil_quotient(args.units, groups), blocks = std::min(resident / groups, steps / 2);
+  for (int64_t groups = 1; groups <= std::min<int64_t>(args.units, resident); ++groups) {
+    const int64_t blocks = std::min(resident / groups, steps), each = ceil_quotient(steps, blocks);
+    if (streams ? (blocks > 1 ? 2 : 1) * each > held : groups > 1 && each > args.places) continue;
+    const int64_t rounds = ceil_quotient(args.units, groups);
     const double busy = static_cast<double>(args.units) / (rounds * groups) * (groups * blocks) / resident;
-    if (busy < best || rounds * blocks > kMaxArrivals) continue;
+    if (busy < best) continue;
     best = busy;
     args.groups = static_cast<int>(groups);
     args.blocks_per_group = static_cast<int>(blocks);
@@ -84,40 +115,24 @@ void share_units(const QuantizePlan& plan, int64_t steps, int num_sms, QuantizeA
 
 }  // namespace
 
-QuantizeKind quantize_kind(const fa3_quantize_params& p) {
-  // Two groups of a row in each lane share the counting of rows and places, which is half of the instructions. The
-  // rotation of a power of two is then half in the lanes' own registers, too; others cannot be cut in halves.
-  const bool power = (p.head_dim & (p.head_dim - 1)) == 0;
-  const bool halved = p.head_dim % 16 == 0 && p.head_dim <= 256 && (power || !p.hadamard);
-  return {p.dtype, p.hadamard != 0, halved ? 2 : (p.head_dim / 8 + 31) / 32};
-}
-
 QuantizePlan plan_quantize(const fa3_quantize_params& p, int num_sms) {
   QuantizePlan plan{};
   QuantizeArgs& args = plan.args;
-  plan.kind = quantize_kind(p);
   args.x = p.x.data;
   args.out = static_cast<uint8_t*>(p.out.data);
   args.descale = p.descale;
   args.cu_seqlens = p.cu_seqlens;
   args.head_dim = p.head_dim;
-  args.row_lanes = plan.kind.row_lanes(p.head_dim);
-  args.step_rows = plan.kind.step_rows(p.head_dim);
   args.limit = p.hadamard ? kRotatedLimit : std::numeric_limits<float>::max();
   args.x_vectors = multiples_of(16, p.x, p.dtype == FA3_FLOAT32 ? 4 : 2);
   args.out_vectors = multiples_of(8, p.out, 1);
   describe_rows(p, args);
-  args.plain = args.x_vectors && args.out_vectors && args.rows.count == 1 && 32 % args.row_lanes == 0 &&
-               args.row_lanes * plan.kind.slots * 8 == p.head_dim;
+  args.plain = args.x_vectors && args.out_vectors && args.rows.count == 1;
   // How long sequences are only the device knows: cut up as if they were equal, and every block copes with any length.
   const int64_t rows = p.cu_seqlens && p.batch ? ceil_quotient(args.unit_rows, p.batch) : args.unit_rows;
-  share_units(plan, ceil_quotient(rows, args.step_rows), num_sms, args);
+  share_units(p, rows, num_sms, plan);
   if (args.blocks_per_group > 1) {
-    const auto aligned = [](size_t bytes) {
-      return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
-    };
-    plan.arrivals_bytes = aligned(args.groups * sizeof(uint64_t));
-    plan.parts_bytes = aligned(size_t{2} * args.groups * args.blocks_per_group * sizeof(float));
+    plan.workspace = (kQuantizeHeader + size_t{2} * args.units * args.blocks_per_group) * sizeof(uint64_t);
   }
   return plan;
 }

@@ -4,41 +4,49 @@
 
 namespace fa3 {
 
-inline constexpr int kQuantizeThreads = 128;
-
 /// The shapes of the quantisation kernel, and what a thread block of each can hold.
 struct QuantizeKind {
   int dtype;      // fa3_dtype of x
   bool hadamard;  // rotated values are kept in fp32: they are dearer to make again than to hold
-  int slots;      // groups of 8 elements that a thread has of a row: 1 to 3
+  int columns;    // groups of 8 elements that a thread has of a row: 1 or 2, or 3 of more than 256
+  int rows;       // and of how many rows: 1, or for large units more, so that an element takes fewer instructions
 
-  /// Resident on a multiprocessor: 64 or 128 registers a thread.
-  constexpr int blocks_per_sm() const { return slots == 1 || (slots == 2 && !hadamard) ? 8 : 4; }
-  /// Bytes that 8 elements take in shared memory.
-  constexpr int group_bytes() const { return hadamard || dtype == FA3_FLOAT32 ? 32 : 16; }
-  constexpr int place_bytes() const { return group_bytes() * slots * kQuantizeThreads; }
+  constexpr bool large() const { return rows > 1 || columns == 3; }
+  /// Units may go through as one stream. A rotation has so much to do that it gains nothing by it.
+  constexpr bool streams() const { return large() && !hadamard; }
+  constexpr int slots() const { return columns * rows; }
+  /// Threads of a multiprocessor, as registers allow.
+  constexpr int max_threads() const {
+    if (large()) return hadamard ? 256 : 512;
+    return !hadamard ? 1024 : columns == 1 ? 768 : 512;
+  }
+  /// Of a thread block. A small unit is a small block's own: what it leaves idle in the last step of a larger one is
+  /// more. A large one is that of blocks with a multiprocessor each: the fewer they are, the sooner they have met.
+  constexpr int threads() const {
+    int threads = large() ? max_threads() : 128;
+    while (place_bytes(threads) * kMaxPlaces > kMaxPlacesBytes) threads /= 2;
+    return threads;
+  }
+  /// Bytes that 8 elements take in shared memory, and in x.
+  constexpr int group_bytes() const { return hadamard ? 32 : loaded_bytes(); }
+  constexpr int loaded_bytes() const { return dtype == FA3_FLOAT32 ? 32 : 16; }
+  constexpr int place_bytes(int threads) const { return group_bytes() * slots() * threads; }
+  /// Steps whose loads are on their way at a time: 48 KiB a multiprocessor and more, as the rate of memory asks for.
+  constexpr int ring() const { return large() && max_threads() * slots() * loaded_bytes() >= 32 << 10 ? 2 : 3; }
   constexpr int max_places() const {
-    // Of 228 KiB the system takes 1 KiB a block, and the kernel's own variables a little. More than 48 KiB a block
-    // would have to be asked for at every launch.
-    const int share = 228 * 1024 / blocks_per_sm() - 1024, most = share < 48 * 1024 ? share : 48 * 1024;
-    return (most - 128) / place_bytes();
+    // Of 228 KiB the system takes 1 KiB a block, and the kernel's own variables less than 2.
+    const int places = (228 * 1024 / (max_threads() / threads()) - 3 * 1024) / place_bytes(threads());
+    return places < kMaxPlaces ? places : kMaxPlaces;
   }
-  /// Lanes that have a row: groups of 8 lie side by side in the lanes, and then in the slots.
-  constexpr int row_lanes(int head_dim) const {
-    return slots == 1 ? head_dim / 8 : head_dim <= 256 ? head_dim / 8 / slots : 32;
-  }
-  /// Rows of a step of a thread block.
-  constexpr int step_rows(int head_dim) const { return kQuantizeThreads / 32 * (32 / row_lanes(head_dim)); }
+  /// Lanes that have a row: groups of 8 lie side by side in the lanes, and then in the columns.
+  constexpr int row_lanes(int head_dim) const { return columns < 3 ? head_dim / 8 / columns : 32; }
 };
-
-QuantizeKind quantize_kind(const fa3_quantize_params& params);
 
 /// How a call is cut up: everything in the arguments but the ticket and the workspace's addresses. Calls no CUDA.
 struct QuantizePlan {
   QuantizeKind kind;
   QuantizeArgs args;
-  size_t arrivals_bytes, parts_bytes;  // of the workspace, in this order
-  size_t workspace() const { return arrivals_bytes + parts_bytes; }
+  size_t workspace;  // bytes
 };
 QuantizePlan plan_quantize(const fa3_quantize_params& params, int num_sms);
 

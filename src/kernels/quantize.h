@@ -5,7 +5,8 @@
 
 namespace fa3 {
 
-/// Enqueue a planned quantisation whose arguments have their ticket and their parts of the workspace.
-cudaError_t launch_quantize(const QuantizePlan& plan, cudaStream_t stream);
+/// Enqueue, on `device`, the current one, a planned quantisation whose arguments have their ticket and their parts of
+/// the workspace.
+cudaError_t launch_quantize(const QuantizePlan& plan, int device, cudaStream_t stream);
 
 }  // namespace fa3

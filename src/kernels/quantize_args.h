@@ -42,23 +42,24 @@ inline constexpr float kHuge = 0x1p116f, kRotatedLimit = 0x1p111f;
 inline constexpr float kMinDescale = 0x1p-90f;
 inline constexpr float kMaxE4m3 = 448;
 
-/// What the counter of a group can count to.
-inline constexpr int64_t kMaxArrivals = (1 << 24) - 1;
-
-/// Steps whose loads are on their way at a time: 48 KiB a multiprocessor, and what fits in every kind's shared memory.
-inline constexpr int kQuantizeRing = 3;
+/// Places that a thread block has at most; a unit's amax is kept from scan to write, and they bound how many are.
+inline constexpr int kMaxPlaces = 7;
+inline constexpr int kMaxPlacesBytes = 224 << 10;  // of all of them
 
 /// Where a thread keeps what its steps have loaded, from the pass that looks for amax to the pass that rounds. The
 /// first `kept` steps have a place each; the others share a ring of the last places, and those that the ring has lost
 /// by the end of the first pass are loaded again. The second pass goes backwards, so that these are the freshest in L2.
 struct Places {
-  int steps, kept;
+  int steps, kept, ring;
 
-  FA3_HOST_DEVICE Places(int places, int steps)
-      : steps(steps), kept(steps <= places ? steps : places - kQuantizeRing) {}
-  FA3_HOST_DEVICE int of(int step) const { return step < kept ? step : kept + (step - kept) % kQuantizeRing; }
-  FA3_HOST_DEVICE bool lost(int step) const { return step >= kept && step < steps - kQuantizeRing; }
+  FA3_HOST_DEVICE Places(int places, int steps, int ring)
+      : steps(steps), kept(steps <= places ? steps : places - ring), ring(ring) {}
+  FA3_HOST_DEVICE int of(int step) const { return step < kept ? step : kept + (step - kept) % ring; }
+  FA3_HOST_DEVICE bool lost(int step) const { return step >= kept && step < steps - ring; }
 };
+
+/// 8-byte words of the workspace in front of the parts: a counter of the blocks that have begun, and a generation.
+inline constexpr int kQuantizeHeader = 2;
 
 struct QuantizeArgs {
   const void* x;
@@ -75,15 +76,17 @@ struct QuantizeArgs {
   float limit;  // what is larger counts as infinite
 
   int groups, blocks_per_group;  // thread blocks of a group share each of its units; group g has units g, g + groups …
-  int row_lanes;                 // lanes that have a row; of a rotation with more than one slot, a power of two
+  int row_lanes;                 // lanes that have a row; of a rotation in two columns, a power of two
   int step_rows;                 // of a thread block
+  int slot_rows, warp_rows;      // of them in a slot, and of these in each warp
+  int unit_steps;                // of each unit, where they go through as one stream; else 0
   int places;
   bool x_vectors, out_vectors;  // addresses and strides are multiples of 16 and 8 bytes
-  bool plain;                   // vectors, rows along one axis that fill their lanes: a whole step needs no tests
+  bool plain;                   // vectors, rows along one axis: a whole step needs no tests
 
-  uint64_t ticket;     // what the counters count for: see arch/counter.cuh
-  uint64_t* arrivals;  // (groups) counters
-  float* parts;        // (groups, 2, blocks_per_group): amax of each block, for alternating units
+  uint64_t ticket;     // what the counter counts for: see arch/counter.cuh
+  uint64_t* arrivals;  // the workspace's header
+  uint64_t* parts;     // (units, blocks_per_group, 2): each block's amax
 };
 
 }  // namespace fa3

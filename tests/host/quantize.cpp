@@ -1,9 +1,10 @@
 // src/kernels/quantize.cu on an emulated GPU, and the counting that it relies on, for tests/test_quantize_kernel.py.
 #include "emulated.h"
+#include "kernels/quantize_args.h"
 
 namespace fa3 {
 namespace {
-thread_local uint4 memory[(48 << 10) / sizeof(uint4)];  // a block's dynamic shared memory
+thread_local uint4 memory[kMaxPlacesBytes / sizeof(uint4)];  // a block's dynamic shared memory
 }
 }  // namespace fa3
 
@@ -14,30 +15,36 @@ using namespace fa3;
 extern "C" {
 
 /// Quantise on a GPU of so many multiprocessors, with a workspace full of `garbage`; twice, as a graph replays a
-/// launch. At most `places` (0: as many as there are) make small problems overflow the chip. Returns thread blocks to a
-/// scale.
+/// launch. At most `places` (0: as many as there are) make small problems overflow the chip, unit by unit. Returns
+/// thread blocks to a scale.
 int quantize_emulated(const fa3_quantize_params* params, int num_sms, int places, int late_copies, uint64_t garbage) {
   QuantizePlan plan = plan_quantize(*params, num_sms);
-  if (places) plan.args.places = std::min(plan.args.places, places);
-  std::vector<uint64_t> workspace(plan.workspace() / sizeof(uint64_t) + 1, garbage);
+  if (places) {
+    plan.args.places = std::min(plan.args.places, places);
+    plan.args.unit_steps = 0;
+  }
+  std::vector<uint64_t> workspace(plan.workspace / sizeof(uint64_t) + 1, garbage);
   plan.args.ticket = 0x123456789a;
   plan.args.arrivals = workspace.data();
-  plan.args.parts = reinterpret_cast<float*>(reinterpret_cast<char*>(workspace.data()) + plan.arrivals_bytes);
+  plan.args.parts = workspace.data() + kQuantizeHeader;
   emulated::late_copies = late_copies != 0;
-  for (int replay = 0; replay < 2; ++replay) launch_quantize(plan, nullptr);
+  for (int replay = 0; replay < 2; ++replay) launch_quantize(plan, 0, nullptr);
   return workspace.back() == garbage ? plan.args.blocks_per_group : -1;
 }
 
 /// groups, blocks per group, places, workspace bytes, axes of rows, and the shared memory that all blocks of a
-/// multiprocessor take with the 1 KiB a block that is the system's.
+/// multiprocessor take with the 1 KiB a block that is the system's and 2 of the kernel's own; how many blocks that is,
+/// and the steps of a unit that goes through as part of a stream.
 void plan_of(const fa3_quantize_params* params, int num_sms, int64_t* out) {
   const QuantizePlan plan = plan_quantize(*params, num_sms);
   out[0] = plan.args.groups;
   out[1] = plan.args.blocks_per_group;
   out[2] = plan.args.places;
-  out[3] = static_cast<int64_t>(plan.workspace());
+  out[3] = static_cast<int64_t>(plan.workspace);
   out[4] = plan.args.rows.count;
-  out[5] = (int64_t{plan.kind.max_places()} * plan.kind.place_bytes() + 1024) * plan.kind.blocks_per_sm();
+  out[6] = plan.kind.max_threads() / plan.kind.threads();
+  out[5] = (int64_t{plan.args.places} * plan.kind.place_bytes(plan.kind.threads()) + 3 * 1024) * out[6];
+  out[7] = plan.args.unit_steps;
 }
 
 void quotients(uint32_t divisor, int count, const uint32_t* n, uint32_t* out) {

@@ -147,6 +147,7 @@ inline void copy(Fiber::Copy c) { std::memcpy(c.to, c.from, c.bytes); }
 
 #define threadIdx (emulated::thread_index)
 #define blockIdx (emulated::block_index)
+inline thread_local emulated::Dim blockDim;
 
 inline void __syncthreads() { emulated::block->meet_block(); }
 inline float __shfl_sync(unsigned, float value, int lane) {
@@ -191,7 +192,10 @@ inline void __stcs(uint2* to, uint2 value) { *to = value; }
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 // For instructions that no emulated kernel reaches.
 inline size_t __cvta_generic_to_global(const void* address) { return reinterpret_cast<size_t>(address); }
-inline void __nanosleep(unsigned) { std::this_thread::yield(); }
+inline void __nanosleep(unsigned) {  // who is waited for may be of the same block
+  std::this_thread::yield();
+  emulated::block->yield();
+}
 inline unsigned long long atomicAdd(unsigned long long* word, unsigned long long value) {
   return std::atomic_ref(*word).fetch_add(value);
 }
@@ -211,6 +215,7 @@ inline float half_to_float(fa3::Float16 half) {
 using cudaError_t = int;
 using cudaStream_t = void*;
 enum { cudaSuccess = 0, cudaSharedmemCarveoutMaxShared = 100 };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID { cudaLaunchAttributePreferredSharedMemoryCarveout, cudaLaunchAttributeCooperative };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -227,6 +232,11 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, int, int) {
+  return cudaSuccess;
+}
+
 /// A cooperative grid runs at once; of others, a few blocks at a time.
 template <class Kernel, class Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, const Args& args) {
@@ -236,6 +246,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, 
   for (unsigned index = 0; index < config->gridDim; ++index) {
     threads.emplace_back([&args, kernel, index, block_threads = config->blockDim] {
       emulated::block_index.x = index;
+      blockDim.x = block_threads;
       emulated::run_block(block_threads, [&] { kernel(args); });
     });
     if (!cooperative && threads.size() == kAtOnce) {

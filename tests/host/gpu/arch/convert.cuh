@@ -33,6 +33,7 @@ inline uint32_t e4m3(float value) {
 }
 
 inline uint32_t pack_e4m3(float low, float high) { return e4m3(low) | e4m3(high) << 8; }
+inline uint32_t pack_e4m3(float a, float b, float c, float d) { return pack_e4m3(a, b) | pack_e4m3(c, d) << 16; }
 
 template <class Element>
 float2 unpack(uint32_t pair) {
