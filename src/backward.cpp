@@ -200,6 +200,6 @@ extern "C" int fa3_backward_variant(int32_t index, fa3_variant* variant) {
   if (index < 0 || index >= static_cast<int>(variants.size()))
     return fa3::fail(FA3_ERROR_SHAPE, "index: %d, but there are %zu variants", index, variants.size());
   const fa3::BackwardVariant& v = variants[index];
-  *variant = {v.name, v.dtype, v.head_dim, v.head_dim_v, v.tile_m, v.tile_n, v.threads, v.shared_memory, 1};
+  *variant = {v.name, v.dtype, v.head_dim, v.head_dim_v, v.tile_m, v.tile_n, v.threads, v.shared_memory, 1, 0};
   return FA3_OK;
 }

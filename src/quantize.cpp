@@ -3,6 +3,7 @@
 
 #include "device.h"
 #include "fa3.h"
+#include "plan.h"
 #include "quantize_plan.h"
 #include "slow_checks.h"
 #include "status.h"
@@ -42,7 +43,7 @@ fa3_status workspace_bytes(const fa3_quantize_params* params, size_t* bytes) {
   if (no_scales(*params)) return FA3_OK;
   int num_sms = 0;
   if (auto status = hopper_sms(params->device, num_sms)) return status;
-  *bytes = plan_quantize(*params, num_sms).workspace;
+  *bytes = workspace_aligned(plan_quantize(*params, num_sms).workspace);
   return FA3_OK;
 }
 

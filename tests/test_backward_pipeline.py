@@ -14,9 +14,8 @@ import random
 import pytest
 
 CONSUMERS, STAGES = 2, 2
-PARTS = 2  # in which dQ is handed over, apart
 PLACES = 2  # for pieces of work
-END = -1
+END, ROWS = -1, -2
 
 
 class Wrong(AssertionError):
@@ -57,10 +56,10 @@ class Buffer:
 
 
 class Model:
-    def __init__(self, pieces, without=None, apart=False):
+    def __init__(self, pieces, without=None, apart=False, parts=1):
         self.pieces, self.steps, self.without, self.apart = pieces, sum(pieces), without, apart
         self.stages = {"q": STAGES, "dout": 1 if apart else STAGES}
-        self.parts = PARTS if apart else 1
+        self.parts = parts  # in which dQ is handed over
         self.q, self.dout = ([Buffer() for _ in range(self.stages[name])] for name in ("q", "dout"))
         self.k, self.v = Buffer(), Buffer()  # what they hold is the number of a piece
         self.keys_full = {name: Barrier(1) for name in "kv"}
@@ -195,7 +194,11 @@ class Model:
             if lags:
                 yield from self.multiply_ds(w, before, sum(self.pieces[:piece + 1]) + piece)
             self.release_keys("k", self.k)
-            yield None  # rows are stored
+            if self.apart:  # rows are staged where dQ was
+                handed = sum(self.pieces[:piece + 1]) + (piece + 1 if lags else 0)
+                yield from self.wait("dq_empty, rows", self.dq_empty[w], handed * self.parts % 2 ^ 1)
+                self.dq[w].write(ROWS)
+            yield None
             self.give_back(piece)
         yield from self.take(len(self.pieces))
 
@@ -288,11 +291,11 @@ class Model:
         assert self.added == [[step for step in range(self.steps) for _ in range(self.parts)]] * CONSUMERS
 
 
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(("apart", "parts"), [(False, 1), (True, 1), (True, 2)])
 @pytest.mark.parametrize("pieces", [[1], [2], [9], [3, 1, 4], [0, 2, 0, 0, 1], [1, 1, 1, 1], []])
-def test_every_order_is_right(pieces, apart):
+def test_every_order_is_right(pieces, apart, parts):
     for seed in range(150):
-        Model(pieces, apart=apart).run(seed)
+        Model(pieces, apart=apart, parts=parts).run(seed)
 
 
 WAITS = ["q_empty", "q_full", "dout_full", "ds_full", "dq_full", "dq_empty", "k_empty", "k_full", "v_empty", "v_full",
@@ -300,10 +303,11 @@ WAITS = ["q_empty", "q_full", "dout_full", "ds_full", "dq_full", "dq_empty", "k_
 
 
 # Consumers with keys of their own give Q and dO back at once, so that one of the two waits would do for the loader.
-@pytest.mark.parametrize(("wait", "apart"), [
-    *((wait, False) for wait in [*WAITS, "ds_empty"]),
-    *((wait, True) for wait in [*WAITS, "dout_empty", "p_full", "p_empty"])])
-def test_each_wait_is_needed(wait, apart):
+@pytest.mark.parametrize(("wait", "apart", "parts"), [
+    *((wait, False, 1) for wait in [*WAITS, "ds_empty"]),
+    *((wait, True, parts) for parts in (1, 2)
+      for wait in [*WAITS, "dout_empty", "p_full", "p_empty", "dq_empty, rows"])])
+def test_each_wait_is_needed(wait, apart, parts):
     with pytest.raises(AssertionError):
         for seed in range(300):
-            Model([4, 1, 5, 0, 3], without=wait, apart=apart).run(seed)
+            Model([4, 1, 5, 0, 3], without=wait, apart=apart, parts=parts).run(seed)

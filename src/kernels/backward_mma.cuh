@@ -573,7 +573,8 @@ class BackwardConsumer {
     const int first = first_key() + 16 * warp_;
     auto* const data = static_cast<uint16_t*>(array.data) + (args_.keys.ragged() ? 0 : work().batch * array.stride[0]) +
                        (int64_t{work().k.begin} + first) * array.stride[1] + work().head_kv * array.stride[2];
-    if (Traits::kApart) wait_for_adder();  // rows are staged where dQ was
+    // Rows are staged where dQ was, the last of which was handed over before the step was counted, or after.
+    if (Traits::kApart) wait_for_adder(Traits::lags(warpgroup_) ? Traits::kDqParts : 0);
     store_fragment<Element>(shared_.staged(warpgroup_, warp_), x, scale,
                             {data, array.stride[1], work().k.length - first, columns, array.vectors}, lane_);
   }
