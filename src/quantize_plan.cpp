@@ -82,7 +82,8 @@ int64_t cut_steps(const QuantizeKind& kind, int64_t rows, QuantizeArgs& args) {
 /// Which thread blocks share a unit of so many rows. One that a small block can hold is a block's own, with nothing to
 /// wait for. Larger ones go through groups of resident blocks: as many groups as can hold a unit and have room for as
 /// much of others while they wait for its amax, but rather fewer than leave groups idle in the last round. Units that
-/// are too large for that, and sequences, whose lengths only the device knows, go one by one.
+/// are too large for that, and sequences, whose lengths only the device knows, go one by one, and each time a group
+/// meets for about as long as a step takes.
 void share_units(const fa3_quantize_params& p, int64_t rows, int num_sms, QuantizePlan& plan) {
   QuantizeArgs& args = plan.args;
   plan.kind = kind_of(p, false);
@@ -100,14 +101,15 @@ void share_units(const fa3_quantize_params& p, int64_t rows, int num_sms, Quanti
   const bool streams =
       plan.kind.streams() && !args.cu_seqlens && 2 * ceil_quotient(steps, std::min(resident, steps)) <= held;
   if (streams) args.unit_steps = static_cast<int>(steps);
-  double best = 0;
+  double best = std::numeric_limits<double>::max();
   for (int64_t groups = 1; groups <= std::min<int64_t>(args.units, resident); ++groups) {
     const int64_t blocks = std::min(resident / groups, steps), each = ceil_quotient(steps, blocks);
     if (streams ? (blocks > 1 ? 2 : 1) * each > held : groups > 1 && each > args.places) continue;
     const int64_t rounds = ceil_quotient(args.units, groups);
     const double busy = static_cast<double>(args.units) / (rounds * groups) * (groups * blocks) / resident;
-    if (busy < best) continue;
-    best = busy;
+    const double cost = streams ? 1 / busy : static_cast<double>(rounds * (each + 1));
+    if (cost > best) continue;
+    best = cost;
     args.groups = static_cast<int>(groups);
     args.blocks_per_group = static_cast<int>(blocks);
   }
