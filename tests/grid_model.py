@@ -13,6 +13,17 @@ from dataclasses import dataclass, field
 COUNT_BITS = 24
 
 
+def take_turns(running, choose):
+    """Until all are done: `choose(n)` is one of n, which goes on. Yields after each of their steps."""
+    while running:
+        which = choose(len(running))
+        try:
+            next(running[which])
+        except StopIteration:
+            del running[which]
+        yield
+
+
 @dataclass
 class Counter:
     """A 64-bit word whose upper 40 bits say whose count the lower 24 are."""
@@ -116,12 +127,7 @@ class Launch:
         for number in range(self.grid):
             found = []
             warps += [self.scheduler(number, found), self.consumer(found)]
-        while warps:
-            which = choose(len(warps))
-            try:
-                next(warps[which])
-            except StopIteration:
-                del warps[which]
+        for _ in take_turns(warps, choose):
             assert len(self.done) <= self.pieces, "a piece is computed again"
 
 
@@ -165,12 +171,8 @@ class Cluster:
         """`choose(n)` is one of n: how many steps a warpgroup has, and which goes on next."""
         running = [self.consumer(block, warpgroup, choose(4)) for block in range(self.parts)
                    for warpgroup in range(self.warpgroups)]
-        while running:
-            which = choose(len(running))
-            try:
-                next(running[which])
-            except StopIteration:
-                del running[which]
+        for _ in take_turns(running, choose):
+            pass
 
 
 @dataclass
@@ -208,14 +210,7 @@ class Sums:
 
     def run(self, choose):
         running = [self.adder(block) for block in range(len(self.starts))]
-        turns = 0
-        while running:
-            which = choose(len(running))
-            try:
-                next(running[which])
-            except StopIteration:
-                del running[which]
-            turns += 1
-            assert turns < 100_000, "deadlock"
+        for turn, _ in enumerate(take_turns(running, choose)):
+            assert turn < 100_000, "deadlock"
         for tile in range(self.tiles):
             assert sorted(map(str, self.sums[tile])) == sorted(map(str, range(len(self.starts)))), "each block once"

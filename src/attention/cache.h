@@ -32,7 +32,7 @@ struct KeyRows : Lengths {
   }
 };
 
-/// A row of a cache: of a batch entry or of a page. What the cache does not have is kNowhere.
+/// A row of a cache: of a batch entry or of a page. What the cache does not have has entry kNone.
 struct CacheRow {
   int entry, row;
   static constexpr int kNone = -1;
