@@ -1,9 +1,9 @@
 """What thread blocks do to each other through memory, as a model for test_grid_model.py.
 
 Counter (src/arch/counter.cuh), Scheduler::take_index and finish (src/kernels/forward_tiles.cuh), PartRows
-(src/kernels/forward_split.cuh) and DqAdder (src/kernels/backward_load.cuh), one atomic access at a time. Global memory
-keeps what it held: nobody zeroes it, but for the turns that DqAdder goes by. Shared memory, in which the blocks of a
-cluster leave their parts, ends with its block.
+(src/kernels/forward_split.cuh), DqAdder (src/kernels/backward_load.cuh) and Meeting (src/kernels/quantize_meeting.cuh),
+one atomic access at a time. Global memory keeps what it held: nobody zeroes it, but for the turns that DqAdder goes by.
+Shared memory, in which the blocks of a cluster leave their parts, ends with its block.
 """
 
 import itertools
@@ -214,3 +214,44 @@ class Sums:
             assert turn < 100_000, "deadlock"
         for tile in range(self.tiles):
             assert sorted(map(str, self.sums[tile])) == sorted(map(str, range(len(self.starts)))), "each block once"
+
+
+@dataclass
+class Meeting:
+    """Thread blocks that leave parts of each of a few units, and need all parts of a unit."""
+
+    memory: dict  # address -> word, kept from launch to launch
+    ticket: int
+    blocks: int
+    values: dict  # (unit, block) -> what the block finds
+    units: int
+    left_out: str | None = None
+
+    def block(self, rank):
+        counter = Counter(self.memory, "arrivals", self.ticket, None)
+        for unit in range(self.units):
+            if self.left_out != "clear":
+                self.memory["part", unit, rank] = None
+            yield
+        yield from counter.open()
+        yield
+        if counter.add() + 1 == self.blocks:
+            yield
+            counter.close()
+        for unit in range(self.units):
+            yield
+            self.memory["part", unit, rank] = self.values[unit, rank]
+            yield
+            word = self.memory["arrivals"]
+            while self.left_out != "wait" and word >> COUNT_BITS == self.ticket and word % 2**COUNT_BITS < self.blocks:
+                yield
+                word = self.memory["arrivals"]
+            for other in range(self.blocks):
+                while self.memory["part", unit, other] is None:
+                    yield
+                assert self.memory["part", unit, other] == self.values[unit, other], "a part of another launch"
+                yield
+
+    def run(self, choose):
+        for turn, _ in enumerate(take_turns([self.block(rank) for rank in range(self.blocks)], choose)):
+            assert turn < 100_000, "deadlock"

@@ -4,7 +4,7 @@ import random
 from collections import defaultdict
 
 import pytest
-from grid_model import COUNT_BITS, Cluster, Launch, Sums
+from grid_model import COUNT_BITS, Cluster, Launch, Meeting, Sums
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -90,3 +90,26 @@ def test_sums_need_each_of_their_steps(left_out):
     with pytest.raises(AssertionError):
         for seed in range(100):
             Sums((0, 0, 1), 3, left_out).run(random.Random(seed).randrange)
+
+
+def meet_again(ticket, blocks, units, content, seed, left_out=None):
+    """A graph's replays on other data, in memory of which something else writes a word between them."""
+    chance = random.Random(seed)
+    memory = memory_of(content, chance)
+    for launch in range(3):
+        values = {(unit, rank): (launch, chance.random()) for unit in range(units) for rank in range(blocks)}
+        memory["arrivals"] = chance.choice([memory["arrivals"], 0, chance.randrange(2**64)])
+        Meeting(memory, ticket, blocks, values, units, left_out).run(chance.randrange)
+
+
+@given(TICKETS, st.integers(2, 6), st.integers(1, 4), st.sampled_from(["zeros", "ones", "random"]),
+       st.integers(0, 2**32))
+def test_blocks_meet_whatever_memory_held(ticket, blocks, units, content, seed):
+    meet_again(ticket, blocks, units, content, seed)
+
+
+@pytest.mark.parametrize("left_out", ["clear", "wait"])
+def test_a_meeting_needs_each_of_its_steps(left_out):
+    with pytest.raises(AssertionError, match="another launch"):
+        for seed in range(100):
+            meet_again(12345, 3, 2, "zeros", seed, left_out)

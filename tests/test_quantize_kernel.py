@@ -180,7 +180,7 @@ def test_plans_fit_the_chip(host, shape, granularity, dtype, hadamard, num_sms):
     assert found["places"] >= 1
     if found["blocks"] > 1:  # blocks that wait for each other are all resident, or the launch fails
         assert found["groups"] * found["blocks"] <= num_sms * found["resident"]
-        assert found["workspace"] == 16 + 16 * scales * found["blocks"]
+        assert found["workspace"] == 8 + 8 * scales * found["blocks"], "a counter, and each block's word for each scale"
         assert found["places"] > 3
     else:
         assert found["workspace"] == 0

@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(T::kKind.max_threads(), 1)
   const Lane<T> lane(args.head_dim, args.row_lanes);
   const int group = blockIdx.x % args.groups, rank = blockIdx.x / args.groups;
   Share<T> share(args, lane, memory);
-  Meeting meeting(args);
+  Meeting meeting(args, group, rank);
   if constexpr (T::kStreams)
     if (args.unit_steps) return stream<T>(args, share, group, rank, meeting);
   unit_by_unit<T>(args, share, group, rank, meeting);

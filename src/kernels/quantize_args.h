@@ -58,8 +58,8 @@ struct Places {
   FA3_HOST_DEVICE bool lost(int step) const { return step >= kept && step < steps - ring; }
 };
 
-/// 8-byte words of the workspace in front of the parts: a counter of the blocks that have begun, and a generation.
-inline constexpr int kQuantizeHeader = 2;
+/// 8-byte words of the workspace in front of the parts: a counter of the blocks that have begun.
+inline constexpr int kQuantizeHeader = 1;
 
 struct QuantizeArgs {
   const void* x;
@@ -86,7 +86,7 @@ struct QuantizeArgs {
 
   uint64_t ticket;     // what the counter counts for: see arch/counter.cuh
   uint64_t* arrivals;  // the workspace's header
-  uint64_t* parts;     // (units, blocks_per_group, 2): each block's amax
+  uint64_t* parts;     // (units, blocks_per_group): each block's amax, once it is there
 };
 
 }  // namespace fa3

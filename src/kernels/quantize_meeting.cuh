@@ -12,23 +12,22 @@ __device__ __forceinline__ float warp_amax(float amax) {
 }
 
 /// How the thread blocks of a group tell each other what they have found: each leaves a part, its amax of a unit, and
-/// whoever needs the unit's reads all of them. A part is known as this launch's by the ticket and the generation, which
-/// the last launch of the same ticket, one of a graph, had another of.
+/// whoever needs the unit's reads all of them. Memory holds whatever it held, in a graph the parts of the replay
+/// before. So each block first takes its own away, and nobody reads any before all have.
 class Meeting {
  public:
   /// All threads come here, in the beginning.
-  __device__ __forceinline__ explicit Meeting(const QuantizeArgs& args) : args_(args) {
+  __device__ __forceinline__ Meeting(const QuantizeArgs& args, int group, int rank) : args_(args) {
     if (args.blocks_per_group == 1) return;
+    for (int unit = group + threadIdx.x * args.groups; unit < args.units; unit += blockDim.x * args.groups)
+      *part_of(unit, rank) = 0;
+    __syncthreads();
     if (threadIdx.x == 0) {
-      volatile unsigned* generation = reinterpret_cast<unsigned*>(args.arrivals + 1);
-      shared().generation = *generation;
-      const arch::Counter arrivals(args.arrivals, args.ticket);
-      arrivals.open();
-      __threadfence();  // who sees the arrival comes after the read
-      const bool all_have_read = arrivals.add() + 1 == args.groups * args.blocks_per_group;
-      if (all_have_read) {
-        *generation = shared().generation + 1;
-        arrivals.close();
+      arrivals().open();
+      __threadfence();  // who sees the arrival sees the parts gone
+      if (arrivals().add() + 1 == blocks()) {
+        __threadfence();
+        arrivals().close();
       }
     }
     __syncthreads();
@@ -43,15 +42,14 @@ class Meeting {
     __syncthreads();
     if (threadIdx.x >= 32) return;
     amax = warp_amax(threadIdx.x < blockDim.x / 32 ? warps[threadIdx.x] : 0.f);
-    volatile uint64_t* words = part_of(unit, rank);
-    // Two words with a half of the mark each: 64 bits that memory does not hold by chance.
-    if (threadIdx.x < 2) words[threadIdx.x] = uint64_t{mark(threadIdx.x)} << 32 | __float_as_uint(amax);
+    if (threadIdx.x == 0) *part_of(unit, rank) = kThere | __float_as_uint(amax);
   }
 
   /// The unit's amax, in all threads, which all come here.
   __device__ __forceinline__ float take(int unit, int round) {
     float* warps = shared().warps[round % kSlots];
     if (args_.blocks_per_group > 1) {
+      wait_for_all();
       float amax = 0;
       for (int rank = threadIdx.x; rank < args_.blocks_per_group; rank += blockDim.x)
         amax = fmaxf(amax, read(part_of(unit, rank)));
@@ -70,31 +68,38 @@ class Meeting {
   static_assert(kSlots > kMaxPlaces);
   struct Shared {
     float warps[kSlots][32], groups[2][32];
-    unsigned generation;
   };
   static __device__ __forceinline__ Shared& shared() {
     __shared__ Shared memory;
     return memory;
   }
 
-  __device__ __forceinline__ unsigned mark(int word) const {
-    return word ? shared().generation : static_cast<unsigned>(args_.ticket);
-  }
+  static constexpr uint64_t kThere = uint64_t{1} << 32;  // in front of a part's amax
+
+  __device__ __forceinline__ int blocks() const { return args_.groups * args_.blocks_per_group; }
+  __device__ __forceinline__ arch::Counter arrivals() const { return {args_.arrivals, args_.ticket}; }
   __device__ __forceinline__ volatile uint64_t* part_of(int unit, int rank) const {
-    return args_.parts + 2 * (int64_t{unit} * args_.blocks_per_group + rank);
+    return args_.parts + int64_t{unit} * args_.blocks_per_group + rank;
   }
-  /// A part, once both words are there. They may be seen in any order, and a replay's first word has the same mark as
-  /// that of the replay before: only with equal amax are they of one launch, or as good as that.
-  __device__ __forceinline__ float read(const volatile uint64_t* words) const {
+
+  /// For all blocks to have begun, which most often they have long since.
+  __device__ __forceinline__ void wait_for_all() {
+    if (all_begun_) return;
+    while (!arrivals().reached(blocks())) __nanosleep(64);
+    __threadfence();
+    all_begun_ = true;
+  }
+
+  /// A part, once it is there.
+  __device__ __forceinline__ static float read(const volatile uint64_t* part) {
     for (;; __nanosleep(20)) {
-      const uint64_t first = words[0], second = words[1];
-      if (first >> 32 != mark(0) || second >> 32 != mark(1)) continue;
-      const auto amax = static_cast<unsigned>(second);
-      if (static_cast<unsigned>(first) == amax) return __uint_as_float(amax);
+      const uint64_t word = *part;
+      if (word & kThere) return __uint_as_float(static_cast<unsigned>(word));
     }
   }
 
   const QuantizeArgs& args_;
+  bool all_begun_ = false;
 };
 
 }  // namespace fa3
