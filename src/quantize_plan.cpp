@@ -134,7 +134,7 @@ QuantizePlan plan_quantize(const fa3_quantize_params& p, int num_sms) {
   const int64_t rows = p.cu_seqlens && p.batch ? ceil_quotient(args.unit_rows, p.batch) : args.unit_rows;
   share_units(p, rows, num_sms, plan);
   if (args.blocks_per_group > 1) {
-    plan.workspace = (kQuantizeHeader + size_t{1} * args.units * args.blocks_per_group) * sizeof(uint64_t);
+    plan.workspace = (kQuantizeHeader + size_t(args.units) * args.blocks_per_group) * sizeof(uint64_t);
   }
   return plan;
 }

@@ -15,7 +15,10 @@ COUNT_BITS = 24
 
 def take_turns(running, choose):
     """Until all are done: `choose(n)` is one of n, which goes on. Yields after each of their steps."""
-    while running:
+    for turn in itertools.count():
+        if not running:
+            return
+        assert turn < 100_000, "deadlock"
         which = choose(len(running))
         try:
             next(running[which])
@@ -210,8 +213,8 @@ class Sums:
 
     def run(self, choose):
         running = [self.adder(block) for block in range(len(self.starts))]
-        for turn, _ in enumerate(take_turns(running, choose)):
-            assert turn < 100_000, "deadlock"
+        for _ in take_turns(running, choose):
+            pass
         for tile in range(self.tiles):
             assert sorted(map(str, self.sums[tile])) == sorted(map(str, range(len(self.starts)))), "each block once"
 
@@ -253,5 +256,5 @@ class Meeting:
                 yield
 
     def run(self, choose):
-        for turn, _ in enumerate(take_turns([self.block(rank) for rank in range(self.blocks)], choose)):
-            assert turn < 100_000, "deadlock"
+        for _ in take_turns([self.block(rank) for rank in range(self.blocks)], choose):
+            pass
