@@ -267,17 +267,24 @@ def _decode_rows():
 def _latent_rows():
     """Absorbed latent attention: decoding, on a contiguous or a paged cache of rows of 576, and a prefill. What counts
     is GB/s of the cache, up to 64 heads; more are bound by products."""
-    def row(case, batch, seqlen_q, seqlen_k, heads, **more):
-        return Row("mla", f"bf16 {case} h{heads}", "bf16", (seqlen_q,) * batch, (seqlen_k,) * batch, heads, 1, 576, 512,
-                   causal=True, **more)
+    def row(dtype, case, batch, seqlen_q, seqlen_k, heads, **more):
+        prefix = "e4m3" if dtype == "fp8" else dtype
+        return Row("mla", f"{prefix} {case} h{heads}", dtype, (seqlen_q,) * batch, (seqlen_k,) * batch, heads, 1, 576,
+                   512, causal=True, **more)
+
+    def decoding(dtype, batch, context, heads):
+        contiguous = row(dtype, f"b{batch} ctx{context} pageNone", batch, 1, context, heads)
+        return [contiguous, row(dtype, f"b{batch} ctx{context} page64", batch, 1, context, heads, page=64,
+                                reference=contiguous.case, bar_share=0.96)]
 
     rows = []
     for batch, context in ((1, 4096), (1, 32768), (16, 4096), (16, 32768), (128, 4096), (128, 8192)):
         for heads in (16, 64, 128):
-            contiguous = row(f"b{batch} ctx{context} pageNone", batch, 1, context, heads)
-            rows += [contiguous, row(f"b{batch} ctx{context} page64", batch, 1, context, heads, page=64,
-                                     reference=contiguous.case, bar_share=0.96)]
-    return rows + [row("s4096 causal", 1, 4096, 4096, heads) for heads in (16, 128)]
+            rows += decoding("bf16", batch, context, heads)
+    for batch, context in ((1, 32768), (16, 32768), (128, 8192)):
+        for heads in (16, 64, 128):
+            rows += decoding("fp8", batch, context, heads)
+    return rows + [row(dtype, "s4096 causal", 1, 4096, 4096, heads) for dtype in ("bf16", "fp8") for heads in (16, 128)]
 
 
 def _overhead_rows():

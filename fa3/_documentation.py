@@ -23,7 +23,7 @@ sinks : array (num_heads,), float32, optional
     "qv": """\
 qv : array, q's shape with head_dim_v, q's dtype, optional
     Scores become scale·(q·kᵀ + qv·vᵀ) (multi-head latent attention). On the GPU head_dim is then at most 64 and
-    head_dim_v 512, of 16 bits.""",
+    head_dim_v 512. Of fp8, q_descale counts for q and qv, v_descale for v in scores and output.""",
     "q_descale": """\
 q_descale, k_descale, v_descale : array, float32, optional
     Factors of fp8 operands, q ≈ q_descale·q: one (shape ()), one for each KV head (num_heads_kv,), or for

@@ -30,7 +30,7 @@ FEATURES = (
     ("lse, batch_invariant, num_splits, pack_gqa", "yes", "yes"),
     ("paged cache, appending, rotary, leftpad", "yes", "yes"),
     ("flash_attn_combine", "yes", "yes"),
-    ("qv, absorbed MLA", "fp16 and bf16", "yes"),
+    ("qv, absorbed MLA", "yes", "yes"),
     ("quantize_fp8, hadamard rotation", "yes", "yes"),
     ("backward", "yes", "yes"),
     ("dropout", "yes", "yes"),

@@ -36,6 +36,7 @@ struct Launch {
   const ForwardVariant& variant;
   Workspace workspace;
   cudaStream_t stream;
+  bool absorbed;  // before it became a call with qv
 
   uint16_t* rotated_q = nullptr;  // contiguous, in the workspace
   int32_t* seqlens_k = nullptr;   // (batch), there too: with the new keys
@@ -118,6 +119,7 @@ struct Launch {
     args.head_dim_v = p.head_dim_v;
     args.q_descale = descale(p.q_descale);
     args.k_descale = descale(p.k_descale);
+    args.absorbed = absorbed;
     args.v_descale = descale(p.v_descale);
     args.accumulate_blocks = plan.accumulate_blocks;
     // A zero scale would make minus infinity, the masked score, NaN; this one makes every visible score 0 all the same.
@@ -200,7 +202,7 @@ fa3_status forward(const fa3_forward_params* params, void* workspace, cudaStream
     return fail(FA3_ERROR_WORKSPACE, "workspace: null, but %zu bytes are needed", plan.workspace);
   log_plan(p, plan);
   if (auto status = slow_checks(p, stream)) return status;
-  return Launch{p, plan, forward_variants()[plan.variant], Workspace(workspace), stream}.run();
+  return Launch{p, plan, forward_variants()[plan.variant], Workspace(workspace), stream, absorbed(*params)}.run();
 }
 
 fa3_status workspace_bytes(const fa3_forward_params* params, size_t* bytes) {

@@ -2,12 +2,14 @@
 
 #include <cstdint>
 
+#include "plan.h"
+
 namespace fa3 {
 namespace {
 
 /// What lies behind the values' columns.
-void leave_out_values(fa3_array& array) {
-  if (array.data) array.data = static_cast<uint16_t*>(array.data) + kMostLatentHeadDimV;
+void leave_out_values(fa3_array& array, int element_bytes) {
+  if (array.data) array.data = static_cast<uint8_t*>(array.data) + kMostLatentHeadDimV * element_bytes;
 }
 
 }  // namespace
@@ -17,9 +19,10 @@ fa3_forward_params as_computed(const fa3_forward_params& params) {
   if (!absorbed(params)) return p;
   p.head_dim = kMostLatentHeadDim;
   p.qv = params.q;
-  leave_out_values(p.q);
-  leave_out_values(p.k);
-  leave_out_values(p.cache.k_new);
+  const int bytes = element_bytes(p.dtype);
+  leave_out_values(p.q, bytes);
+  leave_out_values(p.k, bytes);
+  leave_out_values(p.cache.k_new, bytes);
   return p;
 }
 

@@ -24,9 +24,6 @@ fa3_status check_struct(const fa3_forward_params& p) {
 /// Multi-head latent attention: what of it is built.
 fa3_status check_latent(const fa3_forward_params& p) {
   if (!has_qv(p) && !absorbed(p)) return FA3_OK;
-  if (p.dtype == FA3_FLOAT8_E4M3)
-    return fail(FA3_ERROR_NO_QV, "%s of fp8 is not built for the GPU; needs float16 or bfloat16",
-                has_qv(p) ? "qv: attention with it" : "q, v: head dims 576 and 512");
   if (p.dropout.p > 0)
     return fail(FA3_ERROR_NO_DROPOUT, "dropout_p: %g, but with %s dropout is not built for the GPU; needs 0",
                 p.dropout.p, has_qv(p) ? "qv" : "head dims 576 and 512");

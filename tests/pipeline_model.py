@@ -1,9 +1,10 @@
 """The forward kernel's barrier protocol as a discrete-event model, for test_pipeline_model.py.
 
-Scheduler::run, Loader::run, Consumer::attend, Exchange, RowWriter::put and what the kernel does around them
-(src/kernels/forward_{tiles,load,mma,exchange,epilogue,kernel}.cuh), step by step, as generators that yield what they
-wait for. A scheduler of events lets one warp, one lane, one copy or one product go on at a time, so that any of them
-may be arbitrarily slow. Whoever reads shared memory checks that it holds, and goes on holding, what it expects.
+Scheduler::run, Loader::run, Transposer::run, Consumer::attend, Exchange, RowWriter::put and what the kernel does around
+them (src/kernels/forward_{tiles,load,transpose,mma,exchange,epilogue,kernel}.cuh), step by step, as generators that
+yield what they wait for. A scheduler of events lets one warp, one lane, one copy or one product go on at a time, so
+that any of them may be arbitrarily slow. Whoever reads shared memory checks that it holds, and goes on holding, what it
+expects.
 
 Each wait, arrival and sync has a name; ThreadBlock can be told to leave one out, to see that the model notices.
 """
@@ -11,6 +12,7 @@ Each wait, arrival and sync has a name; ThreadBlock can be told to leave one out
 from dataclasses import dataclass, field
 
 STAGES, TILE_SLOTS, LEAD = 2, 4, 2  # as the kernel
+TRANSPOSERS = 2
 WARPS, LANES = 2, 2  # of a warpgroup, of a warp, in place of 4 and 32: enough to race
 GROUPS = 2  # of 64 columns, as an output of head dim 128 is staged
 SITES = set()  # names of all waits, arrivals and syncs, as they are met
@@ -92,8 +94,8 @@ class Ring:
 class Pipe:
     """Stages of one operand, with their barriers."""
 
-    def __init__(self, size, readers):
-        self.full = [Barrier(1) for _ in range(size)]
+    def __init__(self, size, readers, writers=1):
+        self.full = [Barrier(writers) for _ in range(size)]
         self.empty = [Barrier(readers) for _ in range(size)]
         self.content = [None] * size
 
@@ -114,16 +116,22 @@ class Piece:
 class ThreadBlock:
     """One thread block with its pieces of work. `counted`: their indices come from a counter. `idle_rows`: a tile has
     rows that no query is loaded to. `has_qv`: two warpgroups share their rows, read values for their scores too, and
-    tell each other of these. `left_out`: the name of a wait, arrival or sync that is not there."""
+    tell each other of these. `eight_bits`: values are turned on their way. `left_out`: the name of a wait, arrival or
+    sync that is not there."""
 
-    def __init__(self, consumers, pieces, query_stages=1, counted=False, idle_rows=False, has_qv=False, left_out=None):
+    def __init__(self, consumers, pieces, query_stages=1, counted=False, idle_rows=False, has_qv=False,
+                 eight_bits=False, left_out=None):
         self.consumers, self.pieces, self.left_out = consumers, pieces, left_out
         self.has_qv, self.row_groups = has_qv, 1 if has_qv else consumers
-        self.takes_turns = consumers > 1 and not has_qv
+        self.eight_bits, self.two_parts = eight_bits, has_qv and eight_bits
+        self.takes_turns = not has_qv and (consumers == 2 or (consumers == 3 and not eight_bits))
         self.query_stages, self.counted, self.idle_rows = query_stages, counted, idle_rows
         self.ahead = TILE_SLOTS
         warps = consumers * WARPS
-        self.k, self.v, self.slots = Pipe(STAGES, warps), Pipe(STAGES, warps), Pipe(TILE_SLOTS, warps + 1)
+        transposers = TRANSPOSERS if eight_bits else 0
+        self.k, self.v = Pipe(STAGES, warps), Pipe(STAGES, warps, max(transposers, 1))
+        self.loaded_v = Pipe(STAGES, transposers + (warps if has_qv else 0)) if eight_bits else self.v
+        self.slots = Pipe(TILE_SLOTS, warps + 1 + transposers)
         self.q = [Pipe(query_stages, warps // self.row_groups) for _ in range(self.row_groups)]
         self.pair = [NamedBarrier(syncs_expected=2) for _ in range(WARPS)]  # a warp of each warpgroup
         self.both = NamedBarrier(syncs_expected=2 * WARPS)
@@ -134,6 +142,7 @@ class ThreadBlock:
         self.asked = -1, 0  # the piece that the loader is at, and how many of its blocks of K it has not asked for
         self.turn = [NamedBarrier(arrivals_expected=WARPS) for _ in range(consumers)]
         self.own_barrier = [NamedBarrier() for _ in range(consumers)]
+        self.turned = {}  # stage of V -> the transposers that have turned their share of the block there
         self.cleared = {}  # (stage of V, warpgroup) -> warps that cleared their share of the block there
         self.idle_cleared = {}  # (stage of Q, warpgroup) -> warps that cleared their share of the idle rows there
         self.left = {}  # (warpgroup, piece) -> warps that left their rows of it
@@ -229,13 +238,35 @@ class ThreadBlock:
                 if n_block == nearly_last:
                     self.arrive("loader: nearly loaded", self.nearly_loaded)
                 if self.has_qv:
-                    yield from load_block("v", self.v, v_ring, n_block)
+                    yield from load_block("v", self.loaded_v, v_ring, n_block)
                 if n_block > piece.first:
                     yield from load_k(n_block - 1)
                 if not self.has_qv:
-                    yield from load_block("v", self.v, v_ring, n_block)
+                    yield from load_block("v", self.loaded_v, v_ring, n_block)
                 n_block -= 1
             self.give_slot_back("loader", tiles, piece)
+
+    def transposer(self, number):
+        ring, tiles = Ring(STAGES), Ring(TILE_SLOTS)
+        while (piece := (yield from self.next_piece("transposer", tiles))) is not None:
+            count = tiles.count
+            self.give_slot_back("transposer", tiles, piece)
+            for block in range(piece.end - 1, piece.first - 1, -1):
+                yield from self.wait("transposer: v is loaded", self.loaded_v.full[ring.stage], ring.parity)
+                yield from self.wait("transposer: v given back", self.v.empty[ring.stage], ring.parity ^ 1)
+                expect(self.loaded_v.content[ring.stage] == (count, block), "another block is turned")
+                by = self.turned.setdefault(ring.stage, set())
+                if (count, block, 1 - number) not in by:
+                    by.clear()
+                    self.v.content[ring.stage] = "half turned"
+                yield lambda: True
+                expect(self.loaded_v.content[ring.stage] == (count, block), "overwritten while it was turned")
+                by.add((count, block, number))
+                if len(by) == TRANSPOSERS:
+                    self.v.content[ring.stage] = count, block
+                self.arrive("transposer: v is turned", self.v.full[ring.stage])
+                self.arrive("transposer: loaded v given back", self.loaded_v.empty[ring.stage])
+                ring.count += 1
 
     def unread(self, box):
         """Whether a letter lies there."""
@@ -283,22 +314,22 @@ class ThreadBlock:
             return self.k, k_ring.stage, (tiles.count, block)
 
         def values(block):
-            if piece.cut and block == piece.end - 1:
+            if piece.cut and block == piece.end - 1 and not self.eight_bits:
                 by = self.cleared.get((v_ring.stage, w), set())
                 expect(by == {(tiles.count, i) for i in range(WARPS)}, "values past the end are read")
             return self.v, v_ring.stage, (tiles.count, block)
 
         def operands(block):
-            """What scores are made of."""
-            read = (self.v, v_ring.stage, (tiles.count, block)),
-            return queries(), keys(block), *(read if self.has_qv else ())
+            """What scores are made of; where they have two parts, what is left of them."""
+            part = (self.loaded_v, k_ring.stage, (tiles.count, block)),
+            return queries(), *(() if self.two_parts else (keys(block),)), *(part if self.has_qv else ())
 
         def tell(box, block, number):
-            """Write a letter, into staging or into the place of Q."""
-            if box == "q":
+            """Write a letter, into staging or into the place of Q; of 8 bits it has one of its own."""
+            if box == "q" and not self.eight_bits:
                 expect(len(self.in_registers[tiles.count]) == 2 * WARPS, "Q is overwritten before it was read")
                 expect(q.content[q_ring.stage] == tiles.count, "a letter where the next Q arrives")
-            else:
+            elif box == "staging":
                 expect(self.staging == 0, "a letter where output is staged")
             expect(not self.letters.get((box, warp)), "a letter is overwritten before it was read")
             self.letters[box, warp] = tiles.count, block, number, w
@@ -350,10 +381,24 @@ class ThreadBlock:
         def wait_for(site, pipe, ring):
             yield from self.wait(site, pipe.full[ring.stage], ring.parity)
 
+        def wait_for_value_part(site):
+            if self.has_qv:
+                yield from wait_for(site, self.loaded_v, k_ring)
+
+        def release_k(site):
+            if self.two_parts:
+                self.arrive(f"{site}, with v", self.loaded_v.empty[k_ring.stage])
+            release(site, self.k, k_ring)
+
+        def multiply_key_part(block, *others):
+            """Of two parts the first, beside the values of the block before."""
+            product = self.multiply(queries(), keys(block), *others)
+            yield from self.product_done("consumer: first part is done", product)
+
         def skip_blocks(count, last_has_no_turn):
             for i in range(count):
                 yield from wait_for("consumer: skipped k is there", self.k, k_ring)
-                release("consumer: skipped k given back", self.k, k_ring)
+                release_k("consumer: skipped k given back")
                 yield from wait_for("consumer: skipped v is there", self.v, v_ring)
                 release("consumer: skipped v given back", self.v, v_ring)
                 if last_has_no_turn and i == count - 1:
@@ -368,27 +413,36 @@ class ThreadBlock:
                 if self.has_qv:
                     yield from open_exchange()
                 yield from wait_for("consumer: first k is there", self.k, k_ring)
-                if self.has_qv:
-                    yield from wait_for("consumer: first v is there", self.v, v_ring)
+                if self.two_parts:
+                    yield from multiply_key_part(end - 1)
+                yield from wait_for_value_part("consumer: first part is there")
                 product = self.multiply(*operands(end - 1))
                 yield from self.product_done("consumer: first product is done", product)
-                release("consumer: first k given back", self.k, k_ring)
+                release_k("consumer: first k given back")
                 if self.has_qv:
                     yield from add_others(end - 1)
-                if piece.cut and end == piece.end:
+                if piece.cut and end == piece.end and not self.eight_bits:
                     yield from clear_values_past_end()
                 for block in range(end - 2, first - 1, -1):
-                    if self.has_qv:
+                    if self.two_parts:
+                        yield from wait_for("consumer: turned v is there", self.v, v_ring)
+                        yield from wait_for("consumer: k of two parts is there", self.k, k_ring)
+                        yield from multiply_key_part(block, values(block + 1))
+                        release("consumer: turned v given back", self.v, v_ring)
+                    elif self.has_qv:
                         product = self.multiply(values(block + 1))
                         yield from self.product_done("consumer: product with values is done", product)
                         release("consumer: v given back", self.v, v_ring)
-                    yield from wait_for("consumer: k is there", self.k, k_ring)
-                    yield from wait_for("consumer: v is there", self.v, v_ring)
+                        yield from wait_for("consumer: k is there", self.k, k_ring)
+                    else:
+                        yield from wait_for("consumer: k is there", self.k, k_ring)
+                        yield from wait_for("consumer: v is there", self.v, v_ring)
+                    yield from wait_for_value_part("consumer: part is there")
                     yield from take("consumer: turn taken")
                     product = self.multiply(*operands(block), *(() if self.has_qv else (values(block + 1),)))
                     hand_on("consumer: turn passed")
                     yield from self.product_done("consumer: products are done", product)
-                    release("consumer: k given back", self.k, k_ring)
+                    release_k("consumer: k given back")
                     if self.has_qv:
                         yield from add_others(block)
                     else:
@@ -471,6 +525,8 @@ class ThreadBlock:
         self.start({"scheduler": self.scheduler(), "loader": self.loader()})
         self.start({f"warp {i} of warpgroup {w}": self.consumer(w, i)
                     for w in range(self.consumers) for i in range(WARPS)})
+        if self.eight_bits:
+            self.start({f"transposer {number}": self.transposer(number) for number in range(TRANSPOSERS)})
         while self.actors:
             ready = [(name, actor) for name, (actor, can_go_on) in self.actors.items() if can_go_on()]
             if not ready and not self.under_way:

@@ -89,15 +89,23 @@ def fp8_score_error(q, k, v, *, scale=None, causal=False, window=(-1, -1), chunk
     lse is off by no more: it is the mean of its keys' errors, weighted by their probabilities.
     """
     seqlen_q, num_heads, head_dim = q.shape
-    seqlen_k, num_heads_kv, _ = k.shape
-    sizes_q, sizes_k = (np.abs(x.astype(np.float64)) for x in (q, k))
-    factor = np.abs(np.broadcast_to(q_descale, num_heads) * np.repeat(np.broadcast_to(k_descale, num_heads_kv),
-                                                                      num_heads // num_heads_kv))
+    seqlen_k, num_heads_kv, head_dim_v = v.shape
+    factor_q, factor_k, factor_v = (np.abs(np.broadcast_to(factor, heads)) for factor, heads in (
+        (q_descale, num_heads), (k_descale, num_heads_kv), (v_descale, num_heads_kv)))
     sees = visible(seqlen_q, seqlen_k, causal, window, chunk)
-    sums = [np.where(sees, sizes_q[:, i] @ sizes_k[:, i * num_heads_kv // num_heads].T, 0).max(axis=1, initial=0)
-            for i in range(num_heads)]
-    scale = head_dim**-0.5 if scale is None else scale
-    return FP8_SCORE_ERROR * abs(scale) * (factor[:, None] * np.array(sums).reshape(num_heads, seqlen_q)).T[..., None]
+    lost = np.zeros((seqlen_q, num_heads, 1))
+    for i in range(num_heads):
+        j = i * num_heads_kv // num_heads
+        sizes = _products_of_sizes(q[:, i], k[:, j]) * factor_k[j]
+        if qv is not None:
+            sizes += _products_of_sizes(qv[:, i], v[:, j]) * factor_v[j]
+        lost[:, i, 0] = factor_q[i] * np.where(sees, sizes, 0).max(axis=1, initial=0)
+    scale = (head_dim + (head_dim_v if qv is not None else 0)) ** -0.5 if scale is None else scale
+    return FP8_SCORE_ERROR * abs(scale) * lost
+
+
+def _products_of_sizes(a, b):
+    return np.abs(a.astype(np.float64)) @ np.abs(b.astype(np.float64)).T
 
 
 def _evaluate(q, k, v, scale, causal, window, chunk, softcap, sinks, qv, q_descale, k_descale, v_descale, head):

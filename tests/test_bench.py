@@ -47,7 +47,10 @@ EXPECTED_CASES = {
     "mla": [f"bf16 b{batch} ctx{context} page{page} h{heads}"
             for batch, context in ((1, 4096), (1, 32768), (16, 4096), (16, 32768), (128, 4096), (128, 8192))
             for heads in (16, 64, 128) for page in ("None", 64)] + [
-                f"bf16 s4096 causal h{heads}" for heads in (16, 128)],
+                f"e4m3 b{batch} ctx{context} page{page} h{heads}"
+                for batch, context in ((1, 32768), (16, 32768), (128, 8192))
+                for heads in (16, 64, 128) for page in ("None", 64)] + [
+                    f"{dtype} s4096 causal h{heads}" for dtype in ("bf16", "e4m3") for heads in (16, 128)],
 }
 
 

@@ -21,7 +21,7 @@ RATIOS = (1, 2, 3, 5, 16, 64, 65)
 
 
 def dtypes_of(framework):
-    return tuple(name for name in framework.dtypes if name in ("float16", "bfloat16"))
+    return tuple(name for name in framework.dtypes if name in ("float16", "bfloat16", "float8_e4m3fn"))
 
 
 def latent_problems(framework, head_dims=HEAD_DIMS):
@@ -58,19 +58,25 @@ def options_of(framework, problem, arrays):
     small = {name: framework.put(array)[0] for name, array in arrays.lengths.items() if array is not None}
     if arrays.sinks is not None:
         small["sinks"] = framework.put(arrays.sinks)[0]
+    small.update((name, framework.put(array)[0]) for name, array in arrays.descales.items())
     return dict(small, causal=problem.causal, window_size=problem.window, attention_chunk=problem.chunk,
                 softcap=problem.softcap, **problem.how)
 
 
 def assert_right(problem, arrays, qv, k, v, out, lse, scale):
     """As test_attention's, with qv."""
-    formula = dict(problem.formula, scale=scale, sinks=arrays.sinks, qv=qv, **arrays.lengths)
+    formula = dict(problem.formula, scale=scale, qv=qv, **arrays.lengths, **arrays.descales)
+    slack = 0.0
+    if problem.dtype == "float8_e4m3fn":
+        slack = reference.forward(arrays.q, k, v, evaluate=reference.fp8_score_error, **formula).out[..., 0]
+    formula["sinks"] = arrays.sinks
     ref = reference.forward(arrays.q, k, v, **formula)
     naive = reference.forward(arrays.q, k, v, evaluate=reference.naive, **formula).out
     used = ref.used
     reference.assert_close(out[used], ref.out[used], naive[used], out.dtype)
     rows = np.moveaxis(lse, -2, -1), np.moveaxis(ref.lse, -2, -1)
-    reference.assert_lse_close(*(x[used] for x in rows), dtype=arrays.q.dtype)
+    slack = slack[used] if np.ndim(slack) else slack
+    reference.assert_lse_close(*(x[used] for x in rows), dtype=arrays.q.dtype, slack=slack)
 
 
 @every_backend
@@ -148,12 +154,13 @@ def test_absorbed_decoding_on_pages(framework, data):
 
 @every_backend
 @pytest.mark.parametrize("absorbed", [False, True], ids=["qv", "absorbed"])
-def test_new_rows_of_a_latent_cache(framework, absorbed):
+@pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn"])
+def test_new_rows_of_a_latent_cache(framework, dtype, absorbed):
     """Rows are appended to what k and v share, and seen."""
     rng = np.random.default_rng(0)
 
     def normal(*shape):
-        return rng.standard_normal(shape).astype(np.float16)
+        return rng.standard_normal(shape).astype(strategies.DTYPES[dtype])
 
     cache, new, q, qv = normal(2, 40, 1, 576), normal(2, 3, 1, 576), normal(2, 3, 16, 64), normal(2, 3, 16, 512)
     cached = np.array([30, 0], np.int32)
@@ -169,7 +176,42 @@ def test_new_rows_of_a_latent_cache(framework, absorbed):
     for b, rows in enumerate(whole):
         assert cache[b, :len(rows)].tobytes() == rows.tobytes()
         call = dict(q=q[b], k=rows[..., 512:], v=rows[..., :512], qv=qv[b], causal=True, scale=576**-0.5)
-        reference.assert_close(out[b], reference.attention(**call)[0], reference.naive(**call), np.float16)
+        reference.assert_close(out[b], reference.attention(**call)[0], reference.naive(**call), out.dtype)
+
+
+@every_backend
+def test_descales_of_both_parts(framework):
+    """Without a descale of 1 anywhere: of qv and q it is q's, of the values in the scores and in the output v's. One of
+    0 takes its part away, and signs count."""
+    rng = np.random.default_rng(0)
+    q, k, v, qv = (rng.standard_normal(shape).astype(strategies.DTYPES["float8_e4m3fn"])
+                   for shape in ((1, 5, 4, 64), (1, 70, 2, 64), (1, 70, 2, 512), (1, 5, 4, 512)))
+    put = {name: framework.put(x)[0] for name, x in dict(q=q, k=k, v=v, qv=qv).items()}
+    for of_k, of_v in (([2.0, -0.5], [0.25, 3.0]), ([0.0, 0.0], [0.5, -1.5]), ([1.5, 4.0], [0.0, 0.0])):
+        factors = dict(q_descale=np.array([0.5, -1.0, 2.0, 1.5], np.float32), k_descale=np.array(of_k, np.float32),
+                       v_descale=np.array(of_v, np.float32))
+        out, lse = fa3.flash_attn_func(**put, return_lse=True, causal=True,
+                                       **{name: framework.put(x)[0] for name, x in factors.items()})
+        call = dict(q=q[0], k=k[0], v=v[0], qv=qv[0], causal=True, **factors)
+        (ref, ref_lse), out = reference.attention(**call), framework.numpy(out)
+        reference.assert_close(out[0], ref, reference.naive(**call), out.dtype)
+        reference.assert_lse_close(framework.numpy(lse)[0].T, ref_lse.T, dtype=q.dtype,
+                                   slack=reference.fp8_score_error(**call)[..., 0])
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_absorbed_queries_of_16_bits_on_an_fp8_cache(framework, dtype):
+    """The same bits as of q quantised by the caller."""
+    rng = np.random.default_rng(0)
+    q = framework.put(rng.standard_normal((2, 3, 16, 576)).astype(strategies.DTYPES[dtype]))[0]
+    k = framework.put(rng.standard_normal((2, 100, 1, 576)).astype(strategies.DTYPES["float8_e4m3fn"]))[0]
+    options = dict(cache_seqlens=framework.put(np.array([100, 65], np.int32))[0], causal=True)
+    codes, descale = fa3.quantize_fp8(q, granularity="batch_head")
+    expected = fa3.flash_attn_with_kvcache(codes, k, k[..., :512], q_descale=descale, out_dtype=dtype, **options)
+    out = framework.numpy(fa3.flash_attn_with_kvcache(q, k, k[..., :512], **options))
+    assert out.dtype == strategies.DTYPES[dtype] and np.isfinite(out.astype(np.float32)).all()
+    assert out.tobytes() == framework.numpy(expected).tobytes()
 
 
 @every_backend
@@ -220,10 +262,7 @@ def test_what_absorbed_calls_need(change, error, message):
 @pytest.mark.gpu
 def test_what_is_missing_says_so():
     torch = pytest.importorskip("torch")
-    q, qv, k = (torch.zeros(1, rows, 1, dim, device="cuda").to(torch.float8_e4m3fn)
+    q, qv, k = (torch.zeros(1, rows, 1, dim, dtype=torch.float16, device="cuda")
                 for rows, dim in ((1, 64), (1, 512), (9, 576)))
-    with pytest.raises(NotImplementedError, match=r"qv: .*fp8"):
-        fa3.flash_attn_func(q, k[..., 512:], k[..., :512], qv=qv)
-    q, qv, k = (x.half() for x in (q, qv, k))
     with pytest.raises(NotImplementedError, match=r"dropout_p: 0.1, but with qv"):
         fa3.flash_attn_func(q, k[..., 512:], k[..., :512], qv=qv, dropout_p=0.1, dropout_seed=1)

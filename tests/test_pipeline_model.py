@@ -31,7 +31,8 @@ def thread_blocks(draw):
     consumers = 2 if has_qv else draw(st.sampled_from([1, 2, 3]))
     work = draw(st.lists(pieces(consumers, 1 if has_qv else consumers), max_size=9))
     return dict(consumers=consumers, pieces=work, query_stages=1 if has_qv else draw(st.sampled_from([1, 2])),
-                counted=draw(st.booleans()), idle_rows=draw(st.booleans()), has_qv=has_qv)
+                counted=draw(st.booleans()), idle_rows=draw(st.booleans()), has_qv=has_qv,
+                eight_bits=draw(st.booleans()))
 
 
 @given(thread_blocks(), st.integers(0, 2**32))
@@ -70,11 +71,12 @@ def blocks_to_break():
         fair = seed // 3 % 3
         choose = random.Random(seed).randrange if fair == 0 else unfair(seed, ["first", "last"][fair - 1])
         yield dict(consumers=consumers, pieces=work, query_stages=1 if has_qv else 1 + seed // 2 % 2,
-                   counted=seed // 4 % 2 == 1, idle_rows=seed // 8 % 2 == 0, has_qv=has_qv), choose
+                   counted=seed // 4 % 2 == 1, idle_rows=seed // 8 % 2 == 0, has_qv=has_qv,
+                   eight_bits=seed // 16 % 2 == 1), choose
 
 
 def names_of_sites():
-    for thread_block, choose in list(blocks_to_break())[:8]:
+    for thread_block, choose in list(blocks_to_break())[:32]:
         ThreadBlock(**thread_block).run(choose)
     return sorted(pipeline_model.SITES)
 

@@ -49,6 +49,7 @@ struct Descale {
 struct ForwardArgs {
   TmaOperand q, k, v;
   TmaOperand qv;  // as q, for kernels whose scores add qv v
+  bool absorbed;  // qv v has the factors of q and k, since v is part of k
 
   void* out;
   int64_t out_stride[3];  // elements: batch, row, head

@@ -7,10 +7,9 @@
 
 namespace fa3 {
 
-/// What a thread's two rows of output are still to be multiplied with.
+/// What a thread's two rows of output are still to be multiplied with, and with the descale of fp8 values.
 struct RowScales {
   float scale[2];
-  float descale = 1.f;  // of fp8 values
 
   __device__ __forceinline__ bool empty(int r) const { return scale[r] < 0; }  // it is 0, whatever the values hold
 };
@@ -21,7 +20,6 @@ __device__ __forceinline__ RowScales finish_rows(const ForwardArgs& args, const 
                                                  const Softmax& softmax) {
   const RowPlaces places = RowPlaces::of<Traits>(args, work, thread / 128);
   RowScales scales;
-  if constexpr (Softmax::kEightBits) scales.descale = work.value_descale;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = thread % 128 / 32 * 16 + thread % 32 / 4 + 8 * r;
@@ -77,8 +75,7 @@ class RowWriter {
         first_row_(16 * (thread / 32 % 4)),
         first_column_(Traits::first_column(thread / 128)),
         staging_(staging[thread / 32]),
-        scale_{scales.empty(0) ? 0.f : scales.scale[0] * scales.descale,
-               scales.empty(1) ? 0.f : scales.scale[1] * scales.descale} {
+        scale_{scale_of(scales, 0, work), scale_of(scales, 1, work)} {
     auto* first = static_cast<Element*>(args_.out) + places_.batch * args_.out_stride[0] +
                   places_.first_row * args_.out_stride[1] + places_.first_head * args_.out_stride[2] + first_column_ +
                   8 * (lane_ % Staging::kVectors);
@@ -103,6 +100,12 @@ class RowWriter {
   }
 
  private:
+  /// What row r is multiplied with. The values' descale is read late: it would take a register beside the last product.
+  __device__ __forceinline__ static float scale_of(const RowScales& scales, int r, const TileHead& work) {
+    if (scales.empty(r)) return 0.f;
+    return Traits::kEightBits ? scales.scale[r] * work.value_descale : scales.scale[r];
+  }
+
   /// The columns that are staged.
   __device__ __forceinline__ void write(int group) const {
     __syncwarp();
@@ -169,12 +172,12 @@ __device__ __forceinline__ void leave_rows(const ForwardArgs& args, const TileHe
     if (first_column == 0) args.parts_lse[index] = result.lse;
     float* const to = args.parts + index * args.head_dim_v + first_column;
     const bool empty = result.scale < 0;  // then o holds anything
+    const float scale = Softmax::kEightBits ? result.scale * work.value_descale : result.scale;
 #pragma unroll
     for (int i = 0; i < Traits::kColumnsO / 8; ++i)
       if (first_column + 8 * i < args.head_dim_v)
         *reinterpret_cast<float2*>(to + 8 * i) =
-            empty ? make_float2(0.f, 0.f)
-                  : make_float2(o[4 * i + 2 * r] * result.scale, o[4 * i + 2 * r + 1] * result.scale);
+            empty ? make_float2(0.f, 0.f) : make_float2(o[4 * i + 2 * r] * scale, o[4 * i + 2 * r + 1] * scale);
   }
 }
 

@@ -8,7 +8,8 @@ namespace fa3 {
 
 /// Thread t of one warpgroup and thread t of the other have the same rows and keys of the scores, so what they tell
 /// each other is for one thread alone. There are two boxes of 64 bytes for every such pair: in the place where output
-/// is staged, and in that of Q, whose columns are in registers by then.
+/// is staged, and in that of Q, whose columns are in registers by then. Q of 8 bits has too few bytes: there the second
+/// boxes have a place of their own.
 template <class Traits, bool = Traits::kHasQv>
 class Exchange {
  public:
@@ -19,14 +20,15 @@ template <class Traits>
 class Exchange<Traits, true> {
   static constexpr int kWords = 16, kScores = Traits::kTileN / 2;  // of a box; of a thread
   static_assert(kScores == 2 * kWords, "scores go in two letters");
-  static_assert(Traits::kStagingBytes >= 128 * kWords * 4 && Traits::TileQ::kBytes >= 128 * kWords * 4 &&
-                    Traits::kQueryStages == 1 && Traits::kQuerySteps == Traits::kOwnColumnSteps,
-                "the boxes have room where nothing else is needed meanwhile");
+  static constexpr int kBoxBytes = 128 * kWords * 4;
+  static_assert(Traits::kStagingBytes >= kBoxBytes, "the boxes have room where nothing else is needed meanwhile");
+  static_assert(Traits::kEightBits ? Traits::kLetterBytes >= kBoxBytes
+                                   : Traits::TileQ::kBytes >= kBoxBytes && Traits::kQueryStages == 1 &&
+                                         Traits::kQuerySteps == Traits::kOwnColumnSteps,
+                "so have the second ones");
 
  public:
-  __device__ __forceinline__ Exchange(ForwardShared<Traits>& shared, int warpgroup)
-      : first_(box(warpgroup == 0 ? static_cast<void*>(shared.q) : shared.staging)),
-        second_(box(warpgroup == 0 ? static_cast<void*>(shared.staging) : shared.q)) {}
+  __device__ __forceinline__ Exchange(ForwardShared<Traits>& shared, int) : shared_(shared) {}
 
   /// Before a tile's first scores: until both warpgroups have their part of Q, and staged no more of the last output.
   __device__ __forceinline__ void open() const { arch::barrier_sync(kBothBarrier, 256); }
@@ -41,19 +43,32 @@ class Exchange<Traits, true> {
   /// the one where it found the other's first. So a box is written by whoever read it last, and each letter takes one
   /// barrier, of the two warps.
   __device__ __forceinline__ void add_others(float (&s)[kScores]) const {
-    put(first_, s);
+    // Found anew each time: beside the products there are no registers for it.
+    const uint32_t thread = arch::thread_anew();
+    float4* const first = box(thread / 128 == 0, thread);
+    float4* const second = box(thread / 128 != 0, thread);
+    put(first, s);
     sync();
-    add(second_, s);
-    put(second_, s + kWords);
+    add(second, s);
+    put(second, s + kWords);
     sync();
-    add(first_, s + kWords);
+    add(first, s + kWords);
   }
 
  private:
   // Named barriers behind those of the consumers: of each pair of warps, and of all.
   static constexpr int kPairBarrier = 1 + 2 * Traits::kConsumers, kBothBarrier = kPairBarrier + 4;
 
-  __device__ __forceinline__ static float4* box(void* boxes) { return static_cast<float4*>(boxes) + threadIdx.x % 128; }
+  /// A thread's box in the one place or in the other.
+  __device__ __forceinline__ float4* box(bool with_q, uint32_t thread) const {
+    void* place = shared_.staging;
+    if constexpr (Traits::kEightBits) {
+      if (with_q) place = shared_.letters;
+    } else {
+      if (with_q) place = shared_.q;
+    }
+    return static_cast<float4*>(place) + thread % 128;
+  }
 
   __device__ __forceinline__ static void sync() { arch::barrier_sync(kPairBarrier + threadIdx.x / 32 % 4, 64); }
 
@@ -74,7 +89,7 @@ class Exchange<Traits, true> {
     }
   }
 
-  float4 *const first_, *const second_;  // where this thread's first and second letters go
+  ForwardShared<Traits>& shared_;
 };
 
 }  // namespace fa3

@@ -108,12 +108,17 @@ class Consumer {
       // A plain block has no mask and no softcap. Its code stands apart: jumping over them cost 4% at head dim 256.
       // False: its softmax is to be done again.
       auto step = [&](int n_block, bool plain, bool promoted) {
-        if constexpr (Traits::kHasQv) finish_values(o, p);  // lest the next block find no room while this one waits
-        if (!Traits::kRunsFree || !here) {
-          shared_.k_full[k_ring_.stage()].wait(k_ring_.parity());
-          shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());
+        if constexpr (Traits::kHasQv) {
+          finish_values(o, s, p, promoted, work);  // lest the next block find no room while this one waits
+          if constexpr (!Traits::kTwoParts) wait_for_keys();
+          wait_for_value_part();
+        } else {
+          if (!Traits::kRunsFree || !here) {
+            wait_for_keys();
+            shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());
+          }
+          if (promoted) promote_values(o, s, p);  // tensor cores idle meanwhile, if nobody else has them
         }
-        if (promoted) promote_values(o, s, p);  // tensor cores idle meanwhile, if nobody else has them
         turns_.take();
         arch::wgmma_fence();
         if (!promoted && !Traits::kHasQv) add_values(o, p);
@@ -139,8 +144,13 @@ class Consumer {
       };
 
       int n_block = blocks.end - 1;
-      shared_.k_full[k_ring_.stage()].wait(k_ring_.parity());
-      if constexpr (Traits::kHasQv) shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());
+      wait_for_keys();
+      if constexpr (Traits::kTwoParts) {
+        arch::wgmma_fence();
+        add_keys(s);
+        finish_key_part(s, work);
+      }
+      wait_for_value_part();
       arch::wgmma_fence();
       multiply_keys(s);
       arch::wgmma_wait<0>();
@@ -225,7 +235,7 @@ class Consumer {
   __device__ __forceinline__ float descale(const Work& work, int r) const {
     if (args_.packing.heads == 1) return work.score_descale;
     const int head = smaller(work.first_head + args_.packing.head_of(row(r)), args_.packing.ratio - 1);
-    return score_descale(args_, work, head);
+    return score_descale<Traits>(args_, work, head);
   }
 
   /// A tile's rows: their descales become part of what the scores are multiplied with, before softcap or after it.
@@ -257,9 +267,9 @@ class Consumer {
 
   /// Rows that no query is ever loaded to are zeros: the softmax of a warp must not depend on what memory held before.
   __device__ __forceinline__ void clear_idle_queries() const {
-    if constexpr (Traits::kHasQv)  // those of Q are left out by load_queries()
+    if constexpr (Traits::kHasQv)
       clear_rows<TileQV, Traits::kQueryStages>(shared_.qv[row_group()][0], args_.packing.rows);
-    else
+    if constexpr (!Traits::kHasQv || Traits::kQuerySteps == 0)  // else load_queries() leaves them out
       clear_rows<TileQ, Traits::kQueryStages>(shared_.q[row_group()][0], args_.packing.rows);
     arch::fence_async_proxy();
     arch::barrier_sync(own_barrier(), 128);
@@ -280,7 +290,7 @@ class Consumer {
   __device__ __forceinline__ void skip_blocks(int count, bool last_has_no_turn) {
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
-      shared_.k_full[k_ring_.stage()].wait(k_ring_.parity());
+      wait_for_keys();
       release_k();
       shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());
       release_v();
@@ -306,8 +316,16 @@ class Consumer {
     }
   }
 
+  /// Scores; where they have two parts, what is left of them.
   __device__ __forceinline__ void multiply_keys(Scores& s) const {
-    const uint32_t q = q_address_ + q_ring().stage() * (TileQ::kBytes >> 4);
+    if constexpr (!Traits::kTwoParts) add_keys(s);
+    if constexpr (Traits::kHasQv) add_value_part(s);
+    arch::wgmma_commit();
+  }
+
+  __device__ __forceinline__ void add_keys(Scores& s) const {
+    const uint32_t q = q_address_ + q_ring().stage() * (TileQ::kBytes >> 4) +
+                       column_group() * TileQ::column_step(Traits::kOwnColumnSteps);
     const uint32_t k = k_address_ + k_ring_.stage() * (TileK::kBytes >> 4) +
                        column_group() * TileK::column_step(Traits::kOwnColumnSteps);
 #pragma unroll
@@ -319,34 +337,76 @@ class Consumer {
         arch::WgmmaSS<Element, kTileN>::mma(s, arch::descriptor(TileQ::kMajorColumns, q + TileQ::column_step(step)),
                                             keys, step > 0);
     }
-    if constexpr (Traits::kHasQv) multiply_values(s);
+  }
+
+  /// Wait for q k, and bring it to the scale of qv v, which comes on top of it.
+  __device__ __forceinline__ void finish_key_part(Scores& s, const Work& work) const {
     arch::wgmma_commit();
+    arch::wgmma_wait<0>();
+    arch::wgmma_wrote(s);
+#pragma unroll
+    for (float& x : s) x *= work.key_part_scale;
+    arch::wgmma_wrote(s);
+  }
+
+  __device__ __forceinline__ void wait_for_keys() const { shared_.k_full[k_ring_.stage()].wait(k_ring_.parity()); }
+
+  /// With qv, of the same block: values as they were loaded.
+  __device__ __forceinline__ void wait_for_value_part() const {
+    if constexpr (Traits::kTwoParts)
+      shared_.loaded_v_full[k_ring_.stage()].wait(k_ring_.parity());
+    else if constexpr (Traits::kHasQv)
+      shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());
   }
 
   /// Add qv v, of this warpgroup's columns of the same block's values.
-  __device__ __forceinline__ void multiply_values(Scores& s) const {
+  __device__ __forceinline__ void add_value_part(Scores& s) const {
+    using Values = typename Traits::TileLoadedV;
     // Read anew: descriptors of all columns, held through the loop, would not fit in registers.
     const uint32_t qv = arch::uniform(arch::descriptor_address(shared_.qv[row_group()][q_ring().stage()]) +
                                       column_group() * TileQV::column_step(kValueSteps));
-    const uint32_t v =
-        v_address_ + v_ring_.stage() * (TileV::kBytes >> 4) + column_group() * TileV::column_step(kValueSteps);
+    uint32_t v;
+    if constexpr (Traits::kTwoParts)
+      v = arch::uniform(arch::descriptor_address(shared_.loaded_v) + k_ring_.stage() * (Values::kBytes >> 4) +
+                        column_group() * Values::column_step(kValueSteps));
+    else
+      v = v_address_ + v_ring_.stage() * (Values::kBytes >> 4) + column_group() * Values::column_step(kValueSteps);
 #pragma unroll
     for (int step = 0; step < kValueSteps; ++step)
       arch::WgmmaSS<Element, kTileN>::mma(s, arch::descriptor(TileQV::kMajorColumns, qv + TileQV::column_step(step)),
-                                          arch::descriptor(TileV::kMajorColumns, v + TileV::column_step(step)), true);
+                                          arch::descriptor(Values::kMajorColumns, v + Values::column_step(step)), true);
+  }
+
+  /// Where this warpgroup's columns of V begin, in units of 16 bytes.
+  __device__ __forceinline__ uint32_t own_columns() const {
+    if constexpr (!Traits::kHasQv)
+      return 0;
+    else if constexpr (Traits::kEightBits)
+      return column_group() * TileV::column(Traits::kColumnsO);
+    else
+      return column_group() * TileV::column_step(kValueSteps);
   }
 
   __device__ __forceinline__ void add_values(Output& o, const Probabilities& p) const {
-    uint32_t offset = 0;
-    if constexpr (Traits::kHasQv) offset = column_group() * TileV::column_step(kValueSteps);
-    weigh_values<Traits::kColumnsO>(o, p, offset, true);
+    weigh_values<Traits::kColumnsO>(o, p, own_columns(), true);
   }
 
-  /// The same where nothing else is multiplied meanwhile.
-  __device__ __forceinline__ void finish_values(Output& o, const Probabilities& p) {
-    arch::wgmma_fence();
-    add_values(o, p);
-    arch::wgmma_wait<0>();
+  /// The same where nothing else is multiplied meanwhile but q k of the next block, if it stands alone.
+  __device__ __forceinline__ void finish_values(Output& o, Scores& s, const Probabilities& p, bool promoted,
+                                                const Work& work) {
+    if constexpr (Traits::kTwoParts) {
+      shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());  // turned
+      wait_for_keys();
+      if (promoted) promote_values(o, s, p);
+      arch::wgmma_fence();
+      if (!promoted) add_values(o, p);
+      add_keys(s);
+      finish_key_part(s, work);
+    } else {
+      arch::wgmma_fence();
+      add_values(o, p);
+      arch::wgmma_wait<0>();
+    }
     arch::wgmma_wrote(o);
     release_v();
   }
@@ -369,14 +429,14 @@ class Consumer {
   __device__ __forceinline__ void promote_values(Output& o, Scores& s, const Probabilities& p) const {
     if constexpr (Traits::kPromotes) {
 #pragma unroll
-      for (int first = 0; first < Traits::kHeadDimV; first += kTileN) {
+      for (int first = 0; first < Traits::kColumnsO; first += kTileN) {
         arch::wgmma_fence();
-        weigh_values<kTileN>(s, p, TileV::column(first), false);
+        weigh_values<kTileN>(s, p, own_columns() + TileV::column(first), false);
         arch::wgmma_wait<0>();
         arch::wgmma_wrote(s);
 #pragma unroll
         for (int i = 0; i < kTileN / 2; ++i)
-          if (first / 2 + i < Traits::kHeadDimV / 2) o[first / 2 + i] += s[i];
+          if (first / 2 + i < Traits::kColumnsO / 2) o[first / 2 + i] += s[i];
       }
     }
   }
@@ -463,6 +523,7 @@ class Consumer {
     if (lane_ == 0) empty.arrive();
   }
   __device__ __forceinline__ void release_k() {
+    if constexpr (Traits::kTwoParts) release(shared_.loaded_v_empty[k_ring_.stage()]);
     release(shared_.k_empty[k_ring_.stage()]);
     k_ring_.advance();
   }

@@ -12,10 +12,19 @@ __device__ __forceinline__ int query_of(const ForwardArgs& args, const TileHead&
          args.packing.position_of(row);
 }
 
+/// The factor of what queries are multiplied with for their fp8 scores: keys, but with qv values, to whose scale the
+/// keys' part is brought. So it must not be 0 there; this small, it makes their part nothing all the same.
+template <class Traits>
+__device__ __forceinline__ float key_descale(const ForwardArgs& args, const TileHead& work) {
+  if (!Traits::kHasQv || args.absorbed) return args.k_descale.at(work.batch, work.head_kv);
+  const float descale = args.v_descale.at(work.batch, work.head_kv);
+  return descale == 0 ? 1e-20f : descale;
+}
+
 /// The factor of fp8 scores of a tile's head, counted from the first query head of its KV head.
+template <class Traits>
 __device__ __forceinline__ float score_descale(const ForwardArgs& args, const TileHead& work, int head) {
-  return args.q_descale.at(work.batch, work.head_kv * args.packing.ratio + head) *
-         args.k_descale.at(work.batch, work.head_kv);
+  return args.q_descale.at(work.batch, work.head_kv * args.packing.ratio + head) * key_descale<Traits>(args, work);
 }
 
 /// A warpgroup's rows in the arrays: a row is a position and a head counted from the first of both, and only those

@@ -97,8 +97,11 @@ class Scheduler {
         work.first_block = first_block;
         work.end_block = end_block;
         if constexpr (Traits::kEightBits) {
-          work.score_descale = score_descale(args_, work, work.first_head);
+          work.score_descale = score_descale<Traits>(args_, work, work.first_head);
           work.value_descale = args_.v_descale.at(work.batch, work.head_kv);
+          if constexpr (Traits::kHasQv)
+            work.key_part_scale =
+                args_.absorbed ? 1.f : args_.k_descale.at(work.batch, work.head_kv) / key_descale<Traits>(args_, work);
         }
       }
       if constexpr (Traits::kRowGroups == 1) {

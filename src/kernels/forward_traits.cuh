@@ -27,6 +27,7 @@ struct ForwardTraits {
   static constexpr int kStepKeys = 32 / kElementBytes;  // that a product of P and V consumes
   static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;
   static constexpr bool kHasQv = kHasQv_;
+  static constexpr bool kTwoParts = kHasQv && kEightBits;  // of scores, q k and qv v: their descales differ
   // A warpgroup that joins the parts of 64 rows would read 64 KB of each through one multiprocessor, for up to 25 us. A
   // kernel of its own has all of them.
   static constexpr bool kJoinsApart = kHasQv;
@@ -60,19 +61,20 @@ struct ForwardTraits {
   // A thread block starts with kThreads times the registers that kThreads of them can have each; setmaxnreg deals that
   // pool out anew, and waits forever for more than there is.
   static constexpr int kPoolRegisters = 65536 / (kThreads * kBlocksPerSm) / 8 * 8;
-  // Turning V takes more than loading it, and P of 8 bits less than of 16.
+  // Turning V takes more than loading it, and P of 8 bits less than of 16; with qv the scores' two parts make up for
+  // it.
   static constexpr int kMostRegisters = kConsumers == 1 ? 216 : kConsumers == 2 ? 232 : 160;
-  static constexpr int kConsumerRegisters = kBlocksPerSm == 3 ? 120 : kMostRegisters - (kEightBits ? 8 : 0);
+  static constexpr int kConsumerRegisters = kBlocksPerSm == 3 ? 120 : kMostRegisters - (kEightBits && !kHasQv ? 8 : 0);
   static constexpr int kProducerRegisters = (kConsumers + 1) * kPoolRegisters - kConsumers * kConsumerRegisters;
   static_assert(kConsumers >= 1 && kConsumers <= 3, "registers are split for one to three consumer warpgroups");
   static constexpr int kMostOperands = kConsumers == 3 ? (kEightBits ? 124 : 128) : kConsumerRegisters - 24;
   static_assert(kOperands <= kMostOperands, "S, P and O must fit in a consumer's registers, or ptxas serialises wgmma");
-  static_assert(!kHasQv || !kEightBits, "scores would read V as it was before it was turned, which is not kept");
   static_assert(!kHasQv || kConsumers == 2, "two warpgroups exchange their scores");
 
   // A product of 64 columns with Q in shared memory takes all that shared memory gives, one of 8 bits and 96 columns
   // five sixths. Where registers are left, they hold the first of Q's columns, 32 bytes a step.
-  static constexpr int kRegistersLeft = kConsumers == 2                 ? kConsumerRegisters - 40 - kOperands
+  static constexpr int kRegistersLeft = kTwoParts                       ? 0
+                                        : kConsumers == 2               ? kConsumerRegisters - 40 - kOperands
                                         : kConsumers == 3 && kEightBits ? kMostOperands - kOperands
                                                                         : 0;
   static constexpr int kColumnSteps = ceil_div(kElementBytes * kHeadDim, 32);
@@ -97,7 +99,9 @@ struct ForwardTraits {
 
   using Staging = StagedColumns<kHasQv ? 32 : 64>;  // beside two blocks of 512 columns there is no room for more
   static constexpr int kSharedLimit = 228 * 1024 / kBlocksPerSm - 1024;
-  static constexpr int kSharedRest = kEightBits ? 2048 : 1024;  // barriers and gaps
+  // What two warpgroups tell each other goes where Q was, if that is large enough: see Exchange.
+  static constexpr int kLetterBytes = kTwoParts ? 8192 : 0;
+  static constexpr int kSharedRest = (kEightBits ? 2048 : 1024) + kLetterBytes;  // barriers and gaps
   static constexpr int kStagingBytes = 4 * kConsumers * static_cast<int>(sizeof(Staging));
   static constexpr int kQueryBytes = kRowGroups * (TileQ::kBytes + (kHasQv ? TileQV::kBytes : 0));
   static constexpr int kStageBytes = TileK::kBytes + TileV::kBytes + (kEightBits ? TileLoadedV::kBytes : 0);
@@ -108,9 +112,9 @@ struct ForwardTraits {
   // O in fp32 beside it: where sums of fp8 products that grow too long move on to.
   static constexpr int kTotalBytes = kConsumers * 64 * kHeadDimV * static_cast<int>(sizeof(float));
   static constexpr bool kTotals = kEightBits && kBytesBesideQ + kTotalBytes + kQueryBytes <= kSharedLimit;
-  // With a second place for Q, the next tile's arrives while this one is worked on.
+  // With a second place for Q, the next tile's arrives while this one is worked on. With qv registers are too few.
   static constexpr int kQueryStages =
-      kBytesBesideQ + (kTotals ? kTotalBytes : 0) + 2 * kQueryBytes <= kSharedLimit ? 2 : 1;
+      !kHasQv && kBytesBesideQ + (kTotals ? kTotalBytes : 0) + 2 * kQueryBytes <= kSharedLimit ? 2 : 1;
   // Without room for them each block's products are summed in fp32. Bytes behind V that Consumer::promote_values then
   // reads, whose products have a block's keys of columns each:
   static constexpr bool kPromotes = kEightBits && !kTotals;
@@ -133,6 +137,7 @@ struct TileHead {
   int place, part, parts;      // of a split tile; whole ones have parts = 1
   // Of fp8: what the tile's first head's scores and outputs are multiplied with. Read ahead, as global memory is far.
   float score_descale, value_descale;
+  float key_part_scale;  // with qv: what q k is multiplied with before qv v is added
   static constexpr int kNone = -1;
 };
 
@@ -152,12 +157,12 @@ template <class Traits>
 struct LoadedValues<Traits, true> {
   alignas(1024) uint8_t loaded_v[Traits::kStages][Traits::TileLoadedV::kBytes];
   arch::Barrier loaded_v_full[Traits::kStages];   // as k_full
-  arch::Barrier loaded_v_empty[Traits::kStages];  // each transposing warp arrives once
+  arch::Barrier loaded_v_empty[Traits::kStages];  // each transposing warp arrives once, and with qv each consumer warp
 
   __device__ void init_barriers() {
     for (int stage = 0; stage < Traits::kStages; ++stage) {
       loaded_v_full[stage].init(1);
-      loaded_v_empty[stage].init(Traits::kTransposers);
+      loaded_v_empty[stage].init(Traits::kTransposers + (Traits::kHasQv ? 4 * Traits::kConsumers : 0));
     }
   }
 };
@@ -180,8 +185,17 @@ struct ValueQueries<Traits, true> {
   alignas(1024) uint8_t qv[Traits::kRowGroups][Traits::kQueryStages][Traits::TileQV::kBytes];
 };
 
+/// What warpgroups that share rows tell each other, where it has a place of its own.
+template <class Traits, bool = (Traits::kLetterBytes > 0)>
+struct Letters {};
+
 template <class Traits>
-struct ForwardShared : LoadedValues<Traits>, Totals<Traits>, ValueQueries<Traits> {
+struct Letters<Traits, true> {
+  alignas(16) uint8_t letters[Traits::kLetterBytes];
+};
+
+template <class Traits>
+struct ForwardShared : LoadedValues<Traits>, Totals<Traits>, ValueQueries<Traits>, Letters<Traits> {
   static constexpr int kTileSlots = 4;
 
   using Work = TileWork<Traits::kRowGroups>;

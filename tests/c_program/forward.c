@@ -96,7 +96,6 @@ static void check_fp8(void) {
 
 static void check_missing_features(void) {
   REFUSES(FA3_ERROR_NO_QV, "qv: head dims 128 and 128 with it, but at most 64 and 512", p.qv = p.q);
-  REFUSES(FA3_ERROR_NO_QV, "qv: attention with it of fp8", p.qv = p.q; p.dtype = FA3_FLOAT8_E4M3);
   REFUSES(FA3_ERROR_NO_QV, "v: memory of its own, but with head dims 576 and 512", p.head_dim = 576; p.head_dim_v = 512;
           p.v.stride[1] += 8);
   REFUSES(FA3_ERROR_NO_QV, "rotary_cos: given, but with head dims 576 and 512", p.head_dim = 576; p.head_dim_v = 512;
