@@ -291,10 +291,15 @@ Choice choose(const Work& work) {
                       v.head_dim_v >= p.head_dim_v && (p.dropout.p == 0 || v.launch_dropout);
     return fits ? v.head_dim + v.head_dim_v : INT_MAX;
   };
-  int least_dims = INT_MAX, fewest_consumers = INT_MAX;
-  for (const ForwardVariant& v : variants) least_dims = std::min(least_dims, dims_if_fit(v));
-  for (const ForwardVariant& v : variants)
-    if (dims_if_fit(v) == least_dims) fewest_consumers = std::min(fewest_consumers, v.consumers);
+  // Every call looks through the whole table, and does so once: of the best fit so far the first and the last.
+  int least_dims = INT_MAX, fewest_consumers = INT_MAX, first = 0, last = -1;
+  for (int i = 0; i < static_cast<int>(variants.size()); ++i) {
+    const int dims = dims_if_fit(variants[i]);
+    if (dims > least_dims || dims == INT_MAX) continue;
+    if (dims < least_dims) least_dims = dims, fewest_consumers = INT_MAX, first = i;
+    fewest_consumers = std::min(fewest_consumers, variants[i].consumers);
+    last = i;
+  }
   Choice best;
   if (least_dims == INT_MAX) return best;
 
@@ -302,7 +307,7 @@ Choice choose(const Work& work) {
   const bool may_pack =
       p.dropout.p == 0 && p.pack_gqa != 0 && p.num_heads > p.num_heads_kv && (p.pack_gqa > 0 || !p.batch_invariant);
   const bool may_not_pack = p.pack_gqa <= 0 || !may_pack;
-  for (int i = 0; i < static_cast<int>(variants.size()); ++i) {
+  for (int i = first; i <= last; ++i) {
     const ForwardVariant& v = variants[i];
     if (dims_if_fit(v) != least_dims) continue;
     if (p.tile_m && (v.tile_m() != p.tile_m || v.tile_n != p.tile_n)) continue;
