@@ -2,6 +2,7 @@
 #include "quantize_plan.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <limits>
 
 namespace fa3 {
@@ -79,6 +80,30 @@ int64_t cut_steps(const QuantizeKind& kind, int64_t rows, QuantizeArgs& args) {
   return ceil_quotient(rows, args.step_rows);
 }
 
+/// Whether the kernel whose threads have rows can take them: 32-bit offsets within a warp's, and 16 bytes at a time.
+bool rows_are_plain(const fa3_quantize_params& p, const QuantizeArgs& args) {
+  constexpr int64_t kMostStride = INT32_MAX / 64;  // of 32 rows, in bytes
+  return p.hadamard && p.dtype != FA3_FLOAT32 && RowTile::fits(p.head_dim) && args.plain && !args.cu_seqlens &&
+         multiples_of(16, p.out, 1) && std::abs(args.rows.x[0]) < kMostStride &&
+         std::abs(args.rows.out[0]) < kMostStride;
+}
+
+/// A thread a row. Where all blocks hold a unit at once, each has a step of it, and as many groups as there is room for
+/// have a unit each. False where most of a block's rows would be none.
+bool share_rows(const fa3_quantize_params& p, int num_sms, QuantizePlan& plan) {
+  QuantizeArgs& args = plan.args;
+  const RowTile tile{p.head_dim};
+  const int64_t rows = args.unit_rows, steps = ceil_quotient(rows, tile.step_rows());
+  const int resident = num_sms * RowTile::kBlocks;
+  if (!rows_are_plain(p, args) || 2 * rows < steps * tile.step_rows()) return false;
+  plan.row_dim = p.head_dim;
+  args.step_rows = tile.step_rows();
+  args.unit_steps = steps <= resident ? static_cast<int>(steps) : 0;
+  args.blocks_per_group = static_cast<int>(std::min<int64_t>(steps, resident));
+  args.groups = std::min(args.units, resident / args.blocks_per_group);
+  return true;
+}
+
 /// Which thread blocks share a unit of so many rows. One that a small block can hold is a block's own, with nothing to
 /// wait for. Larger ones go through groups of resident blocks: as many groups as can hold a unit and have room for as
 /// much of others while they wait for its amax, but rather fewer than leave groups idle in the last round. Units that
@@ -94,6 +119,7 @@ void share_units(const fa3_quantize_params& p, int64_t rows, int num_sms, Quanti
     if (!args.cu_seqlens) args.places = static_cast<int>(std::max<int64_t>(steps, 1));
     return;
   }
+  if (share_rows(p, num_sms, plan)) return;
   plan.kind = kind_of(p, true);
   steps = cut_steps(plan.kind, rows, args);
   const int64_t resident = int64_t{num_sms} * (plan.kind.max_threads() / plan.kind.threads());

@@ -42,9 +42,32 @@ struct QuantizeKind {
   constexpr int row_lanes(int head_dim) const { return columns < 3 ? head_dim / 8 / columns : 32; }
 };
 
+/// The kernel for a rotation of 16-bit rows that lie along one axis and begin at 16 bytes: a thread has a row, or half
+/// of one, and no lane needs a sum of another's. This is what a warp and a thread block of it hold.
+struct RowTile {
+  int head_dim;
+
+  static constexpr bool fits(int head_dim) {
+    return head_dim == 64 || head_dim == 80 || head_dim == 128 || head_dim == 256;
+  }
+  constexpr int lanes() const { return head_dim > 128 ? 2 : 1; }                 // of a row
+  constexpr int part() const { return head_dim / lanes(); }                      // dims that a lane has
+  constexpr int rows() const { return 32 / lanes(); }                            // of a warp
+  static constexpr int kBlocks = 2;                                              // of a multiprocessor
+  constexpr int warps() const { return part() > 80 ? 4 : part() > 64 ? 6 : 8; }  // as registers allow
+  constexpr int threads() const { return 32 * warps(); }
+  constexpr int step_rows() const { return rows() * warps(); }
+  /// From a lane's 16-byte words to the next one's: odd, so that no two of eight lanes share a bank.
+  constexpr int loaded_words() const { return part() / 8 | 1; }
+  constexpr int held_words() const { return part() / 4 | 1; }  // sums in fp32
+  constexpr int warp_words() const { return 32 * (loaded_words() + held_words()); }
+  constexpr int bytes() const { return 16 * warp_words() * warps(); }
+};
+
 /// How a call is cut up: everything in the arguments but the ticket and the workspace's addresses. Calls no CUDA.
 struct QuantizePlan {
   QuantizeKind kind;
+  int row_dim;  // head dim of the kernel whose threads have rows, or 0: it is the one of `kind`
   QuantizeArgs args;
   size_t workspace;  // bytes
 };

@@ -92,6 +92,29 @@ def test_as_the_cpu(host, head_dim, granularity, hadamard):
         assert shared > 1, "several blocks to a scale, or nothing has waited"
 
 
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize(("granularity", "rows", "num_sms"), [("head", 700, 8), ("batch_head", 610, 4),
+                                                              ("tensor", 300, 2), ("head", 350, 1)])
+def test_a_row_a_thread(host, head_dim, granularity, rows, num_sms):
+    """Several units a group, one step each, or two passes; ragged ends, gaps between rows, values that are not finite.
+    """
+    random = np.random.default_rng(head_dim + rows)
+    for dtype, late in zip(("float16", "bfloat16"), (True, False), strict=True):
+        x, _ = embedded((2, rows, 3, head_dim), DTYPES[dtype], np.nan, 8 * late, 16 * late)
+        x[...] = random.standard_normal(x.shape)
+        if late:
+            for value in (np.nan, np.inf, -np.inf, 6e4):
+                x[tuple(random.integers(size) for size in x.shape)] = value
+        else:
+            x[0, 5] = 3e38  # whose sums are infinite
+        strides = [stride // x.itemsize for stride in x.strides]
+        assert plan(host, x.shape, granularity, dtype, True, num_sms, strides)["row_dim"] == head_dim
+        codes, descale, _ = emulate(host, x, granularity, True, late=late, num_sms=num_sms)
+        expected, expected_descale = fa3.quantize_fp8(x, granularity=granularity, hadamard=True)
+        assert (descale == expected_descale).all()
+        assert same(codes, expected)
+
+
 @pytest.mark.parametrize("offset", [0, 1, 4])
 @pytest.mark.parametrize("hadamard", [False, True])
 def test_addresses_and_strides_of_any_alignment(host, offset, hadamard):
@@ -161,9 +184,9 @@ def plan(host, shape, granularity, dtype="float16", hadamard=False, num_sms=132,
     strides = strides or [int(np.prod(shape[axis + 1:])) for axis in range(4)]
     call = params(shape, dtype, granularity, hadamard, x=4096, out=4096, descale=4096, x_strides=strides,
                   out_strides=strides, descale_strides=[])
-    out = (ctypes.c_int64 * 8)()
+    out = (ctypes.c_int64 * 9)()
     host.plan_of(ctypes.byref(call), num_sms, out)
-    names = ("groups", "blocks", "places", "workspace", "axes", "shared", "resident", "steps")
+    names = ("groups", "blocks", "places", "workspace", "axes", "shared", "resident", "steps", "row_dim")
     return dict(zip(names, out, strict=True))
 
 
@@ -181,10 +204,12 @@ def test_plans_fit_the_chip(host, shape, granularity, dtype, hadamard, num_sms):
     if found["blocks"] > 1:  # blocks that wait for each other are all resident, or the launch fails
         assert found["groups"] * found["blocks"] <= num_sms * found["resident"]
         assert found["workspace"] == 8 + 8 * scales * found["blocks"], "a counter, and each block's word for each scale"
-        assert found["places"] > 3
+        assert found["row_dim"] or found["places"] > 3
     else:
         assert found["workspace"] == 0
-    if found["steps"]:  # a unit is wholly loaded before it is written, and there is room for others
+    if found["row_dim"]:  # a block has one step of a unit, and sums of no other are held; or all is loaded twice
+        assert found["steps"] in (0, found["blocks"])
+    elif found["steps"]:  # a unit is wholly loaded before it is written, and there is room for others
         assert found["steps"] >= found["blocks"]
         assert -(-found["steps"] // found["blocks"]) <= found["places"] - 2
 
@@ -195,6 +220,24 @@ def test_plans_of_known_problems(host):
     assert (found["groups"], found["blocks"], found["steps"]) == (2, 66, 128), "a stream of 8 rounds of 2 heads"
     found = plan(host, (1, 16384, 16, 128), "tensor")
     assert (found["groups"], found["blocks"], found["steps"]) == (1, 132, 0), "more than all blocks can hold"
+    found = plan(host, (1, 16384, 16, 128), "head", hadamard=True)
+    assert (found["groups"], found["blocks"], found["steps"]) == (2, 128, 128), "two heads at a time, a row a thread"
+    found = plan(host, (1, 16384, 16, 128), "tensor", hadamard=True)
+    assert (found["groups"], found["blocks"], found["steps"]) == (1, 264, 0), "rotated twice"
+
+
+def test_rows_that_no_thread_takes(host):
+    """What the kernel whose threads have rows needs: 16 bits, its head dims, rows along one axis at 16 bytes."""
+    shape, strides = (1, 4096, 4, 128), [4096 * 512, 512, 128, 1]
+    call = dict(granularity="head", hadamard=True)
+    assert plan(host, shape, **call)["row_dim"] == 128
+    assert plan(host, shape, **call | {"hadamard": False})["row_dim"] == 0
+    assert plan(host, shape, dtype="float32", **call)["row_dim"] == 0
+    assert plan(host, (1, 4096, 4, 96), **call)["row_dim"] == 0
+    assert plan(host, (1, 50, 4, 128), **call)["row_dim"] == 0, "less than half of a block's rows"
+    assert plan(host, shape, strides=[*strides[:1], 520, 130, 1], **call)["row_dim"] == 0
+    assert plan(host, shape, strides=[*strides[:1], 512 << 20, 128, 1], **call)["row_dim"] == 0, "32-bit offsets"
+    assert plan(host, (2, 4096, 4, 128), strides=[1 << 30, *strides[1:]], **call)["row_dim"] == 0, "two axes of rows"
 
 
 def test_axes_that_are_one(host):

@@ -6,6 +6,7 @@
 // its own, so that shared memory needs no barrier; asynchronous copies fill them, a ring of steps ahead.
 #include "kernels/quantize.h"
 
+#include "kernels/quantize_launch.cuh"
 #include "kernels/quantize_meeting.cuh"
 #include "kernels/quantize_share.cuh"
 
@@ -134,28 +135,9 @@ __global__ void __launch_bounds__(T::kKind.max_threads(), 1)
 
 template <class T>
 cudaError_t launch(const QuantizePlan& plan, int device, cudaStream_t stream) {
-  const QuantizeArgs& args = plan.args;
-  constexpr int kRemembered = 64;      // devices; those past it are told each time
-  static uint8_t raised[kRemembered];  // what the kernel may ask for
-  if (device >= kRemembered || !__atomic_load_n(&raised[device], __ATOMIC_RELAXED)) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(quantize_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxPlacesBytes);
-    if (error != cudaSuccess) return error;
-    if (device < kRemembered) __atomic_store_n(&raised[device], uint8_t{1}, __ATOMIC_RELAXED);
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(args.groups) * args.blocks_per_group;
-  config.blockDim = T::kKind.threads();
-  config.dynamicSmemBytes = static_cast<size_t>(args.places) * T::kKind.place_bytes(T::kKind.threads());
-  config.stream = stream;
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
-  attributes[0].val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;  // or too few blocks are resident
-  attributes[1].id = cudaLaunchAttributeCooperative;  // blocks wait for each other: all must be resident
-  attributes[1].val.cooperative = 1;
-  config.attrs = attributes;
-  config.numAttrs = args.blocks_per_group > 1 ? 2 : 1;
-  return cudaLaunchKernelEx(&config, quantize_kernel<T>, args);
+  constexpr int kThreads = T::kKind.threads();
+  const size_t bytes = static_cast<size_t>(plan.args.places) * T::kKind.place_bytes(kThreads);
+  return launch_quantize_kernel<quantize_kernel<T>, kMaxPlacesBytes>(plan.args, kThreads, bytes, device, stream);
 }
 
 template <class Element, bool kHadamard>
@@ -179,6 +161,7 @@ cudaError_t launch_element(const QuantizePlan& plan, int device, cudaStream_t st
 }  // namespace
 
 cudaError_t launch_quantize(const QuantizePlan& plan, int device, cudaStream_t stream) {
+  if (plan.row_dim) return launch_quantize_rows(plan, device, stream);
   switch (plan.kind.dtype) {
     case FA3_FLOAT16:
       return launch_element<Float16>(plan, device, stream);

@@ -9,4 +9,7 @@ namespace fa3 {
 /// the workspace.
 cudaError_t launch_quantize(const QuantizePlan& plan, int device, cudaStream_t stream);
 
+/// The same where the plan gives each thread a row.
+cudaError_t launch_quantize_rows(const QuantizePlan& plan, int device, cudaStream_t stream);
+
 }  // namespace fa3

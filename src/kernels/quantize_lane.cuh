@@ -13,6 +13,11 @@ inline constexpr unsigned kAllLanes = 0xffffffff;
 inline constexpr int kGroup = 8;  // elements that a thread has side by side
 inline constexpr int kShuffles = 5;
 
+/// The scale of what has this amax.
+__device__ __forceinline__ float descale_of(float amax) {
+  return amax > 0 ? fmaxf(__fdiv_rn(amax, kMaxE4m3), kMinDescale) : 1.f;
+}
+
 template <class Element, bool kHadamard_, int kColumns_, int kRows>
 struct QuantizeTraits {
   using Type = Element;

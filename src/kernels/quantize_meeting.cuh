@@ -45,6 +45,13 @@ class Meeting {
     if (threadIdx.x == 0) *part_of(unit, rank) = kThere | __float_as_uint(amax);
   }
 
+  /// Begin to read a unit's parts, long before take(): those that are there then need not be waited for.
+  __device__ __forceinline__ void ask(int unit) {
+    if (args_.blocks_per_group == 1) return;
+    wait_for_all();
+    asked_ = static_cast<int>(threadIdx.x) < args_.blocks_per_group ? *part_of(unit, threadIdx.x) : 0;
+  }
+
   /// The unit's amax, in all threads, which all come here.
   __device__ __forceinline__ float take(int unit, int round) {
     float* warps = shared().warps[round % kSlots];
@@ -52,7 +59,8 @@ class Meeting {
       wait_for_all();
       float amax = 0;
       for (int rank = threadIdx.x; rank < args_.blocks_per_group; rank += blockDim.x)
-        amax = fmaxf(amax, read(part_of(unit, rank)));
+        amax = fmaxf(amax, read(part_of(unit, rank), rank == static_cast<int>(threadIdx.x) ? asked_ : 0));
+      asked_ = 0;
       warps = shared().groups[round % 2];
       amax = warp_amax(amax);
       if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = amax;
@@ -90,16 +98,16 @@ class Meeting {
     all_begun_ = true;
   }
 
-  /// A part, once it is there.
-  __device__ __forceinline__ static float read(const volatile uint64_t* part) {
-    for (;; __nanosleep(20)) {
-      const uint64_t word = *part;
-      if (word & kThere) return __uint_as_float(static_cast<unsigned>(word));
-    }
+  /// A part, once it is there; `word` is what was there before.
+  __device__ __forceinline__ static float read(const volatile uint64_t* part, uint64_t word) {
+    if (!(word & kThere)) word = *part;
+    for (; !(word & kThere); word = *part) __nanosleep(20);
+    return __uint_as_float(static_cast<unsigned>(word));
   }
 
   const QuantizeArgs& args_;
   bool all_begun_ = false;
+  uint64_t asked_ = 0;  // what ask() has found
 };
 
 }  // namespace fa3

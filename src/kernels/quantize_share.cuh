@@ -14,7 +14,7 @@ struct Scale {
   float factor[T::kColumns];  // rotation only: of the sums
 
   __device__ __forceinline__ Scale(const Lane<T>& lane, float amax) {
-    descale = amax > 0 ? fmaxf(__fdiv_rn(amax, kMaxE4m3), kMinDescale) : 1.f;
+    descale = descale_of(amax);
     inverse = __frcp_rn(descale);
     if constexpr (T::kHadamard) {
 #pragma unroll

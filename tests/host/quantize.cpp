@@ -9,6 +9,7 @@ thread_local uint4 memory[kMaxPlacesBytes / sizeof(uint4)];  // a block's dynami
 }  // namespace fa3
 
 #include "kernels/quantize.cu"
+#include "kernels/quantize_rows.cu"
 
 using namespace fa3;
 
@@ -34,17 +35,21 @@ int quantize_emulated(const fa3_quantize_params* params, int num_sms, int places
 
 /// groups, blocks per group, places, workspace bytes, axes of rows, and the shared memory that all blocks of a
 /// multiprocessor take with the 1 KiB a block that is the system's and 2 of the kernel's own; how many blocks that is,
-/// and the steps of a unit that goes through as part of a stream.
+/// the steps of a unit that goes through as part of a stream, and the head dim of the kernel whose threads have rows.
 void plan_of(const fa3_quantize_params* params, int num_sms, int64_t* out) {
   const QuantizePlan plan = plan_quantize(*params, num_sms);
+  const RowTile tile{plan.row_dim};
+  const int64_t bytes =
+      plan.row_dim ? tile.bytes() : int64_t{plan.args.places} * plan.kind.place_bytes(plan.kind.threads());
   out[0] = plan.args.groups;
   out[1] = plan.args.blocks_per_group;
   out[2] = plan.args.places;
   out[3] = static_cast<int64_t>(plan.workspace);
   out[4] = plan.args.rows.count;
-  out[6] = plan.kind.max_threads() / plan.kind.threads();
-  out[5] = (int64_t{plan.args.places} * plan.kind.place_bytes(plan.kind.threads()) + 3 * 1024) * out[6];
+  out[6] = plan.row_dim ? RowTile::kBlocks : plan.kind.max_threads() / plan.kind.threads();
+  out[5] = (bytes + 3 * 1024) * out[6];
   out[7] = plan.args.unit_steps;
+  out[8] = plan.row_dim;
 }
 
 void quotients(uint32_t divisor, int count, const uint32_t* n, uint32_t* out) {

@@ -150,6 +150,7 @@ inline void copy(Fiber::Copy c) { std::memcpy(c.to, c.from, c.bytes); }
 inline thread_local emulated::Dim blockDim;
 
 inline void __syncthreads() { emulated::block->meet_block(); }
+inline void __syncwarp() { emulated::block->gather(0); }
 inline float __shfl_sync(unsigned, float value, int lane) {
   return std::bit_cast<float>(emulated::block->gather(std::bit_cast<unsigned>(value))[lane]);
 }
@@ -189,6 +190,7 @@ inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1.f / a; }
 inline float __ldcg(const float* from) { return *from; }
 inline void __stcs(uint2* to, uint2 value) { *to = value; }
+inline void __stcs(uint4* to, uint4 value) { *to = value; }
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 // For instructions that no emulated kernel reaches.
 inline size_t __cvta_generic_to_global(const void* address) { return reinterpret_cast<size_t>(address); }
