@@ -4,7 +4,8 @@ ptxas tells the two worst faults of a Hopper kernel, serialised wgmma and an ign
 exit code 0. Here any C75xx message fails the build, and so do spills and local memory that resources.csv does not list.
 
     compile_kernel.py compile RESOURCES.csv OBJECT nvcc ARGUMENTS...    one file; writes OBJECT.resources beside it,
-                                                                        with a line for each forward kernel in it
+                                                                        with a line for each kernel of the forward
+                                                                        and of quantisation in it
     compile_kernel.py check RESOURCES.csv BUILD_FOLDER                  the table is what was built: CI's question
     compile_kernel.py update RESOURCES.csv BUILD_FOLDER                 write the table anew, reasons kept
 
@@ -29,13 +30,24 @@ def read_table(path):
 
 
 def by_kernel(report, file):
-    """The report cut up by kernel, and each one's name in the table: a file's, and the tile of a forward kernel."""
+    """The report cut up by kernel, and each one's name in the table: a file's, and what sets it apart in there."""
     parts = {}
     for part in re.split(r"(?=.*Compiling entry function)", report):
-        tile = re.search(r"Compiling entry function '\w+ForwardTraits\w+?Li\d+ELi\d+ELi(\d+)ELi(\d+)E", part)
-        kernel = f"{file}_{tile[1]}x{tile[2]}" if tile else file
+        entry = re.search(r"Compiling entry function '(\w+)'", part)
+        kernel = file + apart(entry[1] if entry else "")
         parts[kernel] = parts.get(kernel, "") + part
     return {kernel: part for kernel, part in parts.items() if "Used " in part}
+
+
+def apart(entry):
+    """The end of a kernel's name, from its mangled one: a tile of the forward, a shape of quantisation, or nothing."""
+    if tile := re.search(r"ForwardTraits\w+?Li\d+ELi\d+ELi(\d+)ELi(\d+)E", entry):
+        return f"_{tile[1]}x{tile[2]}"
+    if shape := re.search(r"QuantizeTraitsI\w+?Lb(\d)ELi(\d+)ELi(\d+)E", entry):
+        return f"{'_hadamard' if shape[1] == '1' else ''}_{shape[2]}x{shape[3]}"
+    if rows := re.search(r"RowsTraitsI\w+?Li(\d+)E", entry):
+        return f"_{rows[1]}"
+    return ""
 
 
 def measured(report, kernel):

@@ -145,6 +145,16 @@ def test_each_forward_kernel_of_a_file_has_a_line(compile_kernel):
     assert (done.returncode, done.resources) == (0, "some_kernel_1x64,168,0,0,0\nsome_kernel_3x128,168,16,24,32\n")
 
 
+def test_each_kernel_of_quantisation_has_a_line(compile_kernel):
+    """Of all dtypes together: the worst of them."""
+    entries = {"QuantizeTraitsIfLb0ELi2ELi1EEEEEv": 64, "QuantizeTraitsINS_8BFloat16ELb0ELi2ELi1EEEEEv": 63,
+               "QuantizeTraitsINS_7Float16ELb1ELi1ELi4EEEEEv": 142, "RowsTraitsINS_7Float16ELi128EEEEEv": 254}
+    reports = [PTXAS.format(**CLEAN | {"registers": registers}).replace("'kernel'", f"'_ZN3fa38quantizeINS_{name}'")
+               for name, registers in entries.items()]
+    done = compile_kernel("".join(reports))
+    assert done.resources == "some_kernel_2x1,64,0,0,0\nsome_kernel_hadamard_1x4,142,0,0,0\nsome_kernel_128,254,0,0,0\n"
+
+
 def test_a_compiler_that_fails(compile_kernel):
     done = compile_kernel("kernel.cu(3): error: a shared array of 300000 bytes is too large\n", exit_code=2)
     assert (done.returncode, done.resources) == (2, None)

@@ -4,6 +4,7 @@ The emulation (tests/host/gpu) runs thread blocks as threads, so that those of a
 asynchronous copies are made as early or as late as they may be.
 """
 
+import csv
 import ctypes
 
 import ml_dtypes
@@ -19,6 +20,8 @@ import fa3
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 POISON = 0x55
 GARBAGE = 0x7FF0DEAD7FC00000  # what the workspace holds before: neither zeros nor a ticket
+with open(SRC / "resources.csv", newline="") as table:
+    REGISTERS = {row["kernel"]: int(row["registers"]) for row in csv.DictReader(table)}
 
 
 @pytest.fixture(scope="module")
@@ -184,10 +187,21 @@ def plan(host, shape, granularity, dtype="float16", hadamard=False, num_sms=132,
     strides = strides or [int(np.prod(shape[axis + 1:])) for axis in range(4)]
     call = params(shape, dtype, granularity, hadamard, x=4096, out=4096, descale=4096, x_strides=strides,
                   out_strides=strides, descale_strides=[])
-    out = (ctypes.c_int64 * 9)()
+    out = (ctypes.c_int64 * 12)()
     host.plan_of(ctypes.byref(call), num_sms, out)
-    names = ("groups", "blocks", "places", "workspace", "axes", "shared", "resident", "steps", "row_dim")
+    names = ("groups", "blocks", "places", "workspace", "axes", "shared", "resident", "steps", "row_dim", "threads",
+             "columns", "rows")
     return dict(zip(names, out, strict=True))
+
+
+def resident(found, hadamard):
+    """Blocks of a multiprocessor by what the compiler says of the kernel's registers, and by shared memory."""
+    name = f"rows_{found['row_dim']}" if found["row_dim"] else f"{found['columns']}x{found['rows']}"
+    name = f"hadamard_{name}" if hadamard and not found["row_dim"] else name
+    warps = found["threads"] // 32
+    of_warp = -(-REGISTERS[f"quantize_{name}"] // 8) * 8 * 32
+    by_registers = 4 * (2**14 // of_warp) // warps  # each quarter of a multiprocessor has registers of its own
+    return min(by_registers, 228 * 1024 // (found["shared"] // found["resident"]), 2048 // found["threads"])
 
 
 @given(st.tuples(st.integers(1, 100), st.integers(1, 100_000), st.integers(1, 128),
@@ -202,7 +216,7 @@ def test_plans_fit_the_chip(host, shape, granularity, dtype, hadamard, num_sms):
     assert found["shared"] <= 228 * 1024
     assert found["places"] >= 1
     if found["blocks"] > 1:  # blocks that wait for each other are all resident, or the launch fails
-        assert found["groups"] * found["blocks"] <= num_sms * found["resident"]
+        assert found["groups"] * found["blocks"] <= num_sms * min(found["resident"], resident(found, hadamard))
         assert found["workspace"] == 8 + 8 * scales * found["blocks"], "a counter, and each block's word for each scale"
         assert found["row_dim"] or found["places"] > 3
     else:

@@ -35,7 +35,8 @@ int quantize_emulated(const fa3_quantize_params* params, int num_sms, int places
 
 /// groups, blocks per group, places, workspace bytes, axes of rows, and the shared memory that all blocks of a
 /// multiprocessor take with the 1 KiB a block that is the system's and 2 of the kernel's own; how many blocks that is,
-/// the steps of a unit that goes through as part of a stream, and the head dim of the kernel whose threads have rows.
+/// the steps of a unit that goes through as part of a stream, the head dim of the kernel whose threads have rows, and
+/// the threads, columns and rows of the kernel.
 void plan_of(const fa3_quantize_params* params, int num_sms, int64_t* out) {
   const QuantizePlan plan = plan_quantize(*params, num_sms);
   const RowTile tile{plan.row_dim};
@@ -50,6 +51,9 @@ void plan_of(const fa3_quantize_params* params, int num_sms, int64_t* out) {
   out[5] = (bytes + 3 * 1024) * out[6];
   out[7] = plan.args.unit_steps;
   out[8] = plan.row_dim;
+  out[9] = plan.row_dim ? tile.threads() : plan.kind.threads();
+  out[10] = plan.kind.columns;
+  out[11] = plan.kind.rows;
 }
 
 void quotients(uint32_t divisor, int count, const uint32_t* n, uint32_t* out) {
