@@ -322,6 +322,54 @@ def test_graphs_and_streams():
 
 
 @pytest.mark.gpu
+def test_graphs_that_share_a_workspace_with_others():
+    """A graph's pool hands a call's workspace on: to other tensors, which are filled, and to calls of other shapes."""
+    torch = pytest.importorskip("torch")
+    calls = [((1, 20000, 4, 128), "head", False), ((2, 9000, 6, 64), "batch_head", False),
+             ((1, 16384, 5, 128), "head", True), ((2, 9000, 3, 80), "batch_head", True),
+             ((1, 70000, 3, 64), "tensor", True), ((1, 30000, 2, 256), "tensor", False),
+             ((1, 6000, 3, 96), "head", True)]
+    inputs = [torch.randn(shape, device="cuda", dtype=torch.float16) for shape, *_ in calls]
+    quantized = [lambda x=x, how=how: fa3.quantize_fp8(x, granularity=how[1], hadamard=how[2])
+                 for x, how in zip(inputs, calls, strict=True)]
+    for call in quantized:  # kernels are loaded before capture
+        call()
+    graph, results = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        for turn in range(2):
+            for call in quantized:
+                results.append(call())
+                for nbytes in (512, 2048, 8192, 1 << 16, 1 << 20):  # of the sizes that workspaces have
+                    torch.full((nbytes // 4,), -1 if turn else 0x10001, dtype=torch.int32, device="cuda")
+    for replay in range(20):
+        for x in inputs:
+            x.normal_(std=2.0 ** (replay % 5))
+        for codes, descale in results:
+            codes.view(torch.uint8).fill_(0x55)
+            descale.fill_(torch.nan)
+        graph.replay()
+        expected = [call() for call in quantized] * 2
+        for (codes, descale), (expected_codes, expected_descale) in zip(results, expected, strict=True):
+            assert torch.equal(descale, expected_descale)
+            assert torch.equal(codes.view(torch.uint8), expected_codes.view(torch.uint8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+def test_a_row_a_thread_gives_the_bits_of_the_cpu(head_dim):
+    """On head dims of the kernel whose threads have rows: units one step a block, and units that are rotated twice."""
+    torch = pytest.importorskip("torch")
+    x = torch.randn(2, 5000, 3, head_dim, device="cuda", dtype=torch.float16)
+    for value in (torch.nan, torch.inf, -torch.inf, 6e4):
+        x.view(-1)[torch.randint(x.numel(), (3,), device="cuda")] = value
+    for granularity in GRANULARITIES:
+        codes, descale = fa3.quantize_fp8(x, granularity=granularity, hadamard=True)
+        expected, expected_descale = fa3.quantize_fp8(x.cpu().numpy(), granularity=granularity, hadamard=True)
+        assert (descale.cpu().numpy() == expected_descale).all()
+        assert same(codes.view(torch.uint8).cpu().numpy(), np.asarray(expected).view(np.uint8))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_nothing_is_written_around_the_result(granularity):
     """Past Python's checks, by the C function: results in poisoned memory, off 8 bytes and with gaps between rows."""
