@@ -35,14 +35,10 @@ class Meeting {
 
   /// What each thread of the block has found in a unit, number `round` of its group.
   __device__ __forceinline__ void leave(int unit, int round, int rank, float amax) {
-    float* warps = shared().warps[round % kSlots];
-    amax = warp_amax(amax);
-    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = amax;
+    keep(shared().warps[round % kSlots], amax);
     if (args_.blocks_per_group == 1) return;
     __syncthreads();
-    if (threadIdx.x >= 32) return;
-    amax = warp_amax(threadIdx.x < blockDim.x / 32 ? warps[threadIdx.x] : 0.f);
-    if (threadIdx.x == 0) *part_of(unit, rank) = kThere | __float_as_uint(amax);
+    report(unit, round, rank);
   }
 
   /// Begin to read a unit's parts, long before take(): those that are there then need not be waited for.
@@ -54,20 +50,18 @@ class Meeting {
 
   /// The unit's amax, in all threads, which all come here.
   __device__ __forceinline__ float take(int unit, int round) {
-    float* warps = shared().warps[round % kSlots];
-    if (args_.blocks_per_group > 1) {
-      wait_for_all();
-      float amax = 0;
-      for (int rank = threadIdx.x; rank < args_.blocks_per_group; rank += blockDim.x)
-        amax = fmaxf(amax, read(part_of(unit, rank), rank == static_cast<int>(threadIdx.x) ? asked_ : 0));
-      asked_ = 0;
-      warps = shared().groups[round % 2];
-      amax = warp_amax(amax);
-      if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = amax;
-    }
+    if (args_.blocks_per_group > 1) keep(shared().groups[round % 2], parts_amax(unit));
     __syncthreads();
-    const unsigned warp = threadIdx.x % 32;
-    return warp_amax(warp < blockDim.x / 32 ? warps[warp] : 0.f);
+    return found(round);
+  }
+
+  /// leave(), and take() of the round before, whose unit was `before`: with one barrier for both.
+  __device__ __forceinline__ float leave_and_take(int unit, int round, int rank, float amax, int before) {
+    keep(shared().warps[round % kSlots], amax);
+    if (args_.blocks_per_group > 1) keep(shared().groups[(round - 1) % 2], parts_amax(before));
+    __syncthreads();
+    if (args_.blocks_per_group > 1) report(unit, round, rank);
+    return found(round - 1);
   }
 
  private:
@@ -88,6 +82,38 @@ class Meeting {
   __device__ __forceinline__ arch::Counter arrivals() const { return {args_.arrivals, args_.ticket}; }
   __device__ __forceinline__ volatile uint64_t* part_of(int unit, int rank) const {
     return args_.parts + int64_t{unit} * args_.blocks_per_group + rank;
+  }
+
+  /// Each warp's amax, for warps to join after a barrier.
+  static __device__ __forceinline__ void keep(float* warps, float amax) {
+    amax = warp_amax(amax);
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = amax;
+  }
+  static __device__ __forceinline__ float joined(const float* warps) {
+    const unsigned warp = threadIdx.x % 32;
+    return warp_amax(warp < blockDim.x / 32 ? warps[warp] : 0.f);
+  }
+
+  /// The first warp makes the block's part known.
+  __device__ __forceinline__ void report(int unit, int round, int rank) const {
+    if (threadIdx.x >= 32) return;
+    const float amax = joined(shared().warps[round % kSlots]);
+    if (threadIdx.x == 0) *part_of(unit, rank) = kThere | __float_as_uint(amax);
+  }
+
+  /// amax of the parts that are this thread's to read.
+  __device__ __forceinline__ float parts_amax(int unit) {
+    wait_for_all();
+    float amax = 0;
+    for (int rank = threadIdx.x; rank < args_.blocks_per_group; rank += blockDim.x) {
+      amax = fmaxf(amax, read(part_of(unit, rank), asked_));
+      asked_ = 0;
+    }
+    return amax;
+  }
+
+  __device__ __forceinline__ float found(int round) const {
+    return joined(args_.blocks_per_group > 1 ? shared().groups[round % 2] : shared().warps[round % kSlots]);
   }
 
   /// For all blocks to have begun, which most often they have long since.

@@ -31,15 +31,19 @@ __device__ __forceinline__ void step_by_step(const QuantizeArgs& args, Rows<T>& 
   int unit = group, before = group;
   rows.load(RowSpan<T>(args, unit, rank));
   for (int round = 0; round <= units; ++round, before = unit, unit += args.groups) {
-    float v[T::kPart];
+    float v[T::kPart], amax = 0;
     if (round < units) {
       rows.take(v);
       if (round + 1 < units) rows.load(RowSpan<T>(args, unit + args.groups, rank));
       if (round > 0) meeting.ask(before);
-      meeting.leave(unit, round, rank, rows.scan(v, unit, rank));
+      amax = rows.scan(v, unit, rank);
     }
-    if (round > 0)
-      rows.write(RowSpan<T>(args, before, rank), scale_of<T>(args, before, rank, meeting.take(before, round - 1)));
+    if (round == 0) {
+      meeting.leave(unit, round, rank, amax);
+    } else {
+      amax = round < units ? meeting.leave_and_take(unit, round, rank, amax, before) : meeting.take(before, round - 1);
+      rows.write(RowSpan<T>(args, before, rank), scale_of<T>(args, before, rank, amax));
+    }
     if (round < units) rows.hold(v);
   }
 }
