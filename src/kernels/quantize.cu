@@ -70,6 +70,7 @@ __device__ __forceinline__ void stream(const QuantizeArgs& args, Share<T>& share
       }
       share.write(writes.rows, writes.step, writes.place, false, scale);
       writes.advance();
+      if (writes.first() && step - lag + 1 < steps) meeting.ask(writes.unit());
     }
     load(step + kRing);
     if (step < steps) {
