@@ -30,6 +30,8 @@ cdef class Border:
     cdef bint opened                  # the stream is known
     cdef uintptr_t native             # the stream that the framework's C allocator allocates for
     cdef uintptr_t followed           # the last stream that ours was ordered behind; ours, to begin with
+    cdef uintptr_t current            # the current stream of the framework of the last array, of type `current_of`
+    cdef Kind current_of
 
     cpdef ArrayView take(self, array, str name, dtype=*, bint writable=*, bint same_device=*)
     cpdef Output wrap(self, array, str name)

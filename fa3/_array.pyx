@@ -222,9 +222,11 @@ cdef class Border:
         elif kind.route == EXCHANGE:
             view = read_exchange(kind, array, name)
             if self.place(view.device_type, view.device_id, name, same_device):
-                if kind.exchange.current_work_stream(DL_CUDA, view.device_id, &handle) != 0:
-                    refused(array, name)
-                self.follow(<uintptr_t>handle, kind, array)
+                if kind is not self.current_of:  # it stays the same while the call looks at its arrays
+                    if kind.exchange.current_work_stream(DL_CUDA, view.device_id, &handle) != 0:
+                        refused(array, name)
+                    self.current, self.current_of = <uintptr_t>handle, kind
+                self.follow(self.current, kind, array)
         elif kind.route == ATTRIBUTES:
             view = self.read_torch(kind, array, name, same_device)
         elif kind.route == DLPACK:
