@@ -46,11 +46,15 @@ struct BackwardLaunch {
     scratch.dq_turns = static_cast<uint32_t*>(workspace.take(plan.turns));
     scratch.in_order = params.deterministic;
     if (plan.sink_parts) scratch.sink_parts = static_cast<float*>(workspace.take(plan.sink_parts));
-    if (plan.taken) scratch.taken = static_cast<uint32_t*>(workspace.take(plan.taken));
+    if (plan.counts) {
+      scratch.taken = static_cast<uint32_t*>(workspace.take(plan.counters));
+      scratch.added = scratch.taken + 1;
+      scratch.counts = plan.counts;
+    }
     if (plan.query_tiles)
       if (auto status = prepare()) return status;
     if (plan.key_tiles && !plan.query_tiles)
-      if (auto status = none_taken()) return status;
+      if (auto status = clear_counts()) return status;
     if (plan.key_tiles)
       if (auto status = main_kernel()) return status;
     if (plan.query_tiles)
@@ -84,8 +88,8 @@ struct BackwardLaunch {
   }
 
   /// What prepare() does beside the rest of it.
-  fa3_status none_taken() const {
-    return checked(cudaMemsetAsync(scratch.taken, 0, sizeof(uint32_t), stream), "cudaMemsetAsync");
+  fa3_status clear_counts() const {
+    return checked(cudaMemsetAsync(scratch.taken, 0, plan.counts * sizeof(uint32_t), stream), "cudaMemsetAsync");
   }
 
   fa3_status operand(const fa3_array& array, const fa3_lengths& lengths, bool copy, OperandShape shape,
@@ -134,6 +138,7 @@ struct BackwardLaunch {
     static_cast<BackwardProblem&>(args) = problem();
     args.dq = row_array(p.dq);
     args.num_heads = p.num_heads;
+    args.num_heads_kv = p.num_heads_kv;
     args.head_dim = p.head_dim;
     args.softmax_scale = p.softmax_scale;
     if (auto status = checked(variant.convert(args, stream), "convert_dq")) return status;

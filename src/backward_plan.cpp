@@ -63,7 +63,8 @@ fa3_status plan_backward(const fa3_backward_params& p, BackwardPlan& plan) {
   plan.dq = workspace_aligned(tiles * variant.dq_floats * sizeof(float));
   plan.turns = workspace_aligned(tiles * variant.dq_shares * sizeof(uint32_t));
   if (p.sinks) plan.sink_parts = workspace_aligned(tiles * sizeof(float));
-  if (plan.key_tiles) plan.taken = workspace_aligned(sizeof(uint32_t));
+  if (plan.key_tiles) plan.counts = 1 + int64_t{p.batch} * p.num_heads_kv;
+  plan.counters = workspace_aligned(plan.counts * sizeof(uint32_t));
   auto plan_copy = [&](const fa3_array& array, const fa3_lengths& lengths, int heads, int head_dim) {
     const bool copy = !tma_addressable(array, lengths, p.batch, heads, p.dtype);
     if (copy) plan.copies += copy_bytes(lengths, p.batch, heads, head_dim, p.dtype);

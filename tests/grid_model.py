@@ -1,9 +1,10 @@
 """What thread blocks do to each other through memory, as a model for test_grid_model.py.
 
 Counter (src/arch/counter.cuh), Scheduler::take_index and finish (src/kernels/forward_tiles.cuh), PartRows
-(src/kernels/forward_split.cuh), DqAdder (src/kernels/backward_load.cuh) and Meeting (src/kernels/quantize_meeting.cuh),
-one atomic access at a time. Global memory keeps what it held: nobody zeroes it, but for the turns that DqAdder goes by.
-Shared memory, in which the blocks of a cluster leave their parts, ends with its block.
+(src/kernels/forward_split.cuh), DqAdder (src/kernels/backward_load.cuh), convert_dq_kernel
+(src/kernels/backward_kernel.cuh) and Meeting (src/kernels/quantize_meeting.cuh), one atomic access at a time. Global
+memory keeps what it held: nobody zeroes it, but for the turns and counts of the backward. Shared memory, in which the
+blocks of a cluster leave their parts, ends with its block.
 """
 
 import itertools
@@ -217,6 +218,68 @@ class Sums:
             pass
         for tile in range(self.tiles):
             assert sorted(map(str, self.sums[tile])) == sorted(map(str, range(len(self.starts)))), "each block once"
+
+
+@dataclass
+class EarlyRounding:
+    """A kernel that adds to heads' sums, one that rounds them and begins before that has ended, and a third one."""
+
+    pieces: tuple  # of each thread block that adds: the heads that its pieces of work are of
+    heads: int
+    left_out: str | None = None
+    sums: dict = field(default_factory=lambda: defaultdict(int))  # head -> pieces that are in them
+    added: dict = field(default_factory=lambda: defaultdict(int))  # head -> pieces counted
+    ended: int = 0  # blocks that add
+    last_pieces: int = 0  # blocks that have said that they have no more pieces than their last one
+    rounded: list = field(default_factory=list)
+    begun_behind: bool = False
+
+    def adding(self, head):
+        return sum(mine.count(head) for mine in self.pieces)
+
+    def adder(self, block):
+        for number, head in enumerate(self.pieces[block], 1):
+            if number == len(self.pieces[block]):
+                self.last_pieces += 1
+            yield
+            if self.left_out == "order":
+                self.added[head] += 1
+            yield  # the copy engine takes its time
+            self.sums[head] += 1
+            yield
+            if self.left_out != "order":
+                self.added[head] += 1
+            yield  # dK and dV are stored
+        if not self.pieces[block]:
+            self.last_pieces += 1
+        self.ended += 1
+
+    def end_of_adders(self):
+        while self.ended < len(self.pieces):
+            yield
+
+    def rounder(self, head):
+        while self.last_pieces < len(self.pieces):
+            yield
+        is_last = head == self.heads - 1 and self.left_out != "last"
+        if is_last or (self.left_out != "count" and self.added[head] != self.adding(head)):
+            yield from self.end_of_adders()
+        yield
+        assert self.sums[head] == self.adding(head), "rounded before all has been added"
+        self.rounded.append(head)
+
+    def behind(self):
+        while len(self.rounded) < self.heads:
+            yield
+        assert self.ended == len(self.pieces), "what comes next in the stream begins before the first kernel has ended"
+        self.begun_behind = True
+
+    def run(self, choose):
+        running = [*(self.adder(block) for block in range(len(self.pieces))), *map(self.rounder, range(self.heads)),
+                   self.behind()]
+        for _ in take_turns(running, choose):
+            pass
+        assert sorted(self.rounded) == list(range(self.heads)) and self.begun_behind
 
 
 @dataclass

@@ -4,7 +4,7 @@ import random
 from collections import defaultdict
 
 import pytest
-from grid_model import COUNT_BITS, Cluster, Launch, Meeting, Sums
+from grid_model import COUNT_BITS, Cluster, EarlyRounding, Launch, Meeting, Sums
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -90,6 +90,18 @@ def test_sums_need_each_of_their_steps(left_out):
     with pytest.raises(AssertionError):
         for seed in range(100):
             Sums((0, 0, 1), 3, left_out).run(random.Random(seed).randrange)
+
+
+@given(st.lists(st.lists(st.integers(0, 4), max_size=5), min_size=1, max_size=5), st.integers(0, 2**32))
+def test_sums_are_rounded_when_all_has_been_added(pieces, seed):
+    EarlyRounding(tuple(map(tuple, pieces)), 5).run(random.Random(seed).randrange)
+
+
+@pytest.mark.parametrize("left_out", ["order", "count", "last"])
+def test_early_rounding_needs_each_of_its_steps(left_out):
+    with pytest.raises(AssertionError):
+        for seed in range(300):
+            EarlyRounding(((0, 1), (0, 2), (1, 2)), 3, left_out).run(random.Random(seed).randrange)
 
 
 def meet_again(ticket, blocks, units, content, seed, left_out=None):

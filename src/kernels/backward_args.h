@@ -24,7 +24,10 @@ struct BackwardScratch {
   float* sink_parts;    // (head, query tile), or null
   int64_t query_tiles;  // of a head: all sequences'
   bool in_order;        // key blocks add to dq one after the other
-  uint32_t* taken;      // pieces of the main kernel's work taken, beyond each thread block's first; null without keys
+  // Counts, null without keys: pieces of the main kernel's work taken, beyond each thread block's first; and (batch, KV
+  // head) how many consumers of its blocks of keys have added all their dq.
+  uint32_t *taken, *added;
+  int64_t counts;  // of both together, from `taken` on
 };
 
 /// What all of them need.
@@ -60,7 +63,7 @@ struct PrepareBackwardArgs : BackwardProblem {
 
 struct ConvertArgs : BackwardProblem {
   RowArray dq;
-  int num_heads, head_dim;
+  int num_heads, num_heads_kv, head_dim;
   float softmax_scale;
 };
 

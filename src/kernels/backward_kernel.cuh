@@ -1,6 +1,7 @@
 // The backward kernels of a variant: the main one, which makes dK, dV and sums of dQ, and the one that rounds dQ.
 #pragma once
 
+#include "arch/dependents.cuh"
 #include "kernels/backward_load.cuh"
 #include "kernels/backward_mma.cuh"
 #include "variants.h"
@@ -34,18 +35,40 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) backward_kernel(const __g
   }
 }
 
-/// Sums of dQ to rows: a warp has 16 rows of a consumer's share of a query tile. What the main kernel had last comes
-/// first: it is in L2.
+/// Without keys there is no main kernel to be early for.
+template <class Traits>
+__host__ __device__ __forceinline__ bool rounds_early(const ConvertArgs& args) {
+  return Traits::kRoundsEarly && args.scratch.counts > 0;
+}
+
+/// Whether all has been added to the dQ of a KV head's queries. Device memory may say what it wants of lengths: where
+/// the count never comes so far, the main kernel's end is waited for.
+template <class Traits>
+__device__ __forceinline__ bool is_added(const ConvertArgs& args, int batch, int head_kv) {
+  const int adding = Traits::kConsumers * ceil_div(args.keys.span(batch).length, Traits::kTileN);
+  return arch::peek(args.scratch.added + batch * args.num_heads_kv + head_kv) == static_cast<uint32_t>(adding);
+}
+
+/// Sums of dQ to rows: a warp has 16 rows of a consumer's share of a query tile. Early: from when the main kernel's
+/// thread blocks have their last pieces of work, on multiprocessors that have none left, in the order of that work.
+/// Otherwise what the main kernel had last comes first: it is in L2.
 template <class Traits>
 __global__ void __launch_bounds__(128) convert_dq_kernel(const __grid_constant__ ConvertArgs args) {
   __shared__ StagedRows staging[4];
   const QueryTiles tiles{args.queries, Traits::kTileM};
   const int together = args.queries.ragged() ? 1 : ceil_div(args.queries.rows, Traits::kTileM);  // tiles of a head
-  const uint32_t index = gridDim.x - 1 - blockIdx.x, place = index / Traits::kConsumers;
+  const uint32_t index = Traits::kRoundsEarly ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+  const uint32_t place = index / Traits::kConsumers;
   const int consumer = index % Traits::kConsumers, head = place / together % args.num_heads;
   const int tile = place / together / args.num_heads * together + place % together;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int batch = tiles.sequence(tile, args.batch);
+  if (rounds_early<Traits>(args)) {
+    // One block waits in any case: what comes next in the stream waits for this kernel alone.
+    const bool waits =
+        index + 1 == gridDim.x || !is_added<Traits>(args, batch, head / (args.num_heads / args.num_heads_kv));
+    if (waits) arch::wait_for_prerequisites();
+  }
   const Span q = args.queries.span(batch);
   const int first =
       (tile - tiles.first(batch)) * Traits::kTileM + (Traits::kShareQueries ? 64 * consumer : 0) + 16 * warp;
@@ -89,10 +112,17 @@ cudaError_t launch_backward(const BackwardArgs& args, int grid, int device, cuda
 
 template <class Traits>
 cudaError_t launch_convert(const ConvertArgs& args, cudaStream_t stream) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
   // Their sums' memory ends before their number does.
-  const auto grid = static_cast<unsigned>(args.scratch.query_tiles * args.num_heads * Traits::kConsumers);
-  convert_dq_kernel<Traits><<<grid, 128, 0, stream>>>(args);
-  return cudaGetLastError();
+  config.gridDim = static_cast<unsigned>(args.scratch.query_tiles * args.num_heads * Traits::kConsumers);
+  config.blockDim = 128;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = rounds_early<Traits>(args) ? 1 : 0;
+  return cudaLaunchKernelEx(&config, convert_dq_kernel<Traits>, args);
 }
 
 template <class Traits>

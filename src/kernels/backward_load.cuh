@@ -1,6 +1,7 @@
 // The loader, which keeps Q and dO coming by TMA, and the adders, which take dQ away.
 #pragma once
 #include "arch/bulk.cuh"
+#include "arch/dependents.cuh"
 #include "kernels/backward_traits.cuh"
 #include "tile/ring.cuh"
 
@@ -22,6 +23,8 @@ class BackwardLoader {
     for (uint32_t index = blockIdx.x; index < args_.key_tiles; index = next_index()) {
       if (!find_work<Traits>(args_, index, work)) continue;
       work = work.uniform();
+      if (Traits::kRoundsEarly && index + gridDim.x >= args_.key_tiles)
+        arch::launch_dependents();  // it is most often this thread block's last
       shared_.works.put(work, works_);
       load(work);
     }
@@ -167,6 +170,10 @@ class DqAdder {
         arch::wait_until_added();
         arch::pass_turn(turns);
       }
+    }
+    if (Traits::kRoundsEarly && leads()) {  // for whoever rounds dQ
+      arch::wait_until_added();
+      arch::pass_turn(args_.scratch.added + work.batch * args_.num_heads_kv + work.head_kv);
     }
   }
 

@@ -82,7 +82,8 @@ __global__ void __launch_bounds__(kThreads) prepare_backward_kernel(const __grid
     stats[args.tile_m + row] = sees ? delta : 0;
   }
 
-  if (tile == 0 && head == 0 && threadIdx.x == 0 && args.scratch.taken) *args.scratch.taken = 0;
+  const int64_t count = (int64_t{head} * gridDim.x + tile) * kThreads + threadIdx.x;
+  if (count < args.scratch.counts) args.scratch.taken[count] = 0;
   if (threadIdx.x < args.dq_shares) args.scratch.dq_turns[place * args.dq_shares + threadIdx.x] = 0;
   if (args.sinks) {
     __shared__ float parts[kThreads / kLanes];

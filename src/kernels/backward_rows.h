@@ -5,8 +5,8 @@
 
 namespace fa3 {
 
-/// Before the main kernel: each query's lse and delta = sum(dO * O) - dlse, zeros for dQ's turns and the count of work
-/// taken, and each query tile's part of the sinks' gradient.
+/// Before the main kernel: each query's lse and delta = sum(dO * O) - dlse, zeros for dQ's turns and for all
+/// counts, and each query tile's part of the sinks' gradient.
 cudaError_t prepare_backward(const PrepareBackwardArgs& args, int dtype, cudaStream_t stream);
 
 /// The sinks' gradients (num_heads) from their parts, in one order.

@@ -51,6 +51,9 @@ struct BackwardTraits {
   static constexpr int kStages = 2;                                       // of Q
   static constexpr int kDoutStages = TileDo::kBytes > 24 * 1024 ? 1 : 2;  // there is no room for two of head dim 256
   static_assert(kDqColumns % TileK::kChunkColumns == 0, "a consumer's columns of dQ are whole chunks of K");
+  // dQ is rounded as soon as multiprocessors run out of work, which takes a count at the end of each piece of work.
+  // Tiles of 128 queries have short pieces: they lost more by that than they gained.
+  static constexpr bool kRoundsEarly = !kShareQueries;
 };
 
 /// Zeros for the rows [begin, end) of a tile, by 128 threads: 0 times what another sequence has there might be NaN.
