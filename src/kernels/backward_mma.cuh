@@ -162,8 +162,7 @@ class BackwardConsumer {
     arch::wgmma_wait<0>();
     arch::wgmma_wrote(dp);
     if constexpr (kDropout) keep(dp, kept);
-    make_ds<kPlain>(p, dp, at.m_block);
-    pack(dp, ds);
+    make_ds<kPlain>(p, dp, ds, at.m_block);
     drop(p, kept, p);
     put_ds(ds);
 
@@ -238,9 +237,8 @@ class BackwardConsumer {
     arch::wgmma_wrote(dp);
     take_p(p, kept);
     if constexpr (kDropout) keep(dp, kept);
-    make_ds<kPlain>(p, dp, at.m_block);
+    make_ds<kPlain>(p, dp, ds, at.m_block);
     release(shared_.dout_empty[dout_ring().stage()]);
-    pack(dp, ds);
     put_ds(ds);
 
     wait_for_ds(ring_.count);
@@ -365,35 +363,41 @@ class BackwardConsumer {
     arch::wgmma_wrote(dp);
   }
 
-  /// dP becomes dS, with P as it was rounded for dV: registers would not hold it in fp32 beside dP.
+  /// dS of dP, with P as it was rounded for dV: registers would not hold it in fp32 beside dP.
   template <bool kPlain>
-  __device__ __forceinline__ void make_ds(const Packed& p, Scores& dp, int m_block) const {
+  __device__ __forceinline__ void make_ds(const Packed& p, Scores& dp, Packed& ds, int m_block) const {
+    if constexpr (!kFromDelta) {
 #pragma unroll
-    for (int i = 0; i < kTileM / 8; ++i) {
-      const float2 delta = kFromDelta ? float2{} : pair(shared_.delta[dout_ring().stage()], i, lane_);
+      for (int i = 0; i < kTileM / 8; ++i) {
+        const float2 delta = pair(shared_.delta[dout_ring().stage()], i, lane_);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float* const at = dp + 4 * i + 2 * r;
-        const float2 both = arch::unpack<Element>(p[2 * i + r]);
-        at[0] = both.x * (kDropout ? fmaf(at[0], args_.dropout.scale, -delta.x) : at[0] - delta.x);
-        at[1] = both.y * (kDropout ? fmaf(at[1], args_.dropout.scale, -delta.y) : at[1] - delta.y);
+        for (int r = 0; r < 2; ++r) {
+          float* const at = dp + 4 * i + 2 * r;
+          at[0] = kDropout ? fmaf(at[0], args_.dropout.scale, -delta.x) : at[0] - delta.x;
+          at[1] = kDropout ? fmaf(at[1], args_.dropout.scale, -delta.y) : at[1] - delta.y;
+        }
       }
     }
     if (!kPlain) {
       if (args_.softcap_scale != 0) unsquash(p, dp);
       hide(dp, m_block);
     }
+#pragma unroll
+    for (int i = 0; i < kTileM / 4; ++i) {
+      const float2 both = arch::unpack<Element>(p[i]);
+      ds[i] = arch::pack<Element>(both.x * dp[2 * i], both.y * dp[2 * i + 1]);
+    }
   }
 
   /// The softcap's derivative, 1 - tanh^2. P and lse give the tanh back, which spares the registers to keep it in.
-  __device__ __forceinline__ void unsquash(const Packed& p, Scores& ds) const {
+  __device__ __forceinline__ void unsquash(const Packed& p, Scores& dp) const {
     const float to_tanh = __fdividef(1.f, args_.score_scale_log2);
 #pragma unroll
     for (int i = 0; i < kTileM / 8; ++i) {
       const float2 lse = pair(shared_.lse[ring_.stage()], i, lane_);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float* const at = ds + 4 * i + 2 * r;
+        float* const at = dp + 4 * i + 2 * r;
         const float2 both = arch::unpack<Element>(p[2 * i + r]);
         at[0] *= slope((__log2f(both.x) + lse.x) * to_tanh);
         at[1] *= slope((__log2f(both.y) + lse.y) * to_tanh);
