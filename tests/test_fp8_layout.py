@@ -139,14 +139,6 @@ def test_turning_meets_no_bank_twice(host, chunk_bytes):
             assert len(set(matrix // 16 % 8)) == 8
 
 
-def test_keys_past_the_end_become_zeros(host):
-    host.clear_keys.restype = ctypes.c_uint32
-    for end in range(-3, 20):
-        for key in range(0, 8, 2):
-            bytes_ = np.array([0x11 if key < end else 0] * 2 + [0x22 if key + 1 < end else 0] * 2, np.uint8)
-            assert host.clear_keys(0x22221111, key, end) == bytes_.view(np.uint32)[0]
-
-
 def test_turned_tile(host):
     sizes = (ctypes.c_int * 4)()
     host.turned_tile(sizes)

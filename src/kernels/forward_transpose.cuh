@@ -40,22 +40,21 @@ class Transposer {
     shared_.v_empty[stage].wait(ring_.parity() ^ 1);
     const uint32_t from = arch::shared_address(shared_.loaded_v[stage]) + lane_.source;
     const uint32_t to = arch::shared_address(shared_.v[stage]) + lane_.target;
+    if (keys < Traits::kTileN) clear(shared_.loaded_v[stage], keys);
+    // A step of the next group is asked for as soon as this one's is stored, and comes while the other steps are.
+    uint32_t x[To::kSteps][4];
+#pragma unroll
+    for (int step = 0; step < To::kSteps; ++step) load(x[step], from, warp_, step);
 #pragma unroll 1
     for (int group = warp_; group < To::kGroups; group += Traits::kTransposers) {
-      const uint32_t column = group * To::kGroupDims, chunk = column / Traits::kSwizzleV;
-      // A chunk begins at a multiple of 1,024 bytes, so the offset inside it meets the swizzle's bits by xor.
-      const uint32_t source = (from + chunk * From::kChunkBytes) ^ (column % Traits::kSwizzleV);
-      uint32_t x[To::kSteps][4];
-#pragma unroll
-      for (int step = 0; step < To::kSteps; ++step)
-        arch::load_matrices_transposed(source + step * To::kStepKeys * Traits::kSwizzleV, x[step]);
-      if (keys < Traits::kTileN) clear(x, keys);
+      const int next = group + Traits::kTransposers;
 #pragma unroll
       for (int step = 0; step < To::kSteps; ++step) {
         const uint32_t (&y)[4] = x[step];
         arch::store_matrices(to + step * To::kStepBytes + group * To::kGroupBytes, __byte_perm(y[0], y[1], lane_.evens),
                              __byte_perm(y[0], y[1], lane_.odds()), __byte_perm(y[2], y[3], lane_.evens),
                              __byte_perm(y[2], y[3], lane_.odds()));
+        if (next < To::kGroups) load(x[step], from, next, step);
       }
     }
     arch::fence_async_proxy();
@@ -67,12 +66,20 @@ class Transposer {
     ring_.advance();
   }
 
-  __device__ __forceinline__ void clear(uint32_t (&x)[To::kSteps][4], int keys) const {
-    const int key = 2 * (arch::thread_anew() % 4);
-#pragma unroll
-    for (int step = 0; step < To::kSteps; ++step)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[step][i] = keys_before(x[step][i], key, keys - step * To::kStepKeys - 8 * i);
+  /// 32 keys of 16 dims.
+  __device__ __forceinline__ static void load(uint32_t (&x)[4], uint32_t from, int group, int step) {
+    const uint32_t column = group * To::kGroupDims, chunk = column / Traits::kSwizzleV;
+    // A chunk begins at a multiple of 1,024 bytes, so the offset inside it meets the swizzle's bits by xor.
+    const uint32_t source = (from + chunk * From::kChunkBytes) ^ (column % Traits::kSwizzleV);
+    arch::load_matrices_transposed(source + step * To::kStepKeys * Traits::kSwizzleV, x);
+  }
+
+  /// Zeros for the keys of a loaded block from `first` on, in this warp's columns.
+  __device__ __forceinline__ void clear(uint8_t* loaded, int first) const {
+    for (int group = warp_; group < To::kGroups; group += Traits::kTransposers)
+      for (int key = first + threadIdx.x % 32; key < Traits::kTileN; key += 32)
+        *reinterpret_cast<uint4*>(loaded + From::offset(key, group * To::kGroupDims)) = make_uint4(0, 0, 0, 0);
+    __syncwarp();
   }
 
   ForwardShared<Traits>& shared_;

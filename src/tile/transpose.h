@@ -61,9 +61,4 @@ struct TurningLane {
   FA3_HOST_DEVICE constexpr uint32_t odds() const { return evens ^ 0x1111; }
 };
 
-/// Keys 2 t and 2 t + 1 of an 8 x 16 byte matrix as ldmatrix.trans gives them: those from `end` on become zeros.
-FA3_HOST_DEVICE constexpr uint32_t keys_before(uint32_t word, int key, int end) {
-  return key + 1 < end ? word : key < end ? word & 0xffff : 0;
-}
-
 }  // namespace fa3

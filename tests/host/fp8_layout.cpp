@@ -45,8 +45,6 @@ void turning_lane(int lane, int chunk_bytes, uint32_t* out) {
 
 int key_at_place(int place) { return key_at(place); }
 
-uint32_t clear_keys(uint32_t word, int key, int end) { return keys_before(word, key, end); }
-
 /// kStepBytes, kGroupBytes, kBytes, row_step(1).
 void turned_tile(int* out) {
   using Tile = TurnedTile<96, 80>;
