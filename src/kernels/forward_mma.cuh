@@ -178,10 +178,10 @@ class Consumer {
 #pragma unroll 1
               do {
                 --n_block;
-                safe = step(n_block, true, false);
+                safe = step(n_block, true, promoted);
               } while (safe && n_block > last);
             } else {
-              safe = step(n_block, false, false);
+              safe = step(n_block, false, promoted);
             }
             if (!safe) softmax_.redo(s, p, o);
           } else if (n_block < blocks.settled && n_block >= blocks.plain_begin && args_.plain_blocks) {

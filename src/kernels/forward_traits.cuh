@@ -46,13 +46,14 @@ struct ForwardTraits {
   static constexpr int kBlocksPerSm = kConsumers == 1 ? kSmallBlocks : 1;
 
   // Products of 16 bits fill the tensor cores only if warpgroups keep out of each other's way. Those of 8 bits wait for
-  // exponentials, which three warpgroups spread better by themselves.
+  // exponentials, which warpgroups spread better by themselves.
   // Those that share rows go together.
-  static constexpr bool kTakesTurns = !kHasQv && (kConsumers == 2 || (kConsumers == 3 && !kEightBits));
+  static constexpr bool kTakesTurns = !kHasQv && !kEightBits && kConsumers > 1;
 
   // What such a warpgroup does between its products decides then: a loop of plain blocks alone, which looks beside the
-  // exponentials whether the next block is there, takes 3 to 10% less. With turns it took 0 to 6% more at head dim 256.
-  static constexpr bool kRunsFree = kEightBits && kConsumers == 3;
+  // exponentials whether the next block is there, takes 3 to 10% less with three of them and 1 to 5% with two. With
+  // turns it took 0 to 6% more at head dim 256, and without that loop nor turns 3 to 5%.
+  static constexpr bool kRunsFree = kEightBits && kConsumers > 1;
 
   // Dropout is for training, whose rows are long: the largest tile of each pair of head dims has a kernel with it.
   static constexpr bool kHasDropout =
