@@ -150,6 +150,7 @@ struct Launch {
       args.parts_lse = static_cast<float*>(workspace.take(sizes.parts_lse));
       args.part_rows = rows_of_heads(params);
     }
+    if (sizes.totals) args.totals = static_cast<float4*>(workspace.take(sizes.totals));
     if (sizes.seqlens_k) seqlens_k = static_cast<int32_t*>(workspace.take(sizes.seqlens_k));
     if (rotates(params))
       rotated_q = static_cast<uint16_t*>(

@@ -31,10 +31,11 @@ constexpr double kLongTime = 60;
 constexpr double kReadRate = 4.4e6;
 // Split tiles leave their parts in the workspace, which should stay small beside q, k and v.
 constexpr int64_t kMostPartBytes = 256 << 20;
-// Keys up to which sums of fp8 products stay in the tensor cores. Values of mean 1 lose 1% at 1,024 keys, 2% at 2,048,
-// 5% at 4,096 and 18% at 16,384, and those of mean 0 nothing. Totals every 2,048 keys cost 0 to 2% of the time, every
-// 512 keys 4 to 11%. A tile without room for them adds each block in fp32, which takes 11 to 17%.
-constexpr int kMostKeysSummed = 2048, kMostKeysUnpromoted = 4096;
+// Keys up to which sums of fp8 products stay in the tensor cores: 22 blocks of 96. Values of mean 1 lose 1% at 1,024
+// keys, 2% at 2,048, 5% at 4,096 and 18% at 16,384, and those of mean 0 nothing. Totals every 2,112 keys cost 0 to 2%
+// of the time, every 512 keys 4 to 11%. In the workspace they cost 6 to 12%, and are taken for longer rows alone. Where
+// a caller wants sums of fewer keys than kLeastKeysInWorkspace, adding each block in fp32 takes 12 to 20%.
+constexpr int kMostKeysSummed = 2112, kMostKeysUnpromoted = 4096, kLeastKeysInWorkspace = 1024;
 constexpr int kMostCounted = (1 << 24) - 1;  // pieces: see arch/counter.cuh
 
 /// Rows of a typical sequence: between the mean and the caller's maximum, or the mean where no maximum was given.
@@ -265,21 +266,21 @@ Choice estimate(const Work& work, int index, bool packed) {
 
 /// After how many blocks of keys sums of fp8 products move on to fp32; 0: never. Totals begin after two blocks at the
 /// earliest: one's products are done with the next one's scores. What a sequence may sum must not depend on the batch
-/// where bits must not.
+/// where bits must not: but that it is never long enough does not change bits.
 int accumulate_blocks(const fa3_forward_params& p, const Visibility& visibility, const ForwardVariant& variant,
                       const Splits& splits) {
   if (p.dtype != FA3_FLOAT8_E4M3 || p.fp8_accumulate < 0) return 0;
-  if (variant.totals) {
-    const int keys = p.fp8_accumulate > 0 ? p.fp8_accumulate : kMostKeysSummed;
-    return std::max(keys / variant.tile_n, 2);
-  }
-  if (p.fp8_accumulate > 0 || p.batch_invariant) return 1;
+  const bool wanted = p.fp8_accumulate > 0 || p.batch_invariant;
+  const int blocks = std::max((p.fp8_accumulate > 0 ? p.fp8_accumulate : kMostKeysSummed) / variant.tile_n, 2);
+  if (variant.total_bytes == 0) return blocks;
+  if (p.fp8_accumulate > 0 && p.fp8_accumulate < kLeastKeysInWorkspace && !variant.has_qv) return 1;
   const fa3_lengths keys = lengths_of_keys(p);
   int64_t most = keys.cu_seqlens && keys.max_seqlen ? std::min(keys.max_seqlen, keys.rows) : keys.rows;
   if (visibility.chunk) most = std::min<int64_t>(most, visibility.chunk);
   if (visibility.left != Visibility::kUnbounded && visibility.right != Visibility::kUnbounded)
     most = std::min(most, int64_t{visibility.left} + visibility.right + 1);
-  return (splits.whole_tiles == 0 ? most / splits.count.divisor : most) > kMostKeysUnpromoted;
+  if (splits.whole_tiles == 0) most /= splits.count.divisor;
+  return most > (wanted ? blocks * variant.tile_n : kMostKeysUnpromoted) ? blocks : 0;
 }
 
 /// The variants that waste least on padded head dims, and of those the way that is estimated to be fastest.
@@ -403,7 +404,9 @@ int64_t most_tiles(const fa3_forward_params& params, const fa3_forward_plan& pla
 }
 
 WorkspaceSizes workspace_sizes(const fa3_forward_params& params, const fa3_forward_plan& plan) {
-  WorkspaceSizes sizes{plan.dynamic ? kWorkspaceAlignment : 0, 0, 0, 0, 0};
+  WorkspaceSizes sizes{plan.dynamic ? kWorkspaceAlignment : 0, 0, 0, 0, 0, 0};
+  if (plan.accumulate_blocks > 1)
+    sizes.totals = workspace_aligned(size_t(plan.grid) * forward_variants()[plan.variant].total_bytes);
   if (appends(params)) sizes.seqlens_k = workspace_aligned(params.batch * sizeof(int32_t));
   if (plan.num_splits > 1) {
     const ForwardVariant& v = forward_variants()[plan.variant];
@@ -451,7 +454,7 @@ fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_pl
   plan.dynamic = pieces > plan.grid && pieces <= kMostCounted && !work.equal_tiles && choice.time > kLongTime;
 
   const WorkspaceSizes sizes = workspace_sizes(p, plan);
-  plan.workspace = sizes.counter + sizes.parts_done + sizes.parts + sizes.parts_lse + sizes.seqlens_k;
+  plan.workspace = sizes.counter + sizes.parts_done + sizes.parts + sizes.parts_lse + sizes.totals + sizes.seqlens_k;
   // Heads that share a tile need an axis that moves.
   plan.copy_q = !tma_addressable(p.q, p.queries, p.batch, p.num_heads, p.dtype) ||
                 (choice.packed && p.q.stride[2] == 0) || rotates(p);

@@ -45,7 +45,7 @@ struct Packing packing_of(const fa3_forward_params& params, bool packed);
 
 /// The workspace's parts, each a multiple of kWorkspaceAlignment: what comes before the copies.
 struct WorkspaceSizes {
-  size_t counter, parts_done, parts, parts_lse, seqlens_k;
+  size_t counter, parts_done, parts, parts_lse, totals, seqlens_k;
 };
 WorkspaceSizes workspace_sizes(const fa3_forward_params& params, const fa3_forward_plan& plan);
 

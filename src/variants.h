@@ -16,7 +16,7 @@ struct ForwardVariant {
   int row_groups, tile_n;  // 64 query rows each; keys of a block
   int threads, shared_memory;
   int blocks_per_sm;           // thread blocks that share a multiprocessor
-  bool totals;                 // fp8: sums in fp32 have room beside O, so that few blocks need to move on to them
+  int total_bytes;             // fp8: of workspace, for each thread block's sums in fp32; 0: shared memory has room
   int part_bytes;              // of workspace, for each part of a split tile; 0: see joins_apart()
   bool joins_in_cluster;       // a part fits into shared memory, where the other blocks of a cluster can read it
   int swizzle_q_k, swizzle_v;  // bytes: the width of a shared memory chunk, and of a TMA box

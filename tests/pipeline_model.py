@@ -124,7 +124,7 @@ class ThreadBlock:
         self.consumers, self.pieces, self.left_out = consumers, pieces, left_out
         self.has_qv, self.row_groups = has_qv, 1 if has_qv else consumers
         self.eight_bits, self.two_parts = eight_bits, has_qv and eight_bits
-        self.takes_turns = not has_qv and (consumers == 2 or (consumers == 3 and not eight_bits))
+        self.takes_turns = not has_qv and not eight_bits and consumers > 1
         self.query_stages, self.counted, self.idle_rows = query_stages, counted, idle_rows
         self.ahead = TILE_SLOTS
         warps = consumers * WARPS

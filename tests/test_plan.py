@@ -406,7 +406,7 @@ def test_strides_of_one_operand(strides, copied):
 
 @pytest.mark.skipif(not any(variant["dtype"] == "float8_e4m3fn" for variant in VARIANTS), reason="no such kernel")
 @pytest.mark.parametrize(("changes", "keys"), [
-    ({}, 2048), ({"seqlen_k": 64}, 2048), ({"batch_invariant": True}, 2048), ({"fp8_accumulate": 1}, 1),
+    ({}, 2112), ({"seqlen_k": 64}, 2112), ({"batch_invariant": True}, 2112), ({"fp8_accumulate": 1}, 1),
     ({"fp8_accumulate": 900}, 900), ({"fp8_accumulate": 2**31 - 1}, 2**31 - 1), ({"fp8_accumulate": -1}, None),
     ({"dtype": "bfloat16"}, None)], ids=str)
 def test_sums_of_fp8_move_on_to_fp32_after_whole_blocks(changes, keys):
@@ -417,16 +417,23 @@ def test_sums_of_fp8_move_on_to_fp32_after_whole_blocks(changes, keys):
 
 
 @pytest.mark.skipif(not any(variant["dtype"] == "float8_e4m3fn" for variant in VARIANTS), reason="no such kernel")
-@pytest.mark.parametrize(("changes", "promotes"), [
-    ({}, 0), ({"seqlen_k": 4097}, 1), ({"seqlen_k": 4097, "fp8_accumulate": -1}, 0), ({"fp8_accumulate": 1}, 1),
+@pytest.mark.parametrize(("changes", "blocks"), [
+    ({}, 0), ({"seqlen_k": 4097}, 22), ({"seqlen_k": 4097, "fp8_accumulate": -1}, 0), ({"fp8_accumulate": 1}, 1),
+    ({"fp8_accumulate": 1023}, 1), ({"fp8_accumulate": 1024}, 10), ({"seqlen_k": 960, "fp8_accumulate": 1024}, 0),
+    ({"seqlen_k": 961, "fp8_accumulate": 1024}, 10), ({"fp8_accumulate": 2**31 - 1}, 0),
     ({"seqlen_k": 16384, "num_splits": 4}, 0), ({"seqlen_k": 16384, "window_left": 4094, "window_right": 1}, 0),
-    ({"seqlen_k": 16384, "window_left": 100}, 1), ({"seqlen_k": 16384, "attention_chunk": 4096}, 0),
-    ({"seqlen_k": 16384, "ragged": True, "max_seqlen_k": 4096}, 0), ({"seqlen_k": 16384, "ragged": True}, 1),
-    ({"seqlen_k": 64, "batch_invariant": True}, 1), ({"dtype": "bfloat16", "seqlen_k": 16384}, 0)], ids=str)
-def test_each_block_of_long_fp8_sums_moves_on_where_totals_have_no_room(changes, promotes):
+    ({"seqlen_k": 16384, "window_left": 100}, 22), ({"seqlen_k": 16384, "attention_chunk": 4096}, 0),
+    ({"seqlen_k": 16384, "ragged": True, "max_seqlen_k": 4096}, 0), ({"seqlen_k": 16384, "ragged": True}, 22),
+    ({"seqlen_k": 2112, "batch_invariant": True}, 0), ({"seqlen_k": 2113, "batch_invariant": True}, 22),
+    ({"dtype": "bfloat16", "seqlen_k": 16384}, 0)], ids=str)
+def test_long_fp8_sums_move_on_to_the_workspace_where_totals_have_no_room(changes, blocks):
     call = {"dtype": "float8_e4m3fn", "batch": 4, "seqlen_q": 4096, "seqlen_k": 4096, "num_heads": 16,
             "num_heads_kv": 16, "head_dim": 256, "head_dim_v": 256, "num_splits": 1}
-    assert _core.plan(**call | changes)["accumulate_blocks"] == promotes
+    plan = _core.plan(**call | changes)
+    assert plan["accumulate_blocks"] == blocks
+    if plan["accumulate_blocks"] > 1:  # each thread block has its own
+        without = _core.plan(**call | changes | {"fp8_accumulate": -1})
+        assert plan["workspace"] - without["workspace"] == plan["grid"] * 128 * 256 * 4
 
 
 # What needs no built package: the plan's own C++, compiled here.

@@ -67,7 +67,10 @@ struct ForwardArgs {
   Divisor heads;    // tiles side by side of a sequence: num_heads_kv * packing.tiles
 
   Descale q_descale, k_descale, v_descale;  // of fp8 operands
-  int accumulate_blocks;  // of fp8: blocks whose P V tensor cores add up, then fp32. 0: all; of totals at least 2
+  // Of fp8: blocks whose P V tensor cores add up before they move on to fp32. 0: all; 1: each is added to O, for
+  // kernels without shared totals or qv; from 2 on there are totals.
+  int accumulate_blocks;
+  float4* totals;  // (grid, consumer warpgroup, 4 columns of 8, thread): of kernels without shared ones
 
   float score_scale_log2;  // exponent = score * score_scale_log2 - max
   float hidden;            // what a masked score becomes: minus infinity once scaled

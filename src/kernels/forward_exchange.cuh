@@ -22,9 +22,8 @@ class Exchange<Traits, true> {
   static_assert(kScores == 2 * kWords, "scores go in two letters");
   static constexpr int kBoxBytes = 128 * kWords * 4;
   static_assert(Traits::kStagingBytes >= kBoxBytes, "the boxes have room where nothing else is needed meanwhile");
-  static_assert(Traits::kEightBits ? Traits::kLetterBytes >= kBoxBytes
-                                   : Traits::TileQ::kBytes >= kBoxBytes && Traits::kQueryStages == 1 &&
-                                         Traits::kQuerySteps == Traits::kOwnColumnSteps,
+  static_assert((Traits::kEightBits ? Traits::kLetterBytes : Traits::TileQ::kBytes) >= kBoxBytes &&
+                    Traits::kQueryStages == 1 && Traits::kQuerySteps == Traits::kOwnColumnSteps,
                 "so have the second ones");
 
  public:

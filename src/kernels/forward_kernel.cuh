@@ -116,7 +116,7 @@ ForwardVariant describe_forward(const char* name, int dtype) {
           Traits::kThreads,
           static_cast<int>(sizeof(ForwardShared<Traits>)),
           Traits::kBlocksPerSm,
-          Traits::kTotals,
+          Traits::kSharedTotals ? 0 : Traits::kTotalBytes,
           Traits::kJoinsApart ? 0 : PartRows<Traits>::kBytes,
           !Traits::kJoinsApart && PartRows<Traits>::kFitsShared,
           Traits::kSwizzleQK,

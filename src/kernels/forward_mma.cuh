@@ -8,6 +8,7 @@
 #include "attention/softmax.cuh"
 #include "kernels/forward_exchange.cuh"
 #include "kernels/forward_rows.cuh"
+#include "kernels/forward_totals.cuh"
 #include "tile/ring.cuh"
 
 namespace fa3 {
@@ -51,6 +52,7 @@ class Consumer {
   using Scores = float[kTileN / 2];
   using RowSoftmax = Softmax<Element, kTileN>;
   using Probabilities = typename RowSoftmax::Probabilities;
+  static constexpr int kNoBlock = -1;
 
  public:
   using Output = float[Traits::kColumnsO / 2];
@@ -65,7 +67,8 @@ class Consumer {
         q_address_(arch::descriptor_address(shared.q[Traits::row_group(warpgroup)])),
         k_address_(arch::descriptor_address(shared.k)),
         v_address_(arch::descriptor_address(shared.v)),
-        exchange_(shared, warpgroup) {
+        exchange_(shared, warpgroup),
+        totals_(args, shared) {
     if constexpr (!Traits::kEightBits) softmax_.scale_log2[0] = args.score_scale_log2;
     if (args.packing.rows < 64) clear_idle_queries();
   }
@@ -109,7 +112,7 @@ class Consumer {
       // False: its softmax is to be done again.
       auto step = [&](int n_block, bool plain, bool promoted) {
         if constexpr (Traits::kHasQv) {
-          finish_values(o, s, p, promoted, work);  // lest the next block find no room while this one waits
+          finish_values(o, s, p, work);  // lest the next block find no room while this one waits
           if constexpr (!Traits::kTwoParts) wait_for_keys();
           wait_for_value_part();
         } else {
@@ -163,8 +166,12 @@ class Consumer {
       if constexpr (!Traits::kEightBits) clear_values_past(work.seqlen_k - n_block * kTileN);  // else when turned
 
       // Sums of e4m3 products lose what lies below some 14 bits of them. So every few blocks they move on to totals in
-      // fp32, or, where these have no place, each block's are added in fp32.
-      int next_move = blocks.end - args_.accumulate_blocks;
+      // fp32, or each block's are added in fp32. A move shortly before the end is not worth its time.
+      auto move_after = [&](int n_block) {
+        const int next = n_block - args_.accumulate_blocks;
+        return args_.accumulate_blocks > 1 && next > blocks.begin + args_.accumulate_blocks / 8 ? next : kNoBlock;
+      };
+      int next_move = move_after(blocks.end);
       auto go_on = [&](bool promoted) {
 #pragma unroll 1
         while (--n_block >= blocks.begin) {
@@ -172,8 +179,7 @@ class Consumer {
             bool safe;
             if (n_block < blocks.settled && n_block >= blocks.plain_begin && args_.plain_blocks) {
               // Plain blocks, down to one that needs more: a loop with no jump but its own.
-              int last = larger(blocks.plain_begin, blocks.begin);
-              if (next_move <= n_block) last = larger(last, next_move);
+              const int last = larger(larger(blocks.plain_begin, blocks.begin), next_move);
               ++n_block;
 #pragma unroll 1
               do {
@@ -189,10 +195,10 @@ class Consumer {
           } else {
             step(n_block, false, promoted);
           }
-          if constexpr (Traits::kTotals) {
-            if (n_block == next_move) {
-              move_to_totals(o, blocks.end - next_move > args_.accumulate_blocks);
-              next_move -= args_.accumulate_blocks;
+          if constexpr (Traits::kEightBits) {
+            if (!promoted && n_block == next_move) {
+              totals_.move(o, softmax_.row_max, next_move < move_after(blocks.end));
+              next_move = move_after(next_move);
             }
           }
         }
@@ -212,12 +218,12 @@ class Consumer {
         }
         release_v();
       };
-      if (Traits::kPromotes && args_.accumulate_blocks)
+      if (Traits::kPromotes && args_.accumulate_blocks == 1)
         go_on(true);
       else
         go_on(false);
-      if constexpr (Traits::kTotals) {
-        if (args_.accumulate_blocks && blocks.count() >= args_.accumulate_blocks) add_totals(o);
+      if constexpr (Traits::kEightBits) {
+        if (move_after(blocks.end) != kNoBlock) totals_.add(o, softmax_.row_max);
       }
     } else {
       meanwhile();
@@ -267,9 +273,9 @@ class Consumer {
 
   /// Rows that no query is ever loaded to are zeros: the softmax of a warp must not depend on what memory held before.
   __device__ __forceinline__ void clear_idle_queries() const {
-    if constexpr (Traits::kHasQv)
+    if constexpr (Traits::kHasQv)  // those of Q are left out by load_queries()
       clear_rows<TileQV, Traits::kQueryStages>(shared_.qv[row_group()][0], args_.packing.rows);
-    if constexpr (!Traits::kHasQv || Traits::kQuerySteps == 0)  // else load_queries() leaves them out
+    else
       clear_rows<TileQ, Traits::kQueryStages>(shared_.q[row_group()][0], args_.packing.rows);
     arch::fence_async_proxy();
     arch::barrier_sync(own_barrier(), 128);
@@ -324,8 +330,7 @@ class Consumer {
   }
 
   __device__ __forceinline__ void add_keys(Scores& s) const {
-    const uint32_t q = q_address_ + q_ring().stage() * (TileQ::kBytes >> 4) +
-                       column_group() * TileQ::column_step(Traits::kOwnColumnSteps);
+    const uint32_t q = q_address_ + q_ring().stage() * (TileQ::kBytes >> 4);
     const uint32_t k = k_address_ + k_ring_.stage() * (TileK::kBytes >> 4) +
                        column_group() * TileK::column_step(Traits::kOwnColumnSteps);
 #pragma unroll
@@ -392,14 +397,12 @@ class Consumer {
   }
 
   /// The same where nothing else is multiplied meanwhile but q k of the next block, if it stands alone.
-  __device__ __forceinline__ void finish_values(Output& o, Scores& s, const Probabilities& p, bool promoted,
-                                                const Work& work) {
+  __device__ __forceinline__ void finish_values(Output& o, Scores& s, const Probabilities& p, const Work& work) {
     if constexpr (Traits::kTwoParts) {
       shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());  // turned
       wait_for_keys();
-      if (promoted) promote_values(o, s, p);
       arch::wgmma_fence();
-      if (!promoted) add_values(o, p);
+      add_values(o, p);
       add_keys(s);
       finish_key_part(s, work);
     } else {
@@ -429,53 +432,16 @@ class Consumer {
   __device__ __forceinline__ void promote_values(Output& o, Scores& s, const Probabilities& p) const {
     if constexpr (Traits::kPromotes) {
 #pragma unroll
-      for (int first = 0; first < Traits::kColumnsO; first += kTileN) {
+      for (int first = 0; first < Traits::kHeadDimV; first += kTileN) {
         arch::wgmma_fence();
-        weigh_values<kTileN>(s, p, own_columns() + TileV::column(first), false);
+        weigh_values<kTileN>(s, p, TileV::column(first), false);
         arch::wgmma_wait<0>();
         arch::wgmma_wrote(s);
 #pragma unroll
         for (int i = 0; i < kTileN / 2; ++i)
-          if (first / 2 + i < Traits::kColumnsO / 2) o[first / 2 + i] += s[i];
+          if (first / 2 + i < Traits::kHeadDimV / 2) o[first / 2 + i] += s[i];
       }
     }
-  }
-
-  /// Move o, which no product is under way to, to its totals, `again` with what is there, and begin anew. Like o,
-  /// totals count relative to their row's maximum, at the time.
-  __device__ __forceinline__ void move_to_totals(Output& o, bool again) {
-    constexpr int kCount = Traits::kHeadDimV / 8, kAtOnce = 4;  // with more of them read at once, ptxas spills
-#pragma unroll
-    for (int i = 0; i < kCount; i += kAtOnce) {
-      const int end = smaller(i + kAtOnce, kCount);
-      if (again) add_totals(o, i, end);
-#pragma unroll
-      for (int j = i; j < end; ++j) {
-        totals(j) = make_float4(o[4 * j], o[4 * j + 1], o[4 * j + 2], o[4 * j + 3]);
-        o[4 * j] = o[4 * j + 1] = o[4 * j + 2] = o[4 * j + 3] = 0.f;
-      }
-    }
-    totals_max_[0] = softmax_.row_max[0];
-    totals_max_[1] = softmax_.row_max[1];
-  }
-
-  /// Add to o, in fours from `first` to `end`, what went before it.
-  __device__ __forceinline__ void add_totals(Output& o, int first = 0, int end = Traits::kHeadDimV / 8) const {
-    const float weight[2] = {weight_of_totals(0), weight_of_totals(1)};
-#pragma unroll
-    for (int i = first; i < end; ++i) {
-      const float4 total = totals(i);
-      o[4 * i] = fmaf(total.x, weight[0], o[4 * i]);
-      o[4 * i + 1] = fmaf(total.y, weight[0], o[4 * i + 1]);
-      o[4 * i + 2] = fmaf(total.z, weight[1], o[4 * i + 2]);
-      o[4 * i + 3] = fmaf(total.w, weight[1], o[4 * i + 3]);
-    }
-  }
-
-  /// This thread's totals of O's columns 8 i and on: each thread's are its own.
-  __device__ __forceinline__ float4& totals(int i) const { return shared_.totals[warpgroup_][i][threadIdx.x % 128]; }
-  __device__ __forceinline__ float weight_of_totals(int r) const {
-    return RowSoftmax::weight(totals_max_[r], softmax_.row_max[r]);
   }
 
   /// The next block of V holds `rows` of the sequence's keys. Their probabilities past the end are 0, but 0 times NaN
@@ -540,7 +506,7 @@ class Consumer {
   const Exchange<Traits> exchange_;
   uint32_t queries_[larger(Traits::kQuerySteps, 1)][4];
   RowSoftmax softmax_;
-  float totals_max_[2];  // row_max when the totals were last added to
+  Totals<Traits> totals_;
   Ring<Traits::kStages> k_ring_, v_ring_;
   Ring<Shared::kTileSlots> tiles_;  // every piece has its queries, so it counts them too
 };

@@ -46,14 +46,13 @@ struct ForwardTraits {
   static constexpr int kBlocksPerSm = kConsumers == 1 ? kSmallBlocks : 1;
 
   // Products of 16 bits fill the tensor cores only if warpgroups keep out of each other's way. Those of 8 bits wait for
-  // exponentials, which warpgroups spread better by themselves.
-  // Those that share rows go together.
+  // exponentials, which warpgroups spread better by themselves. Those that share rows go together.
   static constexpr bool kTakesTurns = !kHasQv && !kEightBits && kConsumers > 1;
 
   // What such a warpgroup does between its products decides then: a loop of plain blocks alone, which looks beside the
   // exponentials whether the next block is there, takes 3 to 10% less with three of them and 1 to 5% with two. With
   // turns it took 0 to 6% more at head dim 256, and without that loop nor turns 3 to 5%.
-  static constexpr bool kRunsFree = kEightBits && kConsumers > 1;
+  static constexpr bool kRunsFree = !kHasQv && kEightBits && kConsumers > 1;
 
   // Dropout is for training, whose rows are long: the largest tile of each pair of head dims has a kernel with it.
   static constexpr bool kHasDropout =
@@ -74,8 +73,7 @@ struct ForwardTraits {
 
   // A product of 64 columns with Q in shared memory takes all that shared memory gives, one of 8 bits and 96 columns
   // five sixths. Where registers are left, they hold the first of Q's columns, 32 bytes a step.
-  static constexpr int kRegistersLeft = kTwoParts                       ? 0
-                                        : kConsumers == 2               ? kConsumerRegisters - 40 - kOperands
+  static constexpr int kRegistersLeft = kConsumers == 2                 ? kConsumerRegisters - 40 - kOperands
                                         : kConsumers == 3 && kEightBits ? kMostOperands - kOperands
                                                                         : 0;
   static constexpr int kColumnSteps = ceil_div(kElementBytes * kHeadDim, 32);
@@ -110,15 +108,17 @@ struct ForwardTraits {
   static constexpr int kMostStages = (kSharedLimit - kSharedRest - kStagingBytes - kQueryBytes) / kStageBytes;
   static constexpr int kStages = kHasQv ? kMostStages : 2;
   static constexpr int kBytesBesideQ = kStages * kStageBytes + kStagingBytes + kSharedRest;
-  // O in fp32 beside it: where sums of fp8 products that grow too long move on to.
-  static constexpr int kTotalBytes = kConsumers * 64 * kHeadDimV * static_cast<int>(sizeof(float));
-  static constexpr bool kTotals = kEightBits && kBytesBesideQ + kTotalBytes + kQueryBytes <= kSharedLimit;
+  // Sums of fp8 products that grow too long move on to totals: O in fp32, here or, where there is no room, in the
+  // workspace.
+  static constexpr int kTotalBytes = kEightBits ? kConsumers * 64 * kColumnsO * static_cast<int>(sizeof(float)) : 0;
+  static constexpr bool kSharedTotals = kEightBits && kBytesBesideQ + kTotalBytes + kQueryBytes <= kSharedLimit;
   // With a second place for Q, the next tile's arrives while this one is worked on. With qv registers are too few.
   static constexpr int kQueryStages =
-      !kHasQv && kBytesBesideQ + (kTotals ? kTotalBytes : 0) + 2 * kQueryBytes <= kSharedLimit ? 2 : 1;
-  // Without room for them each block's products are summed in fp32. Bytes behind V that Consumer::promote_values then
-  // reads, whose products have a block's keys of columns each:
-  static constexpr bool kPromotes = kEightBits && !kTotals;
+      !kHasQv && kBytesBesideQ + (kSharedTotals ? kTotalBytes : 0) + 2 * kQueryBytes <= kSharedLimit ? 2 : 1;
+  // Those are far, so for sums of few keys each block's products are added in fp32 instead; with qv there are no
+  // registers for another kind of step. Bytes behind V that
+  // Consumer::promote_values then reads, whose products have a block's keys of columns each:
+  static constexpr bool kPromotes = kEightBits && !kSharedTotals && !kHasQv;
   static constexpr int kPastV = (ceil_div(kHeadDimV, kTileN) * kTileN - kHeadDimV) * kStepKeys;
 
   /// Which of the groups of rows and of columns a warpgroup has, and its first column of the output.
@@ -169,12 +169,12 @@ struct LoadedValues<Traits, true> {
 };
 
 /// Sums of O in fp32, where there is room.
-template <class Traits, bool = Traits::kTotals>
-struct Totals {};
+template <class Traits, bool = Traits::kSharedTotals>
+struct SharedTotals {};
 
 template <class Traits>
-struct Totals<Traits, true> {
-  float4 totals[Traits::kConsumers][Traits::kHeadDimV / 8][128];  // four of each thread's O
+struct SharedTotals<Traits, true> {
+  float4 totals[Traits::kTotalBytes / sizeof(float4)];
 };
 
 /// What scores multiply values with, where they do. It comes and goes with Q.
@@ -196,7 +196,7 @@ struct Letters<Traits, true> {
 };
 
 template <class Traits>
-struct ForwardShared : LoadedValues<Traits>, Totals<Traits>, ValueQueries<Traits>, Letters<Traits> {
+struct ForwardShared : LoadedValues<Traits>, SharedTotals<Traits>, ValueQueries<Traits>, Letters<Traits> {
   static constexpr int kTileSlots = 4;
 
   using Work = TileWork<Traits::kRowGroups>;

@@ -1,0 +1,29 @@
+// Four floats in memory that one thread alone writes and reads, by way of L2: sums are added there, and L1 would not
+// know.
+#pragma once
+#include <cuda_runtime.h>
+
+namespace fa3::arch {
+
+__device__ __forceinline__ void store_to_l2(float4* to, const float4& x) {
+  asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+               : "memory");
+}
+
+/// The sum is on its way: nobody waits for it but a load of this thread's that follows.
+__device__ __forceinline__ void add_to_l2(float4* to, const float4& x) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z),
+               "f"(x.w)
+               : "memory");
+}
+
+__device__ __forceinline__ float4 load_from_l2(const float4* from) {
+  float4 x;
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "l"(from)
+               : "memory");
+  return x;
+}
+
+}  // namespace fa3::arch
