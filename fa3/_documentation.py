@@ -55,7 +55,7 @@ fp8_accumulate : int, optional
     moves on to one in float32, rounded down to whole blocks of keys, but at least two blocks. 0: never;
     values whose mean is far from 0 then lose about 1/1000 for every 100 keys. Default: some 2,100, which costs
     next to nothing; with head dims above 128 never up to 4,096 keys, unless with `batch_invariant`. There fewer than
-    1,024 mean each block.""",
+    1,024 mean each block, but with `qv` two blocks at least.""",
     "dropout_p": """\
 dropout_p : float, default 0.0
     Drop each weight of the softmax with this probability, in steps of 2**-15, and multiply the others by

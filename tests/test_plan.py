@@ -436,6 +436,19 @@ def test_long_fp8_sums_move_on_to_the_workspace_where_totals_have_no_room(change
         assert plan["workspace"] - without["workspace"] == plan["grid"] * 128 * 256 * 4
 
 
+@pytest.mark.skipif(not any(variant["dtype"] == "float8_e4m3fn" and variant["has_qv"] for variant in VARIANTS),
+                    reason="no such kernel")
+@pytest.mark.parametrize(("changes", "blocks"), [
+    ({}, 0), ({"seqlen_k": 4097}, 33), ({"seqlen_k": 4097, "fp8_accumulate": -1}, 0), ({"fp8_accumulate": 1}, 2),
+    ({"fp8_accumulate": 1024}, 16)], ids=str)
+def test_long_sums_of_fp8_latent_attention(changes, blocks):
+    call = plan_choices.latent(4, 64, 4096, 16, num_splits=1) | {"dtype": "float8_e4m3fn"}
+    plan = _core.plan(**call | changes)
+    assert plan["accumulate_blocks"] == blocks
+    without = _core.plan(**call | changes | {"fp8_accumulate": -1})
+    assert plan["workspace"] - without["workspace"] == (plan["grid"] * 64 * 512 * 4 if blocks else 0)
+
+
 # What needs no built package: the plan's own C++, compiled here.
 
 
