@@ -27,7 +27,8 @@ def tile(variant):
 
 
 def problem(torch, variant, growth=None):
-    """q, k, v; with `growth` keys are longer and longer along the sequence (or from its end on)."""
+    """q, k, v, and qv where the variant wants it; with `growth` keys are longer and longer along the sequence (or from
+    its end on)."""
     generator = torch.Generator("cuda").manual_seed(1)
 
     def normal(rows, heads, dim):
@@ -37,14 +38,22 @@ def problem(torch, variant, growth=None):
     if growth:
         ramp = torch.linspace(0.2, 2, KEYS, device="cuda")
         k *= (ramp if growth > 0 else ramp.flip(0))[:, None, None]
-    arrays = normal(70, 4, variant["head_dim"]), k, normal(KEYS, 2, variant["head_dim_v"]) + 1
+    arrays = [normal(70, 4, variant["head_dim"]), k, normal(KEYS, 2, variant["head_dim_v"]) + 1]
+    if variant["has_qv"]:
+        arrays.append(normal(70, 4, variant["head_dim_v"]))
     return [x.to(torch.float8_e4m3fn) for x in arrays]
 
 
-def error(torch, out, q, k, v, causal=False):
+def attention(q, k, v, qv=None, **options):
+    return fa3.flash_attn_func(q, k, v, qv=qv, **options)
+
+
+def error(torch, out, q, k, v, qv=None, causal=False):
     """Relative error (RMS) against float64."""
-    k, v = (x.double().repeat_interleave(2, dim=2) for x in (k, v))
-    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k) * q.shape[-1] ** -0.5
+    q, k, v = q.double(), *(x.double().repeat_interleave(2, dim=2) for x in (k, v))
+    if qv is not None:
+        q, k = torch.cat([q, qv.double()], -1), torch.cat([k, v], -1)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
     if causal:
         rows, keys = scores.shape[-2:]
         scores += torch.full((rows, keys), -torch.inf, device="cuda").triu(keys - rows + 1).double()
@@ -56,7 +65,7 @@ def error(torch, out, q, k, v, causal=False):
 def test_the_interval_bounds_what_long_sums_lose(torch, variant):
     arrays = problem(torch, variant)
     with tile(variant):
-        lost = {keys: error(torch, fa3.flash_attn_func(*arrays, fp8_accumulate=keys, num_splits=1), *arrays)
+        lost = {keys: error(torch, attention(*arrays, fp8_accumulate=keys, num_splits=1), *arrays)
                 for keys in (0, *MOST)}
     assert all(lost[keys] <= most for keys, most in MOST.items()), lost
     assert lost[0] > 0.04, "or this test would see nothing"
@@ -70,20 +79,20 @@ def test_totals_follow_their_row_s_maximum(torch, variant, growth):
         for causal in (False, True):
             for splits in (1, 3):
                 options = {"causal": causal, "num_splits": splits, "fp8_accumulate": 256}
-                out = fa3.flash_attn_func(*arrays, **options)
-                assert error(torch, out, *arrays, causal) <= 0.02, options
-                assert torch.equal(out, fa3.flash_attn_func(*arrays, **options)), "the same bits again"
+                out = attention(*arrays, **options)
+                assert error(torch, out, *arrays, causal=causal) <= 0.02, options
+                assert torch.equal(out, attention(*arrays, **options)), "the same bits again"
 
 
 @pytest.mark.parametrize("keys", [1, 64, 65, 129, 193, 300])
 @pytest.mark.parametrize("variant", TILES, ids=lambda variant: variant["name"])
 def test_few_blocks_have_no_totals_of_a_call_before(torch, variant, keys):
-    q, k, v = problem(torch, variant)
+    q, k, v, *qv = problem(torch, variant)
     bad = torch.full_like(v.float(), float("nan")).to(v.dtype)
     with tile(variant):
-        fa3.flash_attn_func(q, k, bad, fp8_accumulate=1, num_splits=1)  # leaves its NaN where totals are
-        out = fa3.flash_attn_func(q, k[:, :keys], v[:, :keys], fp8_accumulate=1, num_splits=1)
-    assert error(torch, out, q, k[:, :keys], v[:, :keys]) <= 0.02
+        attention(q, k, bad, *qv, fp8_accumulate=1, num_splits=1)  # leaves its NaN where totals are
+        out = attention(q, k[:, :keys], v[:, :keys], *qv, fp8_accumulate=1, num_splits=1)
+    assert error(torch, out, q, k[:, :keys], v[:, :keys], *qv) <= 0.02
 
 
 @pytest.mark.parametrize("variant", TILES[:1], ids=lambda variant: variant["name"])
