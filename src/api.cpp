@@ -119,8 +119,8 @@ struct Launch {
     args.head_dim_v = p.head_dim_v;
     args.q_descale = descale(p.q_descale);
     args.k_descale = descale(p.k_descale);
-    args.absorbed = absorbed;
     args.v_descale = descale(p.v_descale);
+    args.absorbed = absorbed;
     args.accumulate_blocks = plan.accumulate_blocks;
     // A zero scale would make minus infinity, the masked score, NaN; this one makes every visible score 0 all the same.
     const float scale = p.softmax_scale == 0 ? 1e-30f : p.softmax_scale;

@@ -7,7 +7,14 @@
 
 namespace fa3 {
 
-/// What a thread's two rows of output are still to be multiplied with, and with the descale of fp8 values.
+/// What a row of output is still to be multiplied with, with the descale of fp8 values. That is read late: it would
+/// take a register beside the last product.
+template <class Traits>
+__device__ __forceinline__ float with_descale(float scale, const TileHead& work) {
+  return Traits::kEightBits ? scale * work.value_descale : scale;
+}
+
+/// A thread's two rows' factors, without it.
 struct RowScales {
   float scale[2];
 
@@ -75,7 +82,8 @@ class RowWriter {
         first_row_(16 * (thread / 32 % 4)),
         first_column_(Traits::first_column(thread / 128)),
         staging_(staging[thread / 32]),
-        scale_{scale_of(scales, 0, work), scale_of(scales, 1, work)} {
+        scale_{scales.empty(0) ? 0.f : with_descale<Traits>(scales.scale[0], work),
+               scales.empty(1) ? 0.f : with_descale<Traits>(scales.scale[1], work)} {
     auto* first = static_cast<Element*>(args_.out) + places_.batch * args_.out_stride[0] +
                   places_.first_row * args_.out_stride[1] + places_.first_head * args_.out_stride[2] + first_column_ +
                   8 * (lane_ % Staging::kVectors);
@@ -100,12 +108,6 @@ class RowWriter {
   }
 
  private:
-  /// What row r is multiplied with. The values' descale is read late: it would take a register beside the last product.
-  __device__ __forceinline__ static float scale_of(const RowScales& scales, int r, const TileHead& work) {
-    if (scales.empty(r)) return 0.f;
-    return Traits::kEightBits ? scales.scale[r] * work.value_descale : scales.scale[r];
-  }
-
   /// The columns that are staged.
   __device__ __forceinline__ void write(int group) const {
     __syncwarp();
@@ -172,7 +174,7 @@ __device__ __forceinline__ void leave_rows(const ForwardArgs& args, const TileHe
     if (first_column == 0) args.parts_lse[index] = result.lse;
     float* const to = args.parts + index * args.head_dim_v + first_column;
     const bool empty = result.scale < 0;  // then o holds anything
-    const float scale = Softmax::kEightBits ? result.scale * work.value_descale : result.scale;
+    const float scale = with_descale<Traits>(result.scale, work);
 #pragma unroll
     for (int i = 0; i < Traits::kColumnsO / 8; ++i)
       if (first_column + 8 * i < args.head_dim_v)

@@ -13,7 +13,7 @@ namespace fa3 {
 template <class Traits, bool = Traits::kHasQv>
 class Exchange {
  public:
-  __device__ __forceinline__ Exchange(ForwardShared<Traits>&, int) {}
+  __device__ __forceinline__ explicit Exchange(ForwardShared<Traits>&) {}
 };
 
 template <class Traits>
@@ -27,7 +27,7 @@ class Exchange<Traits, true> {
                 "so have the second ones");
 
  public:
-  __device__ __forceinline__ Exchange(ForwardShared<Traits>& shared, int) : shared_(shared) {}
+  __device__ __forceinline__ explicit Exchange(ForwardShared<Traits>& shared) : shared_(shared) {}
 
   /// Before a tile's first scores: until both warpgroups have their part of Q, and staged no more of the last output.
   __device__ __forceinline__ void open() const { arch::barrier_sync(kBothBarrier, 256); }

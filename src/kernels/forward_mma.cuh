@@ -67,7 +67,7 @@ class Consumer {
         q_address_(arch::descriptor_address(shared.q[Traits::row_group(warpgroup)])),
         k_address_(arch::descriptor_address(shared.k)),
         v_address_(arch::descriptor_address(shared.v)),
-        exchange_(shared, warpgroup),
+        exchange_(shared),
         totals_(args, shared) {
     if constexpr (!Traits::kEightBits) softmax_.scale_log2[0] = args.score_scale_log2;
     if (args.packing.rows < 64) clear_idle_queries();

@@ -74,7 +74,8 @@ class Transposer {
     arch::load_matrices_transposed(source + step * To::kStepKeys * Traits::kSwizzleV, x);
   }
 
-  /// Zeros for the keys of a loaded block from `first` on, in this warp's columns.
+  /// Zeros for the keys of a loaded block from `first` on, in this warp's columns. With qv, scores are made of the
+  /// block meanwhile; those of keys past the end are masked, whatever they are.
   __device__ __forceinline__ void clear(uint8_t* loaded, int first) const {
     for (int group = warp_; group < To::kGroups; group += Traits::kTransposers)
       for (int key = first + threadIdx.x % 32; key < Traits::kTileN; key += 32)

@@ -66,7 +66,7 @@ __device__ __forceinline__ void stream(const QuantizeArgs& args, Share<T>& share
     if (step >= lag && step - lag < steps) {
       if (writes.first()) {
         scale = Scale<T>(share.lane(), meeting.take(writes.unit(), writes.round));
-        if (writes.step == 0 && threadIdx.x == 0) scale.keep(args, writes.batch, writes.head);
+        if (writes.step == 0 && threadIdx.x == 0) keep_descale(args, writes.batch, writes.head, scale.descale);
       }
       share.write(writes.rows, writes.step, writes.place, false, scale);
       writes.advance();
@@ -110,7 +110,8 @@ __device__ __forceinline__ void unit_by_unit(const QuantizeArgs& args, Share<T>&
     }
     meeting.leave(unit, round, rank, amax);
     const Scale<T> scale(share.lane(), meeting.take(unit, round));
-    if (rank == 0 && threadIdx.x == 0) scale.keep(args, unit / args.unit_heads, unit % args.unit_heads);
+    if (rank == 0 && threadIdx.x == 0)
+      keep_descale(args, unit / args.unit_heads, unit % args.unit_heads, scale.descale);
     for (int step = steps - 1; step >= 0; --step) {
       __pipeline_wait_prior(kRing - 1);
       share.write(rows, first + step, places.of(step), places.lost(step), scale);

@@ -18,6 +18,11 @@ __device__ __forceinline__ float descale_of(float amax) {
   return amax > 0 ? fmaxf(__fdiv_rn(amax, kMaxE4m3), kMinDescale) : 1.f;
 }
 
+/// A unit's scale, for the caller; one thread comes here.
+__device__ __forceinline__ void keep_descale(const QuantizeArgs& args, int batch, int head, float descale) {
+  args.descale[batch * args.descale_stride[0] + head * args.descale_stride[1]] = descale;
+}
+
 template <class Element, bool kHadamard_, int kColumns_, int kRows>
 struct QuantizeTraits {
   using Type = Element;

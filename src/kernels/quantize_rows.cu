@@ -17,9 +17,7 @@ namespace {
 template <class T>
 __device__ __forceinline__ RowScale<T> scale_of(const QuantizeArgs& args, int unit, int rank, float amax) {
   const RowScale<T> scale(amax);
-  if (rank == 0 && threadIdx.x == 0)
-    args.descale[unit / args.unit_heads * args.descale_stride[0] + unit % args.unit_heads * args.descale_stride[1]] =
-        scale.descale;
+  if (rank == 0 && threadIdx.x == 0) keep_descale(args, unit / args.unit_heads, unit % args.unit_heads, scale.descale);
   return scale;
 }
 

@@ -21,10 +21,6 @@ struct Scale {
       for (int column = 0; column < T::kColumns; ++column) factor[column] = __fdiv_rn(lane.norm[column], descale);
     }
   }
-  /// For the caller; one thread comes here.
-  __device__ __forceinline__ void keep(const QuantizeArgs& args, int batch, int head) const {
-    args.descale[batch * args.descale_stride[0] + head * args.descale_stride[1]] = descale;
-  }
 };
 
 /// The rows that share a scale. All of it is the same for all threads.
