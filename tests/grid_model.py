@@ -221,6 +221,46 @@ class Sums:
 
 
 @dataclass
+class Turns:
+    """The same in one order: thread blocks take blocks of keys in theirs, and each waits for its turn at each tile."""
+
+    thread_blocks: int
+    blocks: int  # of keys
+    tiles: int
+    late: frozenset  # blocks that pass a turn when the sums of the next tile are on their way, or the last have arrived
+    left_out: str | None = None
+    taken: int = 0
+    turns: dict = field(default_factory=lambda: defaultdict(int))  # tile -> blocks whose sums have arrived
+    sums: dict = field(default_factory=lambda: defaultdict(list))
+
+    def adder(self):
+        while self.taken < self.blocks:
+            block = self.taken
+            self.taken += 1
+            passing = None
+            for tile in reversed(range(self.tiles)):
+                while self.left_out != "wait" and self.turns[tile] != block:
+                    yield
+                yield  # the copy engine takes its time
+                if passing is not None:
+                    self.turns[passing] += 1
+                self.sums[tile].append(block)
+                if block in self.late:
+                    passing = tile
+                else:
+                    self.turns[tile] += 1
+                yield
+            if passing is not None and self.left_out != "last":
+                self.turns[passing] += 1
+
+    def run(self, choose):
+        for _ in take_turns([self.adder() for _ in range(self.thread_blocks)], choose):
+            pass
+        for tile in range(self.tiles):
+            assert self.sums[tile] == list(range(self.blocks)), "in one order"
+
+
+@dataclass
 class EarlyRounding:
     """A kernel that adds to heads' sums, one that rounds them and begins before that has ended, and a third one."""
 

@@ -104,6 +104,21 @@ def test_turns(host, mask, seqlen_q, seqlen_k, tile_m, tile_n):
         assert turns == list(range(len(turns)))
 
 
+@pytest.mark.parametrize(("causal", "rows", "heads", "expected"), [
+    (False, 1024, 128, 8), (True, 1024, 128, 16), (False, 4096, 32, 4), (True, 4096, 32, 8), (False, 16384, 8, 1),
+    (True, 16384, 8, 2), (False, 64, 7, 7), (False, 1024, 23, 8), (True, 1024, 12, 12), (False, 0, 5, 5)])
+def test_heads_in_turn(host, causal, rows, heads, expected):
+    """As measured at head dim 256; then of few heads all, of a number that none divides the least that will do."""
+    mask = ctypes.byref(as_visibility(host, (-1, 0 if causal else -1, 0)))
+    assert host.side_by_side(mask, rows, rows, 64, 1, heads) == expected
+
+
+@given(masks(), st.integers(0, INT_MAX), st.integers(0, INT_MAX), tile_ms, st.integers(1, 128), st.integers(1, INT_MAX))
+def test_heads_in_turn_are_some_of_all(host, mask, rows_q, rows_k, tile_m, group, heads):
+    count = host.side_by_side(ctypes.byref(as_visibility(host, mask)), rows_q, rows_k, tile_m, group, heads)
+    assert 1 <= count <= heads
+
+
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=40), tile_ms, st.integers(0, 200))
 def test_query_tiles(host, seqlens, tile_m, behind):
     """Ragged sequences have places of their own, and each place finds its sequence."""

@@ -4,7 +4,7 @@ import random
 from collections import defaultdict
 
 import pytest
-from grid_model import COUNT_BITS, Cluster, EarlyRounding, Launch, Meeting, Sums
+from grid_model import COUNT_BITS, Cluster, EarlyRounding, Launch, Meeting, Sums, Turns
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -90,6 +90,18 @@ def test_sums_need_each_of_their_steps(left_out):
     with pytest.raises(AssertionError):
         for seed in range(100):
             Sums((0, 0, 1), 3, left_out).run(random.Random(seed).randrange)
+
+
+@given(st.integers(1, 5), st.integers(1, 8), st.integers(1, 5), st.frozensets(st.integers(0, 7)), st.integers(0, 2**32))
+def test_blocks_of_keys_add_in_one_order(thread_blocks, blocks, tiles, late, seed):
+    Turns(thread_blocks, blocks, tiles, late).run(random.Random(seed).randrange)
+
+
+@pytest.mark.parametrize("left_out", ["wait", "last"])
+def test_one_order_needs_each_of_its_steps(left_out):
+    with pytest.raises(AssertionError):
+        for seed in range(100):
+            Turns(3, 4, 3, frozenset(range(4)), left_out).run(random.Random(seed).randrange)
 
 
 @given(st.lists(st.lists(st.integers(0, 4), max_size=5), min_size=1, max_size=5), st.integers(0, 2**32))

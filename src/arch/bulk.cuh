@@ -31,8 +31,11 @@ __device__ __forceinline__ void store_floats(float* global, const float* shared,
 /// Until this thread's groups have read shared memory, which may then be written again.
 __device__ __forceinline__ void wait_until_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
-/// Until this thread's groups are done in device memory too.
-__device__ __forceinline__ void wait_until_added() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+/// Until this thread's groups, but for the `kLater` last ones, are done in device memory too.
+template <int kLater = 0>
+__device__ __forceinline__ void wait_until_added() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kLater) : "memory");
+}
 
 /// Order what this thread wrote or read in device memory before what the copy engine does there, or after it.
 __device__ __forceinline__ void fence_async_proxy_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }

@@ -108,6 +108,10 @@ class BackwardLoader {
 template <class Traits>
 class DqAdder {
   static constexpr int kPartFloats = Traits::kDqFloats / Traits::kDqParts;
+  // In one order, and in so many steps of two parts, a turn is passed when the next step's first part is on its way:
+  // what the step added has arrived by then, and nobody waits for that. In few steps it costs more that the next block
+  // begins later; of one part there is time to wait.
+  static constexpr int kManySteps = 32;
 
  public:
   __device__ __forceinline__ DqAdder(const BackwardArgs& args, BackwardShared<Traits>& shared, int consumer)
@@ -135,6 +139,8 @@ class DqAdder {
     }
     const int steps = work.steps(args_.group);
     QueryStep at(work);
+    const bool passes_late = Traits::kDqParts > 1 && args_.scratch.in_order && steps >= kManySteps;
+    uint32_t* late = nullptr;  // turns that are to be passed
 #pragma unroll 1
     for (int step = 0; step < steps; ++step, at.advance(work)) {
       const int64_t head = work.head_kv * args_.group + at.head;
@@ -165,11 +171,21 @@ class DqAdder {
           arch::wait_until_read();
         }
         give_back_part();
+        if (Traits::kDqParts > 1 && part == 0 && late && leads()) {
+          arch::wait_until_added<1>();
+          arch::pass_turn(late);
+        }
       }
-      if ((args_.scratch.in_order || state == 0) && leads()) {
+      if (passes_late) {
+        late = turns;
+      } else if ((args_.scratch.in_order || state == 0) && leads()) {
         arch::wait_until_added();
         arch::pass_turn(turns);
       }
+    }
+    if (late && leads()) {
+      arch::wait_until_added();
+      arch::pass_turn(late);
     }
     if (Traits::kRoundsEarly && leads()) {  // for whoever rounds dQ
       arch::wait_until_added();

@@ -1,6 +1,7 @@
 // The maths of the backward that a host can run, as C functions over arrays, for tests/test_backward_math.py.
 #include "attention/block_range.h"
 #include "attention/query_tiles.h"
+#include "attention/turns.h"
 
 using namespace fa3;
 
@@ -37,6 +38,10 @@ void first_key_blocks(int tile_m, int tile_n, const Visibility* visibility, int 
   for (int i = 0; i < count; ++i)
     out[i] = tile_n == 64 ? first_key_block<64>(*visibility, i * tile_m, seqlen_q, seqlen_k)
                           : first_key_block<128>(*visibility, i * tile_m, seqlen_q, seqlen_k);
+}
+
+int side_by_side(const Visibility* visibility, int rows_q, int rows_k, int tile_m, int group, int heads) {
+  return heads_in_turn(*visibility, rows_q, rows_k, tile_m, group, heads);
 }
 
 int first_tiles(const Lengths* lengths, int tile_m, int batch, int* out) {
