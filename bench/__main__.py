@@ -101,8 +101,8 @@ def _draw(path):
 def _parser():
     parser = argparse.ArgumentParser(prog="python -m bench", description="Time fa3 beside cuDNN and FlashAttention-2.")
     parser.add_argument("group", help="forward, sweep, window, short, fp8, seed, overhead, decode, mla, backward, "
-                                      "tiles, quantize, accuracy or counters; or report or plot, to show what is "
-                                      "recorded")
+                                      "dropout, tiles, quantize, accuracy or counters; or report or plot, to show what "
+                                      "is recorded")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="folder of the results")
     parser.add_argument("--rows", default="", metavar="REGEX", help="only the rows whose name matches")
     parser.add_argument("--quick", action="store_true", help="a short look: one round, 20 ms of launches")

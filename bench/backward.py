@@ -27,7 +27,6 @@ def prepare(budget: timing.Budget, commit: str):
         in_order = timing.Candidate("deterministic", lambda: call(deterministic=True))
         candidates = [timing.Candidate("fa3", call), in_order, *_peers(torch, row, inputs, gradients)]
         times = timing.measure(candidates, clock, budget)
-        print(f"{row.case}: deterministic {times['deterministic'] / times['fa3']:.3f} of the time", file=sys.stderr)
         return runner.record(row, times, torch.cuda.get_device_name(), commit)
 
     return run_row
@@ -38,15 +37,19 @@ def problem(torch, row, device="cuda"):
     import fa3
 
     q, k, v, _ = runner.problem(torch, row, device)
-    out, lse = fa3.flash_attn_func(q, k, v, causal=row.causal, return_lse=True)
+    forward, backward, lengths = fa3.flash_attn_func, fa3.flash_attn_backward, {}
+    if row.varlen:
+        forward, backward = fa3.flash_attn_varlen_func, fa3.flash_attn_varlen_backward
+        lengths = runner.ragged_lengths(torch, row, device)
+    out, lse = forward(q, k, v, **lengths, causal=row.causal, return_lse=True)
     generator = torch.Generator(device).manual_seed(1)
     dout = torch.randn(out.shape, generator=generator, device=device).to(out.dtype)
     inputs = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "lse": lse}
-    return inputs, lambda **more: fa3.flash_attn_backward(**inputs, causal=row.causal, **more)
+    return inputs, lambda **more: backward(**inputs, **lengths, causal=row.causal, **more)
 
 
 def check(row, inputs, gradients):
-    """Compare the first and the last head of a sequence with float64 on the host.
+    """Compare the first and the last KV head's part of the last sequence with float64 on the host.
 
     Raises
     ------
@@ -57,10 +60,12 @@ def check(row, inputs, gradients):
     heads = {"q": [*range(ratio), *range(row.num_heads - ratio, row.num_heads)], "k": [0, row.num_heads_kv - 1]}
 
     def some(x, name):
-        return runner._to_numpy(x[-1:, :, heads["k" if name[-1] in "kv" else "q"]])
+        letter, rows = ("k", row.seqlens_k[-1]) if name[-1] in "kv" else ("q", row.seqlens_q[-1])
+        return runner._to_numpy(x.reshape(-1, *x.shape[-2:])[-rows:, heads[letter]])
 
     arrays = {name: some(x, name) for name, x in inputs.items() if name != "lse"}
-    arrays["lse"] = inputs["lse"][-1, heads["q"]].cpu().numpy()
+    lse = inputs["lse"] if row.varlen else inputs["lse"][-1]
+    arrays["lse"] = lse[heads["q"], -row.seqlens_q[-1]:].cpu().numpy()
     got = [some(x, name) for name, x in zip(("dq", "dk", "dv"), gradients, strict=True)]
     packed = Packed(*(np.array([x]) for x in (0, row.seqlens_q[-1], 0, row.seqlens_k[-1])))
     report = check_backward(got, **arrays, packed=packed, formula=Formula(row.head_dim ** -0.5, row.masking),
@@ -74,14 +79,13 @@ def _peers(torch, row, inputs, gradients):
     found = []
     for name in peers.NAMES:
         leaves = [inputs[x].detach().requires_grad_() for x in "qkv"]
-        forward = peers._candidate(name, row, *leaves)
+        forward = peers.attention_candidate(name, row, *leaves)
         try:
             with forward.context():
                 out = forward.call()
-            dout = inputs["dout"].transpose(1, 2)
 
-            def call(out=out, leaves=leaves, dout=dout):
-                return torch.autograd.grad(out, leaves, dout, retain_graph=True)
+            def call(out=out, leaves=leaves):
+                return torch.autograd.grad(out, leaves, inputs["dout"], retain_graph=True)
 
             difference = max(((a - b).abs().max() / b.abs().max()).item()
                              for a, b in zip(call(), gradients, strict=True))

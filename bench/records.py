@@ -11,6 +11,7 @@ from .shapes import GROUPS
 
 _TIMED = ("group", "case", "us", "tflops", "gbs", "peers", "device", "date", "commit")
 _FIELDS = {
+    "backward": (*_TIMED[:5], "deterministic_us", *_TIMED[5:]),
     "tiles": ("group", "case", "plan", "times", "loss", "device", "date", "commit"),
     "quantize": ("group", "case", "us", "gbs", "copy_us", "share", "device", "date", "commit"),
     "accuracy": ("group", "case", "errors", "times", "device", "date", "commit"),

@@ -7,7 +7,10 @@ import math
 from .shapes import GROUPS
 
 # What a row's reference is, as a column's title.
-_REFERENCE = {"window": "of full", "forward": "of next dim", "decode": "of contiguous", "mla": "of contiguous"}
+_REFERENCE = {"window": "of full", "forward": "of next dim", "decode": "of contiguous", "mla": "of contiguous",
+              "dropout": "of none"}
+# What sums in one order may take of the time of those in any.
+_IN_ORDER = 1.15
 
 
 def ratios(entry: dict) -> tuple[float | None, float | None]:
@@ -47,6 +50,8 @@ def table(entries: list[dict]) -> str:
         means[title] = text(geometric_mean(values), 2)
     if entries[0]["group"] in _REFERENCE:
         columns[_REFERENCE[entries[0]["group"]]] = [text(share(entry, entries), 2) for entry in entries]
+    if "deterministic_us" in entries[0]:
+        columns["in order"] = [text(entry["deterministic_us"] / entry["us"], 2) for entry in entries]
     columns["bar µs"] = [text(row and row.bar_us, 1) for row in map(_row, entries)]
     return align(columns, means)
 
@@ -66,7 +71,8 @@ def summary(entries: list[dict]) -> str:
         lines.append("slower than cuDNN: " + _listed(
             f"{entry['case']} ({ratio:.3f})" for entry, ratio in over_cudnn if ratio is not None and ratio < 1))
     misses = [miss for entry in entries for miss in _misses(entry, entries)]
-    if any(row is not None and (row.bar_us or row.bar_share) for row in map(_row, entries)):
+    if "deterministic_us" in entries[0] or any(
+            row is not None and (row.bar_us or row.bar_share) for row in map(_row, entries)):
         lines.append("below their bar: " + _listed(misses))
     return "\n".join(lines)
 
@@ -103,6 +109,9 @@ def _misses(entry, entries):
     got = share(entry, entries)
     if got is not None and row.bar_share is not None and got < row.bar_share:
         yield f"{entry['case']} ({got:.3f} {_REFERENCE[entry['group']]} for {row.bar_share:.2f})"
+    in_order = entry.get("deterministic_us", 0) / entry["us"]
+    if in_order > _IN_ORDER:
+        yield f"{entry['case']} ({in_order:.3f} of the time in one order for {_IN_ORDER:.2f})"
 
 
 def _row(entry):

@@ -19,6 +19,7 @@ from .peers import NAMES, peer_candidates
 # Each row's check: sequences and KV heads that are looked at, and multiply-adds of float64 spent on them. Between 0.2
 # and 0.7 s on two cores, so that a sweep of 84 rows waits for the GPU rather than for its checks.
 CHECK_SAMPLE, CHECK_BUDGET = 3, 2**28
+DROPOUT_SEED = 1
 
 
 class WrongAnswerError(RuntimeError):
@@ -99,6 +100,7 @@ def record(row, times: dict[str, float], device: str, commit: str) -> dict:
         "us": round(us, 3),
         "tflops": None if is_host else round(row.flops / us / 1e6, 2),
         "gbs": None if is_host else round(row.bytes_moved / us / 1e3, 1),
+        **({"deterministic_us": round(times["deterministic"], 3)} if row.group == "backward" else {}),
         "peers": {name: round(times[name], 3) if name in times else None for name in NAMES},
         **provenance(device, commit),
     }
@@ -130,6 +132,8 @@ def problem(torch, row, device="cuda"):
     options = {"causal": row.causal}
     if row.window != (-1, -1):
         options["window_size"] = row.window
+    if row.dropout_p:
+        options |= {"dropout_p": row.dropout_p, "dropout_seed": DROPOUT_SEED}
     if row.dtype == "fp8":
         # the factors of the cases are 1, one for each sequence and head
         sizes = {"q_descale": row.num_heads, "k_descale": row.num_heads_kv, "v_descale": row.num_heads_kv}
@@ -143,10 +147,18 @@ def problem(torch, row, device="cuda"):
             options["out"] = torch.empty_like(q)
         return q, k, v, lambda: fa3.flash_attn_func(q, k, v, **options)
     ragged = [x.view(-1, *x.shape[-2:]) for x in (q, k, v)]
-    cu_seqlens = [torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32, device=device)
-                  for lengths in (row.seqlens_q, row.seqlens_k)]
-    longest = max(row.seqlens_q), max(row.seqlens_k)
-    return q, k, v, lambda: fa3.flash_attn_varlen_func(*ragged, *cu_seqlens, *longest, **options)
+    lengths = ragged_lengths(torch, row, device)
+    return q, k, v, lambda: fa3.flash_attn_varlen_func(*ragged, **lengths, **options)
+
+
+def ragged_lengths(torch, row, device):
+    """What calls want to know of sequences one after another, by name."""
+    lengths = {}
+    for letter, of in (("q", row.seqlens_q), ("k", row.seqlens_k)):
+        ends = np.concatenate([[0], np.cumsum(of)])
+        lengths[f"cu_seqlens_{letter}"] = torch.tensor(ends, dtype=torch.int32, device=device)
+        lengths[f"max_seqlen_{letter}"] = max(of)
+    return lengths
 
 
 def _cache_call(torch, row, q, k, v):
@@ -191,6 +203,8 @@ def check(torch, row, q, k, v, out):
     out = out.view(*q.shape[:-1], row.dim_v)
     if q.dim() == k.dim() == 4:
         sequences, kv_heads = _sample(len(lens_q)), _sample(row.num_heads_kv)
+        if row.dropout_p:  # the numbers of both decide what is dropped
+            sequences, kv_heads = [0], [*range(min(CHECK_SAMPLE, row.num_heads_kv))]
         ratio = row.num_heads // row.num_heads_kv
         heads = [kv_head * ratio + i for kv_head in kv_heads for i in range(ratio)]
         lens_q, lens_k = lens_q[sequences], lens_k[sequences]
@@ -198,7 +212,8 @@ def check(torch, row, q, k, v, out):
         k, v = (x[sequences][:, :, kv_heads] for x in (k, v))
     packed = Packed(np.cumsum(lens_q) - lens_q, lens_q, np.cumsum(lens_k) - lens_k, lens_k)
     q, k, v, out = (_to_numpy(x) for x in (q, k, v, out))
-    report = check_forward(out, None, q, k, v, packed, Formula(row.head_dim ** -0.5, row.masking), budget=CHECK_BUDGET)
+    formula = Formula(row.head_dim ** -0.5, row.masking, dropout_p=row.dropout_p, dropout_seed=DROPOUT_SEED)
+    report = check_forward(out, None, q, k, v, packed, formula, budget=CHECK_BUDGET)
     if not report.ok:
         raise WrongAnswerError(str(report))
 

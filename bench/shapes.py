@@ -41,6 +41,8 @@ class Row:
         A row of the same group whose TFLOP/s this row's are a share of, and the share that the project asks.
     page : int or None
         Rows of a page, where keys and values lie in a paged cache.
+    dropout_p : float
+        As of the call.
     """
 
     group: str
@@ -60,6 +62,7 @@ class Row:
     reference: str | None = None
     bar_share: float | None = None
     page: int | None = None
+    dropout_p: float = 0.0
 
     @property
     def masking(self) -> Masking:
@@ -141,6 +144,32 @@ def _other_dims_rows():
                 rows.append(row)
     bar = "bf16 d80 s4096 full"
     return [replace(row, bar_us=row.flops / 560e6) if row.case == bar else row for row in rows]  # 560 TFLOP/s
+
+
+def _backward_rows():
+    """What the targets leave out: other head dims, several query heads on a KV head, sequences of unequal lengths."""
+    rows = [_filling_row("backward", "bf16", "bf16", dims, 4096, mask)
+            for dims in (80, 96, 112, 160, 192, (192, 128)) for mask in MASKS]
+    rows += [Row("backward", f"bf16 d128 s{seqlen} h16/2 {mask}", "bf16", lengths, lengths, 16, 2, 128,
+                 causal=mask == "causal")
+             for seqlen in (1024, 4096) for lengths in [(seqlen,) * (TOKENS // seqlen)] for mask in MASKS]
+    lengths = tuple(int(n) for n in np.random.default_rng(1).integers(1, 2049, size=16))
+    return rows + [Row("backward", f"bf16 d{head_dim} b16 s<=2048 h{MODEL_DIM // head_dim} {mask}", "bf16", lengths,
+                       lengths, MODEL_DIM // head_dim, MODEL_DIM // head_dim, head_dim, causal=mask == "causal",
+                       varlen=True)
+                   for head_dim in (64, 128) for mask in MASKS]
+
+
+def _dropout_rows():
+    """Dropout, held against the same row without."""
+    rows = []
+    for head_dim in (64, 80, 128, 256):
+        for seqlen in (1024, 4096):
+            for mask in MASKS:
+                plain = _filling_row("dropout", "bf16", "bf16", head_dim, seqlen, mask)
+                rows += [plain, replace(plain, case=f"bf16 d{head_dim} s{seqlen} dropout {mask}", dropout_p=0.1,
+                                        reference=plain.case, bar_share=0.85)]
+    return rows
 
 
 def _sweep_rows():
@@ -321,14 +350,15 @@ GROUPS: dict[str, list[Row]] = {
     "overhead": _overhead_rows(),
     "decode": _decode_rows(),
     "mla": _latent_rows(),
-    "backward": _BACKWARD,
+    "backward": _BACKWARD + _backward_rows(),
+    "dropout": _dropout_rows(),
     "tiles": _tile_rows(),
     "quantize": _quantize_rows(),
     "accuracy": _accuracy_rows(),
     "counters": _counter_rows(),
 }
-# What `runner` times beside peers.
-TIMED = ("forward", "sweep", "window", "short", "fp8", "seed", "overhead", "decode", "mla")
+# What is timed beside peers.
+TIMED = ("forward", "sweep", "window", "short", "fp8", "seed", "overhead", "decode", "mla", "backward", "dropout")
 
 
 def rows(group: str, pattern: str = "") -> list[Row]:

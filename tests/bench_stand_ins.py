@@ -51,6 +51,8 @@ class FakeClock:
 
 def made_up_records(group, device="Imaginary GPU"):
     """A record of each row of a timed group; such figures live in a test's temporary folder only."""
+    peers = {"cudnn": 2.0, "fa2": 10.0} if group != "backward" else {"cudnn": 2.0, "fa2": 10.0, "deterministic": 1.0}
     return [runner.record(row, {"fa3": 10.0 + at} if row.dtype == "fp8" else
-                          {"fa3": 10.0 + at, "cudnn": 12.0 + at, "fa2": 20.0 + at}, device, "0123abcd")
+                          {"fa3": 10.0 + at} | {name: 10.0 + at + more for name, more in peers.items()}, device,
+                          "0123abcd")
             for at, row in enumerate(shapes.GROUPS[group])]

@@ -12,7 +12,7 @@ import pytest
 from bench_stand_ins import ROOT, FakeClock
 
 from bench import __main__ as command
-from bench import peers, records, runner, shapes, timing
+from bench import backward, peers, records, runner, shapes, timing
 
 
 def _square_cases(prefix, seqlens, head_dims=(64, 128, 256)):
@@ -37,7 +37,12 @@ EXPECTED_CASES = {
             "d64 s1024", "d80 s4096", "d128 s1024", "d192 s4096", "d256 s1024",
             *(f"d{head_dim} {sizes} h16" for sizes in ("b84 s64", "b16 s512", "b1 s2048") for head_dim in (64, 128)))
         for mask in ("full", "causal")],
-    "backward": _square_cases("bf16", (1024, 4096, 16384)),
+    "backward": _square_cases("bf16", (1024, 4096, 16384)) + [
+        f"bf16 {sizes} {mask}" for sizes in (
+            *(f"d{dims} s4096" for dims in (80, 96, 112, 160, 192, "192/128")), "d128 s1024 h16/2", "d128 s4096 h16/2",
+            "d64 b16 s<=2048 h32", "d128 b16 s<=2048 h16") for mask in ("full", "causal")],
+    "dropout": [f"bf16 d{head_dim} s{seqlen}{dropout} {mask}" for head_dim in (64, 80, 128, 256)
+                for seqlen in (1024, 4096) for mask in ("full", "causal") for dropout in ("", " dropout")],
     "seed": ["1 fp8 b3 s1680 h16 d80", "1r fp8 b3 s<=1680 h16 d80", "1h fp16 b3 s1680 h16 d80",
              "2 fp8 b84 s64 h16 d80", "2h fp16 b84 s64 h16 d80", "3 fp16 b1 s1285 h16/2 d80 causal",
              "5 fp8 b84 t5040 h16 d128", "4 fp16 decode k2048 h16/2 d80"],
@@ -110,8 +115,8 @@ def test_latent_rows_are_read_once():
 
 
 def test_an_unknown_group_says_which_there_are():
-    groups = ("forward, sweep, window, short, fp8, seed, overhead, decode, mla, backward, tiles, quantize, accuracy, "
-              "counters")
+    groups = ("forward, sweep, window, short, fp8, seed, overhead, decode, mla, backward, dropout, tiles, quantize, "
+              "accuracy, counters")
     with pytest.raises(ValueError, match=f"^group 'sideward' is unknown; there are: {groups}$"):
         shapes.rows("sideward")
 
@@ -209,7 +214,10 @@ LATENT = shapes.Row("mla", "latent", "bf16", (1,) * 3, (64,) * 3, 8, 1, 576, 512
 CACHES = {f"{row.case} {page}": dataclasses.replace(row, page=page) for row in (CACHE, LATENT) for page in (None, 16)}
 
 
-@pytest.mark.parametrize("row", [SMALL, RAGGED, *CACHES.values()], ids=["dense", "ragged", *CACHES])
+DROPPED = dataclasses.replace(SMALL, case="dropped", dropout_p=0.5)
+
+
+@pytest.mark.parametrize("row", [SMALL, DROPPED, RAGGED, *CACHES.values()], ids=["dense", "dropped", "ragged", *CACHES])
 @pytest.mark.parametrize("wrong", [None, 0.1, float("nan")])
 def test_the_check_finds_what_is_wrong(row, wrong):
     torch = pytest.importorskip("torch")
@@ -219,9 +227,40 @@ def test_the_check_finds_what_is_wrong(row, wrong):
     if wrong is None:
         runner.check(torch, row, q, k, v, out)
         return
-    out.view(-1, row.dim_v)[-1, -1] += wrong  # the last head of the last query
+    if row.dropout_p and wrong == 0.1:  # only the first sequence's first KV heads are looked at
+        out.view(5, 37, 8, row.dim_v)[0, -1, 5, -1] += wrong
+    else:
+        out.view(-1, row.dim_v)[-1, -1] += wrong  # the last head of the last query
     with pytest.raises(runner.WrongAnswerError, match=r"^WRONG: "):
         runner.check(torch, row, q, k, v, out)
+
+
+GRADIENTS = [dataclasses.replace(SMALL, group="backward", window=(-1, -1)),
+             dataclasses.replace(RAGGED, group="backward")]
+
+
+@pytest.mark.parametrize("row", GRADIENTS, ids=lambda row: row.case)
+@pytest.mark.parametrize("wrong", [None, 0, 1, 2])
+def test_the_check_finds_wrong_gradients(row, wrong):
+    torch = pytest.importorskip("torch")
+    inputs, call = backward.problem(torch, row, "cpu")
+    gradients = call()
+    if wrong is None:
+        backward.check(row, inputs, gradients)
+        return
+    gradients[wrong].view(-1, gradients[wrong].shape[-1])[-1, -1] += 0.5
+    with pytest.raises(runner.WrongAnswerError, match=r"^WRONG: "):
+        backward.check(row, inputs, gradients)
+
+
+@pytest.mark.parametrize("row", GRADIENTS, ids=lambda row: row.case)
+def test_gradients_of_peers(row):
+    """PyTorch has an FA2 of its own for the CPU, but not for sequences of unequal lengths."""
+    torch = pytest.importorskip("torch")
+    row = dataclasses.replace(row, num_heads_kv=row.num_heads, seqlens_q=row.seqlens_k, head_dim_v=None)
+    inputs, call = backward.problem(torch, row, "cpu")
+    found = backward._peers(torch, row, inputs, call())
+    assert [peer.name for peer in found] == ([] if row.varlen else ["fa2"])
 
 
 def test_the_check_looks_for_nan_where_it_takes_no_sample():

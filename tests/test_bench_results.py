@@ -18,7 +18,8 @@ def test_results_file(group, tmp_path):
     entries = json.loads(path.read_text())
     assert [entry["case"] for entry in entries] == [row.case for row in shapes.GROUPS[group]]
     for entry in entries:
-        assert list(entry) == ["group", "case", "us", "tflops", "gbs", "peers", "device", "date", "commit"]
+        more = ["deterministic_us"] if group == "backward" else []
+        assert list(entry) == ["group", "case", "us", "tflops", "gbs", *more, "peers", "device", "date", "commit"]
         assert set(entry["peers"]) == {"cudnn", "fa2"}
         assert entry["group"] == group and entry["us"] > 0
         assert len(entry["date"]) == 10
@@ -32,6 +33,15 @@ def test_a_share_of_another_row_says_of_what():
         entries = [{"group": group, "case": case, "us": us, "tflops": 1 / us, "gbs": 1.0, "peers": {}}
                    for case, us in ((row.case, 100.0), (row.reference, 1.0))]
         assert f"{row.case} (0.010 of " in report.summary(entries)
+
+
+def test_sums_in_one_order_have_their_bar():
+    entries = made_up_records("backward")
+    entries[3]["deterministic_us"] = 1.151 * entries[3]["us"]
+    assert report.summary(entries).splitlines()[-1] == (
+        f"below their bar: {entries[3]['case']} (1.151 of the time in one order for 1.15)")
+    header, *lines, _mean = report.table(entries).splitlines()
+    assert "in order" in header and lines[3].split()[-2] == "1.15"
 
 
 def test_a_part_of_the_rows_leaves_the_others(tmp_path):
