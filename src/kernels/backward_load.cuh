@@ -111,7 +111,7 @@ class DqAdder {
   // In one order, and in so many steps of two parts, a turn is passed when the next step's first part is on its way:
   // what the step added has arrived by then, and nobody waits for that. In few steps it costs more that the next block
   // begins later; of one part there is time to wait.
-  static constexpr int kManySteps = 32;
+  static constexpr int kManySteps = 24;
 
  public:
   __device__ __forceinline__ DqAdder(const BackwardArgs& args, BackwardShared<Traits>& shared, int consumer)
