@@ -1,5 +1,5 @@
-// Four floats in memory that one thread alone writes and reads, by way of L2: sums are added there, and L1 would not
-// know.
+// What goes by way of L2: four floats in memory that one thread alone writes and reads, as sums are added there and L1
+// would not know; and what will be read soon.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -24,6 +24,11 @@ __device__ __forceinline__ float4 load_from_l2(const float4* from) {
                : "l"(from)
                : "memory");
   return x;
+}
+
+/// The line of L2 in which `at` lies is on its way: nobody waits.
+__device__ __forceinline__ void prefetch_to_l2(const void* at) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(at)) : "memory");
 }
 
 }  // namespace fa3::arch

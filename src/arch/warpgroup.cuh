@@ -19,6 +19,18 @@ __device__ __forceinline__ void shrink_registers() {
 /// The same value for every lane, in a form that the compiler knows to be uniform.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
+/// True for one lane of a warp, all of which calls. The compiler knows that it is one; a TMA load of any other single
+/// lane stands in a loop over lanes.
+__device__ __forceinline__ bool elected() {
+  uint32_t elected;
+  asm volatile(
+      "{.reg .pred p;\n"
+      "elect.sync _|p, -1;\n"
+      "selp.u32 %0, 1, 0, p;}"
+      : "=r"(elected));
+  return elected;
+}
+
 /// Named barrier `id` (0 is __syncthreads') of `threads` threads: wait for all to arrive.
 __device__ __forceinline__ void barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

@@ -29,11 +29,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     Scheduler<Traits>(args, shared).run();
     return;
   }
-  if (producer == 1 && thread % 32 == 0) {
-    arch::prefetch_map(&args.q.map);
-    arch::prefetch_map(&args.k.map);
-    arch::prefetch_map(&args.v.map);
-  }
+  if (producer == 1) prefetch_start(args);
   if constexpr (kDropout)
     if (thread == 0) shared.seed = args.dropout.seed();
   shared.wait_for_barriers();
@@ -41,7 +37,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     if (producer == 1) {
       if (args.pages.used())
         Loader<Traits, PagedKeys<Traits>>(args, shared).run();
-      else if (threadIdx.x % 32 == 0)
+      else
         Loader<Traits, ContiguousKeys<Traits>>(args, shared).run();
     }
     if constexpr (Traits::kEightBits)

@@ -6,7 +6,11 @@
 
 namespace fa3 {
 
-/// Rows one after another: one lane asks for a whole block.
+/// The loader's lane that does what is to be done once.
+__device__ __forceinline__ bool leads() { return threadIdx.x % 32 == 0; }
+
+/// Rows one after another: one lane asks for a whole block. All of the loader's warp come along, with numbers that are
+/// known to be the same: in one lane's own branch each TMA load would stand in a loop over lanes.
 template <class Traits>
 struct ContiguousKeys {
   /// Where a sequence's keys or values of one head are.
@@ -15,11 +19,9 @@ struct ContiguousKeys {
     int first_row, head, batch;
   };
 
-  __device__ __forceinline__ static bool leads() { return true; }
-  __device__ __forceinline__ static void join() {}
-
   __device__ __forceinline__ static Source source(const ForwardArgs&, const TmaOperand& operand, const TileHead& work) {
-    return {&operand.map, work.k_begin, work.head_kv * operand.head_step, work.batch_kv * operand.batch_step};
+    return {&operand.map, arch::uniform(work.k_begin), arch::uniform(work.head_kv) * operand.head_step,
+            arch::uniform(work.batch_kv) * operand.batch_step};
   }
 
   /// Where a block is, of keys and of values alike.
@@ -31,6 +33,7 @@ struct ContiguousKeys {
   template <class Tile>
   __device__ __forceinline__ static void load(const Source& from, int, int, Place row, uint8_t* to,
                                               arch::Barrier& full) {
+    if (!arch::elected()) return;
     full.arrive_expecting(Tile::kBytes);
 #pragma unroll
     for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
@@ -60,8 +63,6 @@ struct PagedKeys {
   };
 
   __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
-  __device__ __forceinline__ static bool leads() { return lane() == 0; }
-  __device__ __forceinline__ static void join() { __syncwarp(); }
 
   __device__ __forceinline__ static Source source(const ForwardArgs& args, const TmaOperand& operand,
                                                   const TileHead& work) {

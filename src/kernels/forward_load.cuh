@@ -1,5 +1,6 @@
-// The loader: one thread that keeps Q, K and V coming by TMA; with pages, its whole warp.
+// The loader: a warp that keeps Q, K and V coming by TMA.
 #pragma once
+#include "arch/l2.cuh"
 #include "kernels/forward_args.h"
 #include "kernels/forward_keys.cuh"
 #include "kernels/forward_traits.cuh"
@@ -7,7 +8,19 @@
 
 namespace fa3 {
 
-/// `Keys` brings blocks of keys and values: ContiguousKeys to one lane, PagedKeys to all of a warp.
+/// The loader's warp, before there is anything to load: what memory is asked for next is on its way. Lengths are the
+/// scheduler's.
+__device__ __forceinline__ void prefetch_start(const ForwardArgs& args) {
+  if (leads()) {
+    arch::prefetch_map(&args.q.map);
+    arch::prefetch_map(&args.k.map);
+    arch::prefetch_map(&args.v.map);
+  }
+  const int first = threadIdx.x % 32 * 32;  // of as many sequences as a line of L2 has
+  if (args.keys.seqused && first < args.batch) arch::prefetch_to_l2(args.keys.seqused + first);
+}
+
+/// `Keys` brings blocks of keys and values: see forward_keys.cuh.
 template <class Traits, class Keys>
 class Loader {
  public:
@@ -18,10 +31,10 @@ class Loader {
     while (true) {
       shared_.tile_full[tiles_.stage()].wait(tiles_.parity());
       const TileHead& work = shared_.tile[tiles_.stage()];
-      if (work.m_block == TileHead::kNone) return;
+      if (arch::uniform(work.m_block) == TileHead::kNone) return;
       load(work);
-      Keys::join();
-      if (Keys::leads()) shared_.tile_empty[tiles_.stage()].arrive();
+      __syncwarp();
+      if (leads()) shared_.tile_empty[tiles_.stage()].arrive();
       tiles_.advance();
     }
   }
@@ -35,50 +48,51 @@ class Loader {
   /// Where a block is, which memory may have to say, is asked once for both, before the wait for K's stage.
   __device__ __forceinline__ void load(const TileHead& work) {
     const Source k = Keys::source(args_, args_.k, work), v = Keys::source(args_, args_.v, work);
-    Place here{}, ahead = Keys::place(k, work.end_block - 1);
+    const int first_block = arch::uniform(work.first_block), end_block = arch::uniform(work.end_block);
+    const int nearly_last = larger(smaller(end_block - 1, first_block + kLead), first_block);
+    Place here{}, ahead = Keys::place(k, end_block - 1);
 #pragma unroll 1
-    for (int n_block = work.end_block; n_block >= work.first_block; --n_block) {
-      if (n_block == nearly_last(work) && Keys::leads()) shared_.tile_nearly_loaded.arrive();
-      if (Traits::kHasQv && n_block < work.end_block) load_v(v, n_block, here);  // scores need it
-      if (n_block > work.first_block) load_k(k, n_block - 1, ahead);
-      if (!Traits::kHasQv && n_block < work.end_block) load_v(v, n_block, here);
-      if (n_block == work.end_block && Keys::leads()) load_q(work);
+    for (int n_block = end_block; n_block >= first_block; --n_block) {
+      if (n_block == nearly_last && leads()) shared_.tile_nearly_loaded.arrive();
+      if (Traits::kHasQv && n_block < end_block) load_v(v, n_block, here);  // scores need it
+      if (n_block > first_block) load_k(k, n_block - 1, ahead);
+      if (!Traits::kHasQv && n_block < end_block) load_v(v, n_block, here);
+      if (n_block == end_block) load_q(work);
       here = ahead;
       ahead = Keys::place(k, n_block - 2);
     }
-  }
-
-  /// Where the scheduler is told to find the next piece.
-  __device__ __forceinline__ static int nearly_last(const TileHead& work) {
-    return larger(smaller(work.end_block - 1, work.first_block + kLead), work.first_block);
   }
 
   __device__ __forceinline__ void load_q(const TileHead& work) {
     const uint32_t bytes = args_.packing.rows * (Traits::kQueryBytes / Traits::kTileM);
     const Ring<Traits::kQueryStages> ring{tiles_.count};
     const uint32_t stage = ring.stage();
-    int row = work.q_begin + work.m_block * Traits::kRowGroups * args_.packing.positions;
+    const int head = arch::uniform(work.first_head), head_kv = arch::uniform(work.head_kv);
+    const int batch = arch::uniform(work.batch);
+    int row = arch::uniform(work.q_begin + work.m_block * Traits::kRowGroups * args_.packing.positions);
 #pragma unroll 1
     for (int group = 0; group < Traits::kRowGroups; ++group) {
       arch::Barrier& full = shared_.q_full[group][stage];
       shared_.q_empty[group][stage].wait(ring.parity() ^ 1);
-      full.arrive_expecting(bytes);
-      load_rows<typename Traits::TileQ>(args_.q, work, row, shared_.q[group][stage], full);
-      if constexpr (Traits::kHasQv)
-        load_rows<typename Traits::TileQV>(args_.qv, work, row, shared_.qv[group][stage], full);
+      if (arch::elected()) {
+        full.arrive_expecting(bytes);
+        load_rows<typename Traits::TileQ>(args_.q, head, row, head_kv, batch, shared_.q[group][stage], full);
+        if constexpr (Traits::kHasQv)
+          load_rows<typename Traits::TileQV>(args_.qv, head, row, head_kv, batch, shared_.qv[group][stage], full);
+      }
       row += args_.packing.positions;
     }
   }
 
   template <class Tile>
-  __device__ __forceinline__ static void load_rows(const TmaOperand& from, const TileHead& work, int row, uint8_t* to,
-                                                   arch::Barrier& full) {
-    const int head = work.first_head * from.head_step, head_kv = work.head_kv * from.head_step;
-    const int batch = work.batch * from.batch_step;
+  __device__ __forceinline__ static void load_rows(const TmaOperand& from, int head, int row, int head_kv, int batch,
+                                                   uint8_t* to, arch::Barrier& full) {
 #pragma unroll
     for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
-      arch::load_box(to + chunk * Tile::kChunkBytes, &from.map,
-                     {chunk * Tile::kChunkColumns, head, row, head_kv, batch}, full);
+      arch::load_box(
+          to + chunk * Tile::kChunkBytes, &from.map,
+          {chunk * Tile::kChunkColumns, head * from.head_step, row, head_kv * from.head_step, batch * from.batch_step},
+          full);
   }
 
   __device__ __forceinline__ void load_k(const Source& k, int n_block, Place place) {
