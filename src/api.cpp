@@ -69,6 +69,7 @@ struct Launch {
     const fa3_forward_params& p = params;
     args.packing = packing_of(p, plan.pack_gqa > 1);
     args.heads = Divisor::of(p.num_heads_kv * args.packing.tiles);
+    args.queries_of_tile = Divisor::of(variant.row_groups * args.packing.positions);
     const OperandShape q{.head_dim = p.head_dim,
                          .heads = p.num_heads,
                          .group = args.packing.ratio,

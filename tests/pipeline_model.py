@@ -132,6 +132,7 @@ class ThreadBlock:
         self.k, self.v = Pipe(STAGES, warps), Pipe(STAGES, warps, max(transposers, 1))
         self.loaded_v = Pipe(STAGES, transposers + (warps if has_qv else 0)) if eight_bits else self.v
         self.slots = Pipe(TILE_SLOTS, warps + 1 + transposers)
+        self.scaled, self.scales = [Barrier(1) for _ in range(TILE_SLOTS)], [None] * TILE_SLOTS
         self.q = [Pipe(query_stages, warps // self.row_groups) for _ in range(self.row_groups)]
         self.pair = [NamedBarrier(syncs_expected=2) for _ in range(WARPS)]  # a warp of each warpgroup
         self.both = NamedBarrier(syncs_expected=2 * WARPS)
@@ -185,6 +186,10 @@ class ThreadBlock:
             slot = Ring(TILE_SLOTS, count).stage
             self.slots.content[slot] = (count, piece)
             self.arrive("scheduler: slot filled", self.slots.full[slot])
+            if self.eight_bits:
+                yield lambda: True  # memory answers late
+                self.scales[slot] = count
+                self.arrive("scheduler: slot scaled", self.scaled[slot])
 
     def next_piece(self, who, tiles):
         yield from self.wait(f"{who}: slot filled", self.slots.full[tiles.stage], tiles.parity)
@@ -407,6 +412,9 @@ class ThreadBlock:
                 hand_on("consumer: skipped turn passed")
 
         def attend(first, end, meanwhile):
+            if self.eight_bits:
+                yield from self.wait("consumer: slot scaled", self.scaled[tiles.stage], tiles.parity)
+                expect(self.scales[tiles.stage] == tiles.count, "descales of another piece")
             yield from skip_blocks(piece.end - end, first == end)
             yield from self.wait("consumer: q is there", q.full[q_ring.stage], q_ring.parity)
             if first != end:

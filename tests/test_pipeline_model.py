@@ -60,7 +60,7 @@ def test_nor_does_an_unfair_one(thread_block, seed, favoured):
 
 def blocks_to_break():
     """Thread blocks that use every wait, arrival and sync, with the orders of events to try."""
-    for seed in range(300):
+    for seed in range(900):
         has_qv = seed % 3 == 2
         consumers = 2 if has_qv else 2 + seed % 2
         row_groups = 1 if has_qv else consumers

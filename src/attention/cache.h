@@ -14,18 +14,19 @@ struct KeyRows : Lengths {
   bool paged;          // each sequence has rows from 0 on: cu_seqlens only says how many
 
   FA3_HOST_DEVICE Span span(int batch) const {
-    Span s = paged && cu_seqlens ? of_length(int64_t{cu_seqlens[batch + 1]} - cu_seqlens[batch], batch)
-                                 : Lengths::span(batch);
-    if (leftpad) {
-      const int hidden = clamped(leftpad[batch], 0, s.length);
-      s.begin += hidden;
-      s.length -= hidden;
-    }
-    return s;
+    return cu_seqlens ? between(cu_seqlens[batch], cu_seqlens[batch + 1], batch)
+                      : behind_padding(Lengths::span(batch), batch);
+  }
+  FA3_HOST_DEVICE Span between(int first, int end, int batch) const {
+    return behind_padding(paged ? of_length(int64_t{end} - first, batch) : Lengths::between(first, end, batch), batch);
   }
   FA3_HOST_DEVICE int entry(int batch) const { return entries ? entries[batch] : batch; }
 
  private:
+  FA3_HOST_DEVICE Span behind_padding(const Span& all, int batch) const {
+    const int hidden = leftpad ? clamped(leftpad[batch], 0, all.length) : 0;
+    return {all.begin + hidden, all.length - hidden};
+  }
   FA3_HOST_DEVICE Span of_length(int64_t length, int batch) const {
     const int most = length < 0 ? 0 : length > rows ? rows : static_cast<int>(length);
     return {0, seqused ? clamped(seqused[batch], 0, most) : most};

@@ -26,13 +26,13 @@ struct Lengths {
   FA3_HOST_DEVICE bool ragged() const { return cu_seqlens != nullptr; }
 
   FA3_HOST_DEVICE Span span(int batch) const {
-    Span s{0, rows};
-    if (cu_seqlens) {
-      s.begin = clamped(cu_seqlens[batch], 0, rows);
-      s.length = clamped(cu_seqlens[batch + 1], s.begin, rows) - s.begin;
-    }
-    if (seqused) s.length = clamped(seqused[batch], 0, s.length);
-    return s;
+    return cu_seqlens ? between(cu_seqlens[batch], cu_seqlens[batch + 1], batch) : in_use({0, rows}, batch);
+  }
+
+  /// The same of a ragged batch, for who has read cu_seqlens.
+  FA3_HOST_DEVICE Span between(int first, int end, int batch) const {
+    const int begin = clamped(first, 0, rows);
+    return in_use({begin, clamped(end, begin, rows) - begin}, batch);
   }
 
   /// The owner of a row, counted along all rows of a ragged batch or of all entries of a dense one. `batch` > 0.
@@ -52,6 +52,11 @@ struct Lengths {
     found.row = static_cast<int>(index) - s.begin;
     found.used = found.row >= 0 && found.row < s.length;
     return found;
+  }
+
+ private:
+  FA3_HOST_DEVICE Span in_use(const Span& all, int batch) const {
+    return {all.begin, seqused ? clamped(seqused[batch], 0, all.length) : all.length};
   }
 };
 

@@ -65,6 +65,7 @@ struct ForwardArgs {
   int batch, num_heads_kv, head_dim, head_dim_v;
   Packing packing;  // of the query heads of each KV head
   Divisor heads;    // tiles side by side of a sequence: num_heads_kv * packing.tiles
+  Divisor queries_of_tile;
 
   Descale q_descale, k_descale, v_descale;  // of fp8 operands
   // Of fp8: blocks whose P V tensor cores add up before they move on to fp32. 0: all; 1: each is added to O, for

@@ -25,10 +25,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
   const int producer = arch::uniform(thread / 32) - 4 * Traits::kConsumers;
   if (warpgroup == Traits::kConsumers) arch::shrink_registers<Traits::kProducerRegisters>();
   if (producer == 0) {
-    shared.make_barriers();
     Scheduler<Traits>(args, shared).run();
     return;
   }
+  // Meanwhile: what does not need the first piece of work.
+  if (thread < 32) shared.make_barriers();
   if (producer == 1) prefetch_start(args);
   if constexpr (kDropout)
     if (thread == 0) shared.seed = args.dropout.seed();

@@ -121,7 +121,7 @@ class Loader {
   const ForwardArgs& args_;
   ForwardShared<Traits>& shared_;
   Ring<Traits::kStages> k_ring_, v_ring_;
-  Ring<ForwardShared<Traits>::kTileSlots> tiles_;  // every piece has its queries, so it counts them too
+  Ring<kTileSlots> tiles_;  // every piece has its queries, so it counts them too
 };
 
 }  // namespace fa3

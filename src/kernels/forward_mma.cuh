@@ -246,6 +246,7 @@ class Consumer {
 
   /// A tile's rows: their descales become part of what the scores are multiplied with, before softcap or after it.
   __device__ __forceinline__ void take_descales(const Work& work) {
+    shared_.tile_scaled[tiles_.stage()].wait(tiles_.parity());
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float scale = args_.score_scale_log2 * (args_.softcap_scale == 0 ? descale(work, r) : 1.f);
@@ -508,7 +509,7 @@ class Consumer {
   RowSoftmax softmax_;
   Totals<Traits> totals_;
   Ring<Traits::kStages> k_ring_, v_ring_;
-  Ring<Shared::kTileSlots> tiles_;  // every piece has its queries, so it counts them too
+  Ring<kTileSlots> tiles_;  // every piece has its queries, so it counts them too
 };
 
 }  // namespace fa3

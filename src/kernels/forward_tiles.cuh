@@ -19,20 +19,32 @@ class Scheduler {
         shared_(shared),
         lane_(threadIdx.x % 32),
         heads_(args.heads.divisor),
-        tile_m_(Traits::kRowGroups * args.packing.positions),
+        tile_m_(args.queries_of_tile.divisor),
         index_(blockIdx.x),
         stride_(2 * (gridDim.x - blockIdx.x) - 1) {}
 
+  /// The first piece is described while others make the barriers.
   __device__ __forceinline__ void run() {
-    constexpr uint32_t kSlots = ForwardShared<Traits>::kTileSlots;
+    if (args_.queries.ragged()) bounds_ = read_bounds(0);
     for (;; take_index()) {
-      if (tiles_.count >= kSlots) {
-        const Ring<kSlots> before{tiles_.count - kSlots};
+      if (tiles_.count >= kTileSlots) {
+        const Ring<kTileSlots> before{tiles_.count - kTileSlots};
         shared_.tile_empty[before.stage()].wait(before.parity());
       }
-      const bool found = describe(shared_.tile[tiles_.stage()]);
-      __syncwarp();
-      if (lane_ == 0) shared_.tile_full[tiles_.stage()].arrive();
+      look_ahead();
+      auto& work = shared_.tile[tiles_.stage()];
+      const bool found = describe(work);
+      if (tiles_.count == 0)
+        shared_.wait_for_made_barriers();
+      else
+        __syncwarp();
+      if (lane_ == 0) {
+        shared_.tile_full[tiles_.stage()].arrive();
+        if constexpr (Traits::kEightBits) {
+          if (found) find_descales(work);
+          shared_.tile_scaled[tiles_.stage()].arrive();
+        }
+      }
       tiles_.advance();
       if (!found) return;
     }
@@ -64,10 +76,8 @@ class Scheduler {
         last = q.length - 1;
         all = every_block<Traits::kTileN>(k.length);
       } else {
-        if (!(args_.queries.ragged() ? find_ragged(piece.tile, tile) : find_dense(piece.tile, tile)))
+        if (!(args_.queries.ragged() ? find_ragged(piece.tile, tile, q, k) : find_dense(piece.tile, tile, q, k)))
           return nothing_left(work);
-        q = args_.queries.span(tile.batch);
-        k = args_.keys.span(tile.batch);
         first = tile.m_block * tile_m_;
         last = smaller(first + tile_m_, q.length) - 1;
         if (last < first) continue;  // past seqused_q
@@ -96,13 +106,6 @@ class Scheduler {
       if (lane_ == 0) {
         work.first_block = first_block;
         work.end_block = end_block;
-        if constexpr (Traits::kEightBits) {
-          work.score_descale = score_descale<Traits>(args_, work, work.first_head);
-          work.value_descale = args_.v_descale.at(work.batch, work.head_kv);
-          if constexpr (Traits::kHasQv)
-            work.key_part_scale =
-                args_.absorbed ? 1.f : args_.k_descale.at(work.batch, work.head_kv) / key_descale<Traits>(args_, work);
-        }
       }
       if constexpr (Traits::kRowGroups == 1) {
         if (lane_ == 0) {
@@ -120,6 +123,17 @@ class Scheduler {
     }
   }
 
+  /// What is read is all asked for before any of it is waited for.
+  __device__ __forceinline__ void find_descales(TileHead& work) const {
+    const float score = score_descale<Traits>(args_, work, work.first_head);
+    const float value = args_.v_descale.at(work.batch, work.head_kv);
+    work.score_descale = score;
+    work.value_descale = value;
+    if constexpr (Traits::kHasQv)
+      work.key_part_scale =
+          args_.absorbed ? 1.f : args_.k_descale.at(work.batch, work.head_kv) / key_descale<Traits>(args_, work);
+  }
+
   __device__ __forceinline__ bool nothing_left(TileWork<Traits::kRowGroups>& work) const {
     finish();
     if (lane_ == 0) work.m_block = TileHead::kNone;
@@ -127,6 +141,7 @@ class Scheduler {
   }
 
   __device__ __forceinline__ BlockRange range(int first, int last, const Span& q, const Span& k) const {
+    if (args_.visibility.full()) return every_block<Traits::kTileN>(k.length);
     return block_range<Traits::kTileN>(args_.visibility, first, last, q.length, k.length);
   }
 
@@ -160,22 +175,27 @@ class Scheduler {
     return args_.queries.rows <= tile_m_ ? 1 : ceil_div(args_.queries.rows, tile_m_);
   }
 
-  __device__ __forceinline__ bool find_dense(int index, Tile& tile) const {
+  __device__ __forceinline__ bool find_dense(int index, Tile& tile, Span& q, Span& k) const {
     const int heads = heads_ * args_.batch;
     if (index >= heads * m_blocks()) return false;
     const TileOrder::Tile found = args_.order.at(index, heads, m_blocks());
     tile.m_block = found.m_block;
     tile.batch = args_.batch == 1 ? 0 : args_.heads.quotient(found.head);
     tile.head = found.head - tile.batch * heads_;
+    q = args_.queries.span(tile.batch);
+    k = args_.keys.span(tile.batch);
     return true;
   }
 
   /// Ragged batches: the lanes count the m_blocks of 32 sequences at a time. Indices only grow, so the search goes on
   /// from where the last one ended.
-  __device__ __forceinline__ bool find_ragged(int index, Tile& tile) {
-    for (; group_ < args_.batch; group_ += 32) {
-      int m_blocks = 0;
-      if (group_ + lane_ < args_.batch) m_blocks = ceil_div(args_.queries.span(group_ + lane_).length, tile_m_);
+  __device__ __forceinline__ bool find_ragged(int index, Tile& tile, Span& q, Span& k) {
+    for (; group_ < args_.batch; next_group()) {
+      const int own = sequence_of_lane(group_);
+      q = args_.queries.between(bounds_.q_first, bounds_.q_end, own);
+      k = args_.keys.cu_seqlens ? args_.keys.between(bounds_.k_first, bounds_.k_end, own) : args_.keys.span(own);
+      const bool has_tiles = group_ + lane_ < args_.batch && q.length > 0;
+      const int m_blocks = has_tiles ? args_.queries_of_tile.quotient(q.length - 1) + 1 : 0;
       int before = m_blocks;  // becomes the m_blocks of all sequences of the group up to this lane's
 #pragma unroll
       for (int step = 1; step < 32; step *= 2) {
@@ -191,11 +211,43 @@ class Scheduler {
         const int rest = static_cast<int>(local - int64_t{__shfl_sync(~0u, before, owner)} * heads_);
         const TileOrder::Tile found = args_.order.at(rest, heads_, __shfl_sync(~0u, m_blocks, owner));
         tile = {found.m_block, found.head, group_ + owner};
+        q = of_lane(q, owner);
+        k = of_lane(k, owner);
         return true;
       }
       group_first_ += int64_t{__shfl_sync(~0u, before + m_blocks, 31)} * heads_;
     }
     return end_at(group_first_ < args_.most_tiles ? group_first_ : args_.most_tiles);
+  }
+
+  /// A lane's sequence's bounds in cu_seqlens, as memory has them. A group's are asked for together, and a group ahead:
+  /// behind the loads of a piece they come thousands of cycles later.
+  struct Bounds {
+    int q_first, q_end, k_first, k_end;
+  };
+
+  __device__ __forceinline__ int sequence_of_lane(int group) const { return smaller(group + lane_, args_.batch - 1); }
+
+  __device__ __forceinline__ Bounds read_bounds(int group) const {
+    const int own = sequence_of_lane(group);
+    const int* const q = args_.queries.cu_seqlens + own;
+    const int* const k = args_.keys.cu_seqlens ? args_.keys.cu_seqlens + own : q;
+    return {q[0], q[1], k[0], k[1]};
+  }
+
+  __device__ __forceinline__ void next_group() {
+    group_ += 32;
+    bounds_ = group_ == next_group_ ? next_bounds_ : read_bounds(group_);
+  }
+
+  __device__ __forceinline__ void look_ahead() {
+    if (!args_.queries.ragged() || next_group_ > group_) return;
+    next_group_ = group_ + 32;
+    next_bounds_ = read_bounds(next_group_);
+  }
+
+  __device__ __forceinline__ static Span of_lane(const Span& span, int lane) {
+    return {__shfl_sync(~0u, span.begin, lane), __shfl_sync(~0u, span.length, lane)};
   }
 
   /// No further tile is found: there are so many, which every thread block must agree on.
@@ -213,7 +265,9 @@ class Scheduler {
   int stride_;               // to the next index dealt out
   int group_ = 0;            // first sequence of the group searched
   int64_t group_first_ = 0;  // index of its first tile
-  Ring<ForwardShared<Traits>::kTileSlots> tiles_;
+  int next_group_ = 0;
+  Bounds bounds_, next_bounds_;
+  Ring<kTileSlots> tiles_;
 };
 
 }  // namespace fa3

@@ -148,6 +148,9 @@ struct alignas(16) TileWork : TileHead {
   BlockRange blocks[kRowGroups];  // what each group of rows needs of the blocks loaded
 };
 
+/// Pieces of work that are described at a time.
+inline constexpr int kTileSlots = 4;
+
 /// V before it is turned, where it has to be.
 template <class Traits, bool = Traits::kEightBits>
 struct LoadedValues {
@@ -165,6 +168,21 @@ struct LoadedValues<Traits, true> {
       loaded_v_full[stage].init(1);
       loaded_v_empty[stage].init(Traits::kTransposers + (Traits::kHasQv ? 4 * Traits::kConsumers : 0));
     }
+  }
+};
+
+/// A piece's descales, which only its consumers wait for: they are in memory, at a place that the piece's own says.
+template <class Traits, bool = Traits::kEightBits>
+struct TileScales {
+  __device__ void init_barriers() {}
+};
+
+template <class Traits>
+struct TileScales<Traits, true> {
+  arch::Barrier tile_scaled[kTileSlots];  // the scheduler arrives
+
+  __device__ void init_barriers() {
+    for (arch::Barrier& scaled : tile_scaled) scaled.init(1);
   }
 };
 
@@ -196,9 +214,11 @@ struct Letters<Traits, true> {
 };
 
 template <class Traits>
-struct ForwardShared : LoadedValues<Traits>, SharedTotals<Traits>, ValueQueries<Traits>, Letters<Traits> {
-  static constexpr int kTileSlots = 4;
-
+struct ForwardShared : LoadedValues<Traits>,
+                       SharedTotals<Traits>,
+                       ValueQueries<Traits>,
+                       Letters<Traits>,
+                       TileScales<Traits> {
   using Work = TileWork<Traits::kRowGroups>;
 
   alignas(1024) uint8_t q[Traits::kRowGroups][Traits::kQueryStages][Traits::TileQ::kBytes];
@@ -224,6 +244,7 @@ struct ForwardShared : LoadedValues<Traits>, SharedTotals<Traits>, ValueQueries<
   __device__ void init_barriers() {
     constexpr int kWarps = 4 * Traits::kConsumers;
     LoadedValues<Traits>::init_barriers();
+    TileScales<Traits>::init_barriers();
     for (int group = 0; group < Traits::kRowGroups; ++group) {
       for (int stage = 0; stage < Traits::kQueryStages; ++stage) {
         q_full[group][stage].init(1);
@@ -243,19 +264,23 @@ struct ForwardShared : LoadedValues<Traits>, SharedTotals<Traits>, ValueQueries<
     }
   }
 
-  /// The scheduler's warp: make the barriers and go on. Everyone else comes to one place and waits for them.
+  /// A warp of consumers makes the barriers. The scheduler waits for that when it has the first piece, all others at
+  /// once.
   __device__ __forceinline__ void make_barriers() {
     if (threadIdx.x % 32 == 0) {
       init_barriers();
       arch::publish_barriers();
     }
     __syncwarp();
-    arch::barrier_arrive(kStartBarrier, Traits::kThreads);
+    arch::barrier_arrive(kMadeBarrier, 2 * 32);
   }
-  __device__ __forceinline__ void wait_for_barriers() const { arch::barrier_sync(kStartBarrier, Traits::kThreads); }
+  __device__ __forceinline__ void wait_for_made_barriers() const { arch::barrier_sync(kMadeBarrier, 2 * 32); }
+  __device__ __forceinline__ void wait_for_barriers() const {
+    arch::barrier_sync(kStartBarrier, Traits::kThreads - 32);
+  }
 
  private:
-  static constexpr int kStartBarrier = 15;
+  static constexpr int kMadeBarrier = 14, kStartBarrier = 15;
 };
 
 }  // namespace fa3

@@ -87,7 +87,7 @@ class Transposer {
   const int warp_;
   const TurningLane lane_;
   Ring<Traits::kStages> ring_;
-  Ring<ForwardShared<Traits>::kTileSlots> tiles_;
+  Ring<kTileSlots> tiles_;
 };
 
 }  // namespace fa3
