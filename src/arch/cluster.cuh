@@ -11,15 +11,16 @@ __device__ __forceinline__ uint32_t cluster_size() {
   return size;
 }
 
-/// Wait for every thread of the cluster that has not ended, and see what it has written to shared memory before.
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
+/// Arrive, and wait for every thread of the cluster that has not ended. What it has written to shared memory before is
+/// then to be seen.
+__device__ __forceinline__ void cluster_publish() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_acquire() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-/// The same in two steps, and nothing that this thread has written is to be seen: a release would wait until it is.
+/// The same where nothing that this thread has written is to be seen: a release would wait until it is.
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }

@@ -41,13 +41,13 @@ class PartRows {
     if (parts_ > 1 && !in_cluster() && has_rows() && thread_ == 0) counter().open();
   }
 
-  /// Leave this part; true, for all of the warpgroup: all parts are there now, for it to join.
+  /// Leave this part; true, for all of the warpgroup: join() is to follow.
   __device__ __forceinline__ bool leave(const float (&o)[kDim / 2], const RowSoftmax& softmax) const {
     if (in_cluster()) {
       // Consumers of other rows may not be done with what the part comes to lie over.
       if constexpr (Traits::kConsumers > 1) arch::barrier_sync(1 + 2 * Traits::kConsumers, 128 * Traits::kConsumers);
       write(o, softmax, own_part());
-      arch::cluster_sync();
+      arch::cluster_publish();
       return true;
     }
     if (!has_rows()) return false;
@@ -106,23 +106,25 @@ class PartRows {
     for (uint32_t first = 0; first < end; first += 128) {  // a warp goes on together: see uniform() in the consumer
       const Place at = place(first + thread_, end);
       const Joined joined = join_parts(at);
-      if (at.exists) store(at, joined);
+      if (at.exists) store(destination(at), joined);
     }
   }
 
-  /// In a cluster: a lane reads a part of a vector, and 2, 4, 8 or 16 lanes add up in a tree.
+  /// In a cluster: a lane reads a part of a vector, and 2, 4, 8 or 16 lanes add up in a tree. Where the first vector
+  /// goes is worked out before the parts are waited for.
   __device__ __forceinline__ void join_share(uint32_t end) const {
     const uint32_t share = args_.splits.count.quotient(end + parts_ - 1), part = arch::uniform(work_.part);
     const uint32_t lanes = 2u << (31 - __clz(parts_ - 1)), mine = thread_ % 32 & (lanes - 1);
     end = smaller((part + 1) * share, end);
     const float* const from = arch::in_block(own_part(), smaller(mine, parts_ - 1));
     uint32_t first = part * share;
-    bool more;
+    Place at = place(first + thread_ / lanes, end);
+    Destination to = destination(at);
+    arch::cluster_acquire();
 #pragma unroll 1
-    do {
-      const Place at = place(first + thread_ / lanes, end);
+    while (true) {
       first += 128 / lanes;
-      more = first < end;
+      const bool more = first < end;
       Joined joined{-INFINITY, 0.f, {}};
       if (at.exists && mine < parts_) {
         const float* const here = from + at.row * kRowFloats;
@@ -149,28 +151,44 @@ class PartRows {
         }
       }
       if (!more) arch::cluster_arrive();  // what the lanes have exchanged has been read
-      if (at.exists && mine == 0) store(at, joined);
-    } while (more);
+      if (at.exists && mine == 0) store(to, joined);
+      if (!more) break;
+      at = place(first + thread_ / lanes, end);
+      to = destination(at);
+    }
     arch::cluster_wait();  // a block that ends takes its shared memory with it
   }
 
-  /// A vector's columns of output, and with the first of them the row's lse.
-  __device__ __forceinline__ void store(const Place& at, const Joined& joined) const {
+  /// Where a vector's columns of output go, and with the first of them the row's lse; and the row's sink.
+  struct Destination {
+    uint16_t* out;
+    float* lse;  // or null
+    float sink;
+    uint32_t column;
+  };
+
+  __device__ __forceinline__ Destination destination(const Place& at) const {
     const int query_head = places_.first_head + at.head;
-    const auto result = RowSoftmax::result(joined.max, joined.sum, args_.sinks ? args_.sinks[query_head] : -INFINITY);
     const int64_t query = places_.first_row + at.position;
+    Destination to{static_cast<uint16_t*>(args_.out), nullptr, -INFINITY, at.column};
+    to.out += places_.batch * args_.out_stride[0] + query * args_.out_stride[1] + query_head * args_.out_stride[2];
     if (args_.lse && at.column == 0) {
       const int64_t* const stride = args_.lse_stride;
-      args_.lse[places_.batch * stride[0] + query_head * stride[1] + query * stride[2]] = result.lse;
+      to.lse = args_.lse + places_.batch * stride[0] + query_head * stride[1] + query * stride[2];
     }
+    if (args_.sinks && at.exists) to.sink = args_.sinks[query_head];
+    return to;
+  }
+
+  __device__ __forceinline__ void store(const Destination& to, const Joined& joined) const {
+    const auto result = RowSoftmax::result(joined.max, joined.sum, to.sink);
+    if (to.lse) *to.lse = result.lse;
     float scale = result.scale < 0 ? 0.f : result.scale * args_.dropout.scale;
-    if constexpr (RowSoftmax::kEightBits) scale *= args_.v_descale.at(work_.batch, work_.head_kv);
-    auto* const to = static_cast<uint16_t*>(args_.out) + places_.batch * args_.out_stride[0] +
-                     query * args_.out_stride[1] + query_head * args_.out_stride[2];
+    if constexpr (RowSoftmax::kEightBits) scale *= work_.value_descale;
 #pragma unroll
     for (uint32_t half = 0; half < 2; ++half) {
-      const uint32_t here = at.column + half * (kDim / 2);
-      if (here < args_.head_dim_v) store_columns(to + here, joined.x[half], scale);
+      const uint32_t here = to.column + half * (kDim / 2);
+      if (here < args_.head_dim_v) store_columns(to.out + here, joined.x[half], scale);
     }
   }
 
