@@ -116,11 +116,11 @@ class Piece:
 class ThreadBlock:
     """One thread block with its pieces of work. `counted`: their indices come from a counter. `idle_rows`: a tile has
     rows that no query is loaded to. `has_qv`: two warpgroups share their rows, read values for their scores too, and
-    tell each other of these. `eight_bits`: values are turned on their way. `left_out`: the name of a wait, arrival or
-    sync that is not there."""
+    tell each other of these. `eight_bits`: values are turned on their way. `third_keys`: K has a
+    stage more than V. `left_out`: the name of a wait, arrival or sync that is not there."""
 
     def __init__(self, consumers, pieces, query_stages=1, counted=False, idle_rows=False, has_qv=False,
-                 eight_bits=False, left_out=None):
+                 eight_bits=False, third_keys=False, left_out=None):
         self.consumers, self.pieces, self.left_out = consumers, pieces, left_out
         self.has_qv, self.row_groups = has_qv, 1 if has_qv else consumers
         self.eight_bits, self.two_parts = eight_bits, has_qv and eight_bits
@@ -129,7 +129,8 @@ class ThreadBlock:
         self.ahead = TILE_SLOTS
         warps = consumers * WARPS
         transposers = TRANSPOSERS if eight_bits else 0
-        self.k, self.v = Pipe(STAGES, warps), Pipe(STAGES, warps, max(transposers, 1))
+        self.key_stages = STAGES + third_keys
+        self.k, self.v = Pipe(self.key_stages, warps), Pipe(STAGES, warps, max(transposers, 1))
         self.loaded_v = Pipe(STAGES, transposers + (warps if has_qv else 0)) if eight_bits else self.v
         self.slots = Pipe(TILE_SLOTS, warps + 1 + transposers)
         self.scaled, self.scales = [Barrier(1) for _ in range(TILE_SLOTS)], [None] * TILE_SLOTS
@@ -206,7 +207,7 @@ class ThreadBlock:
         tiles.count += 1
 
     def loader(self):
-        k_ring, v_ring, tiles = Ring(STAGES), Ring(STAGES), Ring(TILE_SLOTS)
+        k_ring, v_ring, tiles = Ring(self.key_stages), Ring(STAGES), Ring(TILE_SLOTS)
 
         def load(name, pipe, stage, parity, value):
             yield from self.wait(f"loader: {name} given back", pipe.empty[stage], parity ^ 1)
@@ -299,7 +300,7 @@ class ThreadBlock:
         expect(product(), "an accumulator is used before its product is done")
 
     def consumer(self, w, warp):
-        k_ring, v_ring, tiles = Ring(STAGES), Ring(STAGES), Ring(TILE_SLOTS)
+        k_ring, v_ring, tiles = Ring(self.key_stages), Ring(STAGES), Ring(TILE_SLOTS)
         q, mine, following = self.q[w % self.row_groups], self.turn[w], self.turn[(w + 1) % self.consumers]
         warp_barrier, staged = NamedBarrier(syncs_expected=LANES), [None] * LANES  # StagedRows: the warp's own
         scales = None  # the piece whose rows are finished

@@ -29,10 +29,12 @@ def pieces(draw, consumers, row_groups):
 def thread_blocks(draw):
     has_qv = draw(st.booleans())
     consumers = 2 if has_qv else draw(st.sampled_from([1, 2, 3]))
+    eight_bits = draw(st.booleans())
+    runs_free = eight_bits and not has_qv and consumers == 2
     work = draw(st.lists(pieces(consumers, 1 if has_qv else consumers), max_size=9))
     return dict(consumers=consumers, pieces=work, query_stages=1 if has_qv else draw(st.sampled_from([1, 2])),
                 counted=draw(st.booleans()), idle_rows=draw(st.booleans()), has_qv=has_qv,
-                eight_bits=draw(st.booleans()))
+                eight_bits=eight_bits, third_keys=runs_free and draw(st.booleans()))
 
 
 @given(thread_blocks(), st.integers(0, 2**32))
@@ -68,11 +70,13 @@ def blocks_to_break():
         work = [Piece(0, 5, (whole, *others), cut=True), Piece(0, 5, ((4, 5), *others), cut=True, skipped=1),
                 Piece(0, 5, ((2, 3),) * row_groups, joiners=frozenset({1})),
                 Piece(1, 1, ((1, 1),) * row_groups), Piece(0, 5, (*others, (0, 0)))] * 3
+        eight_bits = seed // 16 % 2 == 1
+        runs_free = eight_bits and not has_qv and consumers == 2
         fair = seed // 3 % 3
         choose = random.Random(seed).randrange if fair == 0 else unfair(seed, ["first", "last"][fair - 1])
         yield dict(consumers=consumers, pieces=work, query_stages=1 if has_qv else 1 + seed // 2 % 2,
                    counted=seed // 4 % 2 == 1, idle_rows=seed // 8 % 2 == 0, has_qv=has_qv,
-                   eight_bits=seed // 16 % 2 == 1), choose
+                   eight_bits=eight_bits, third_keys=runs_free and seed // 64 % 2 == 0), choose
 
 
 def names_of_sites():

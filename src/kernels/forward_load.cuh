@@ -108,10 +108,10 @@ class Loader {
                                          shared_.v_empty, v_ring_);
   }
 
-  template <class Tile>
+  template <class Tile, int kCount>
   __device__ __forceinline__ void load_block(const Source& from, int columns, int n_block, Place place,
-                                             uint8_t (&stages)[Traits::kStages][Tile::kBytes], arch::Barrier* full,
-                                             arch::Barrier* empty, Ring<Traits::kStages>& ring) {
+                                             uint8_t (&stages)[kCount][Tile::kBytes], arch::Barrier* full,
+                                             arch::Barrier* empty, Ring<kCount>& ring) {
     const uint32_t stage = ring.stage();
     empty[stage].wait(ring.parity() ^ 1);
     Keys::template load<Tile>(from, columns, n_block, place, stages[stage], full[stage]);
@@ -120,7 +120,8 @@ class Loader {
 
   const ForwardArgs& args_;
   ForwardShared<Traits>& shared_;
-  Ring<Traits::kStages> k_ring_, v_ring_;
+  Ring<Traits::kKeyStages> k_ring_;
+  Ring<Traits::kStages> v_ring_;
   Ring<kTileSlots> tiles_;  // every piece has its queries, so it counts them too
 };
 

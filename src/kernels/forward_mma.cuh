@@ -508,7 +508,8 @@ class Consumer {
   uint32_t queries_[larger(Traits::kQuerySteps, 1)][4];
   RowSoftmax softmax_;
   Totals<Traits> totals_;
-  Ring<Traits::kStages> k_ring_, v_ring_;
+  Ring<Traits::kKeyStages> k_ring_;
+  Ring<Traits::kStages> v_ring_;
   Ring<kTileSlots> tiles_;  // every piece has its queries, so it counts them too
 };
 

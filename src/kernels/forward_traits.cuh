@@ -104,17 +104,21 @@ struct ForwardTraits {
   static constexpr int kStagingBytes = 4 * kConsumers * static_cast<int>(sizeof(Staging));
   static constexpr int kQueryBytes = kRowGroups * (TileQ::kBytes + (kHasQv ? TileQV::kBytes : 0));
   static constexpr int kStageBytes = TileK::kBytes + TileV::kBytes + (kEightBits ? TileLoadedV::kBytes : 0);
-  // Of K and of V. A third never helped, but with qv a block is held until its last product is done.
+  // Of K and of V. A third of both never helped, but with qv a block is held until its last product is done.
   static constexpr int kMostStages = (kSharedLimit - kSharedRest - kStagingBytes - kQueryBytes) / kStageBytes;
   static constexpr int kStages = kHasQv ? kMostStages : 2;
-  static constexpr int kBytesBesideQ = kStages * kStageBytes + kStagingBytes + kSharedRest;
+  static constexpr int kLeastBytes = kStages * kStageBytes + kStagingBytes + kSharedRest + kQueryBytes;
   // Sums of fp8 products that grow too long move on to totals: O in fp32, here or, where there is no room, in the
   // workspace.
   static constexpr int kTotalBytes = kEightBits ? kConsumers * 64 * kColumnsO * static_cast<int>(sizeof(float)) : 0;
-  static constexpr bool kSharedTotals = kEightBits && kBytesBesideQ + kTotalBytes + kQueryBytes <= kSharedLimit;
+  static constexpr bool kSharedTotals = kEightBits && kLeastBytes + kTotalBytes <= kSharedLimit;
+  static constexpr int kRoom = kSharedLimit - kLeastBytes - (kSharedTotals ? kTotalBytes : 0);
+  // A third stage of K alone, for two warpgroups that run free: keys are asked for when both are done with those of two
+  // blocks before. The one ahead waited for them, until it was ahead no more, and both wanted the same at once.
+  static constexpr bool kThirdKeys = kRunsFree && kConsumers == 2 && TileK::kBytes <= kRoom;
+  static constexpr int kKeyStages = kStages + kThirdKeys;
   // With a second place for Q, the next tile's arrives while this one is worked on. With qv registers are too few.
-  static constexpr int kQueryStages =
-      !kHasQv && kBytesBesideQ + (kSharedTotals ? kTotalBytes : 0) + 2 * kQueryBytes <= kSharedLimit ? 2 : 1;
+  static constexpr int kQueryStages = !kHasQv && (kThirdKeys ? TileK::kBytes : 0) + kQueryBytes <= kRoom ? 2 : 1;
   // Those are far, so for sums of few keys each block's products are added in fp32 instead; with qv there are no
   // registers for another kind of step. Bytes behind V that
   // Consumer::promote_values then reads, whose products have a block's keys of columns each:
@@ -222,7 +226,7 @@ struct ForwardShared : LoadedValues<Traits>,
   using Work = TileWork<Traits::kRowGroups>;
 
   alignas(1024) uint8_t q[Traits::kRowGroups][Traits::kQueryStages][Traits::TileQ::kBytes];
-  alignas(1024) uint8_t k[Traits::kStages][Traits::TileK::kBytes];
+  alignas(1024) uint8_t k[Traits::kKeyStages][Traits::TileK::kBytes];
   alignas(1024) uint8_t v[Traits::kStages][Traits::TileV::kBytes];
   // Products that fp32 adds up may read past V's last column: there is something.
   static_assert(!Traits::kPromotes || Traits::kPastV <= Traits::kStagingBytes);
@@ -232,7 +236,7 @@ struct ForwardShared : LoadedValues<Traits>,
   // empty: each consumer warp arrives once.
   arch::Barrier q_full[Traits::kRowGroups][Traits::kQueryStages];
   arch::Barrier q_empty[Traits::kRowGroups][Traits::kQueryStages];  // the warps arrive that have these rows
-  arch::Barrier k_full[Traits::kStages], k_empty[Traits::kStages];
+  arch::Barrier k_full[Traits::kKeyStages], k_empty[Traits::kKeyStages];
   arch::Barrier v_full[Traits::kStages], v_empty[Traits::kStages];
   arch::Barrier tile_full[kTileSlots];   // the scheduler arrives
   arch::Barrier tile_empty[kTileSlots];  // also the loader and each transposing warp
@@ -251,10 +255,12 @@ struct ForwardShared : LoadedValues<Traits>,
         q_empty[group][stage].init(4 * Traits::kColumnGroups);
       }
     }
-    for (int stage = 0; stage < Traits::kStages; ++stage) {
+    for (int stage = 0; stage < Traits::kKeyStages; ++stage) {
       k_full[stage].init(1);
-      v_full[stage].init(larger(Traits::kTransposers, 1));
       k_empty[stage].init(kWarps);
+    }
+    for (int stage = 0; stage < Traits::kStages; ++stage) {
+      v_full[stage].init(larger(Traits::kTransposers, 1));
       v_empty[stage].init(kWarps);
     }
     tile_nearly_loaded.init(1);
