@@ -8,6 +8,7 @@
 #include "device.h"
 #include "fa3.h"
 #include "kernels/prepare.h"
+#include "kernels/turn_values.h"
 #include "latent.h"
 #include "operand.h"
 #include "plan.h"
@@ -61,6 +62,17 @@ struct Launch {
                            operand);
   }
 
+  /// V as the kernel's products read it.
+  fa3_status turn(ForwardArgs& args) {
+    const fa3_forward_params& p = params;
+    void* const turned = workspace.take(turned_bytes(p, variant));
+    args.turned_v = static_cast<const uint8_t*>(turned);
+    const ValuesToTurn values{
+        p.v.data, {p.v.stride[0], p.v.stride[1], p.v.stride[2]}, p.batch, p.keys.rows, p.num_heads_kv, p.head_dim_v};
+    const cudaError_t error = turn_values(values, variant.head_dim_v, variant.tile_n, turned, stream);
+    return check_cuda(error, "turn_values", cudaGetErrorString(error));
+  }
+
   static Descale descale(const fa3_descale& given) {
     return {given.data, given.stride[0], given.stride[1], std::max(given.group, 1)};
   }
@@ -98,7 +110,9 @@ struct Launch {
     }
     const fa3_lengths stored = key_storage(p);
     if (auto status = operand(p.k, stored, key_entries(p), plan.copy_k, nullptr, k, args.k)) return status;
-    if (auto status = operand(p.v, stored, key_entries(p), plan.copy_v, nullptr, v, args.v)) return status;
+    if (auto status = operand(p.v, stored, key_entries(p), plan.copy_v == kPacked, nullptr, v, args.v)) return status;
+    if (plan.copy_v == kTurned)
+      if (auto status = turn(args)) return status;
     args.out = p.out.data;
     args.out_float16 = p.out_dtype == FA3_FLOAT16;
     args.lse = static_cast<float*>(p.lse.data);

@@ -240,7 +240,8 @@ typedef struct fa3_forward_plan {
   int32_t cluster;                           /* of them that join a tile's parts among them; 1: through memory */
   int32_t dynamic;                           /* 1: work is handed out by a counter in the workspace */
   int32_t heads_per_section, short_m_blocks; /* the order of tiles: see attention/tile_scheduler.h */
-  /* 1: copied to the workspace first: TMA cannot address it, or q turns */
+  /* 1: copied to the workspace first: TMA cannot address it, or q turns. copy_v 2: with keys along its rows, as fp8
+   * products read them */
   int32_t copy_q, copy_k, copy_v, copy_qv;
   int32_t accumulate_blocks; /* of keys, whose fp8 products are added up before fp32 goes on; 0: all */
   size_t workspace;          /* bytes */

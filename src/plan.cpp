@@ -283,6 +283,20 @@ int accumulate_blocks(const fa3_forward_params& p, const Visibility& visibility,
   return most > (wanted ? blocks * variant.tile_n : kMostKeysUnpromoted) ? blocks : 0;
 }
 
+/// Whether V is turned before, once, or by each tile for itself. Once is a launch, and V read and written: 13 to 18 us
+/// more where 4 or 8 tiles see each block, as fast with 32, 4% faster with 64 and 128 (33 MB of V, head dims 192 and
+/// 256). Ragged, paged and cached keys stay with the tiles.
+bool turns_values(const Work& work, const ForwardVariant& variant, const Packing& packing) {
+  constexpr int kLeastTiles = 48;  // that see a block
+  const fa3_forward_params& p = work.params;
+  if (!variant.takes_turned_v || p.keys.rows == 0 || work.visibility.window() || work.visibility.chunk ||
+      p.keys.cu_seqlens || p.keys.seqused || p.cache.page_table || p.cache.cache_leftpad || p.cache.cache_batch_idx ||
+      appends(p) || !tma_addressable(p.v, p.keys, p.batch, p.num_heads_kv, p.dtype))
+    return false;
+  const int tiles = work.seqlen_q / tile_queries(variant, packing) * packing.tiles;
+  return (work.visibility.full() ? tiles : tiles / 2) >= kLeastTiles;
+}
+
 /// The variants that waste least on padded head dims, and of those the way that is estimated to be fastest.
 Choice choose(const Work& work) {
   const fa3_forward_params& p = work.params;
@@ -395,6 +409,11 @@ size_t copy_bytes(const fa3_lengths& lengths, int entries, int heads, int head_d
   return workspace_aligned(rows * heads * head_dim * element_bytes(dtype));
 }
 
+size_t turned_bytes(const fa3_forward_params& p, const ForwardVariant& variant) {
+  const size_t rows = size_t(ceil_div(p.keys.rows, variant.tile_n)) * variant.tile_n;
+  return workspace_aligned(rows * p.batch * p.num_heads_kv * variant.head_dim_v);
+}
+
 int64_t rows_of_heads(const fa3_forward_params& params) {
   return int64_t{params.queries.rows} * (params.queries.cu_seqlens ? 1 : params.batch) * params.num_heads;
 }
@@ -462,11 +481,15 @@ fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_pl
                                (choice.packed && p.qv.stride[2] == 0));
   const fa3_lengths stored = key_storage(p);
   plan.copy_k = !tma_addressable(p.k, stored, key_entries(p), p.num_heads_kv, p.dtype);
-  plan.copy_v = !tma_addressable(p.v, stored, key_entries(p), p.num_heads_kv, p.dtype);
+  plan.copy_v = !tma_addressable(p.v, stored, key_entries(p), p.num_heads_kv, p.dtype) ? kPacked
+                : turns_values(work, variant, packing)                                 ? kTurned
+                                                                                       : kNoCopy;
   if (plan.copy_q) plan.workspace += copy_bytes(p.queries, p.batch, p.num_heads, p.head_dim, p.dtype);
   if (plan.copy_qv) plan.workspace += copy_bytes(p.queries, p.batch, p.num_heads, p.head_dim_v, p.dtype);
   if (plan.copy_k) plan.workspace += copy_bytes(stored, key_entries(p), p.num_heads_kv, p.head_dim, p.dtype);
-  if (plan.copy_v) plan.workspace += copy_bytes(stored, key_entries(p), p.num_heads_kv, p.head_dim_v, p.dtype);
+  if (plan.copy_v == kTurned) plan.workspace += turned_bytes(p, variant);
+  if (plan.copy_v == kPacked)
+    plan.workspace += copy_bytes(stored, key_entries(p), p.num_heads_kv, p.head_dim_v, p.dtype);
   const int64_t blocks = appends(p) || rotates(p) ? plan_prepare(p).blocks : 0;
   if (blocks > INT32_MAX)
     return fail(FA3_ERROR_SHAPE, "q, k_new: %lld thread blocks of rows, but at most 2^31 - 1 are possible",

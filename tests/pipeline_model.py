@@ -116,11 +116,11 @@ class Piece:
 class ThreadBlock:
     """One thread block with its pieces of work. `counted`: their indices come from a counter. `idle_rows`: a tile has
     rows that no query is loaded to. `has_qv`: two warpgroups share their rows, read values for their scores too, and
-    tell each other of these. `eight_bits`: values are turned on their way. `third_keys`: K has a
+    tell each other of these. `eight_bits`: values are turned on their way, or `turned` before. `third_keys`: K has a
     stage more than V. `left_out`: the name of a wait, arrival or sync that is not there."""
 
     def __init__(self, consumers, pieces, query_stages=1, counted=False, idle_rows=False, has_qv=False,
-                 eight_bits=False, third_keys=False, left_out=None):
+                 eight_bits=False, third_keys=False, turned=False, left_out=None):
         self.consumers, self.pieces, self.left_out = consumers, pieces, left_out
         self.has_qv, self.row_groups = has_qv, 1 if has_qv else consumers
         self.eight_bits, self.two_parts = eight_bits, has_qv and eight_bits
@@ -129,7 +129,7 @@ class ThreadBlock:
         self.ahead = TILE_SLOTS
         warps = consumers * WARPS
         transposers = TRANSPOSERS if eight_bits else 0
-        self.key_stages = STAGES + third_keys
+        self.key_stages, self.turned_before = STAGES + third_keys, turned
         self.k, self.v = Pipe(self.key_stages, warps), Pipe(STAGES, warps, max(transposers, 1))
         self.loaded_v = Pipe(STAGES, transposers + (warps if has_qv else 0)) if eight_bits else self.v
         self.slots = Pipe(TILE_SLOTS, warps + 1 + transposers)
@@ -209,10 +209,14 @@ class ThreadBlock:
     def loader(self):
         k_ring, v_ring, tiles = Ring(self.key_stages), Ring(STAGES), Ring(TILE_SLOTS)
 
+        loaded_v = self.v if self.turned_before else self.loaded_v
+
         def load(name, pipe, stage, parity, value):
             yield from self.wait(f"loader: {name} given back", pipe.empty[stage], parity ^ 1)
             expect(name != "q" or not self.unread("q"), "a letter is lost to the next Q")
             self.arrive(f"loader: {name} announced", pipe.full[stage], copies=1)
+            for _ in range(1, TRANSPOSERS if name == "v" and self.turned_before else 1):
+                self.arrive("loader: v was turned before", pipe.full[stage])
             pipe.content[stage] = "half written"
 
             def land():
@@ -244,11 +248,11 @@ class ThreadBlock:
                 if n_block == nearly_last:
                     self.arrive("loader: nearly loaded", self.nearly_loaded)
                 if self.has_qv:
-                    yield from load_block("v", self.loaded_v, v_ring, n_block)
+                    yield from load_block("v", loaded_v, v_ring, n_block)
                 if n_block > piece.first:
                     yield from load_k(n_block - 1)
                 if not self.has_qv:
-                    yield from load_block("v", self.loaded_v, v_ring, n_block)
+                    yield from load_block("v", loaded_v, v_ring, n_block)
                 n_block -= 1
             self.give_slot_back("loader", tiles, piece)
 
@@ -257,6 +261,8 @@ class ThreadBlock:
         while (piece := (yield from self.next_piece("transposer", tiles))) is not None:
             count = tiles.count
             self.give_slot_back("transposer", tiles, piece)
+            if self.turned_before:
+                continue
             for block in range(piece.end - 1, piece.first - 1, -1):
                 yield from self.wait("transposer: v is loaded", self.loaded_v.full[ring.stage], ring.parity)
                 yield from self.wait("transposer: v given back", self.v.empty[ring.stage], ring.parity ^ 1)

@@ -436,6 +436,24 @@ def test_long_fp8_sums_move_on_to_the_workspace_where_totals_have_no_room(change
         assert plan["workspace"] - without["workspace"] == plan["grid"] * 128 * 256 * 4
 
 
+@pytest.mark.skipif(not any(variant["dtype"] == "float8_e4m3fn" for variant in VARIANTS), reason="no such kernel")
+@pytest.mark.parametrize(("changes", "turned"), [
+    ({}, True), ({"head_dim": 192, "head_dim_v": 192}, True), ({"head_dim": 240, "head_dim_v": 240}, True),
+    ({"head_dim": 128, "head_dim_v": 128}, False), ({"dtype": "bfloat16"}, False),
+    ({"seqlen_q": 6143}, False), ({"causal": True}, False), ({"seqlen_q": 12288, "causal": True}, True),
+    ({"seqlen_q": 1536, "num_heads": 16, "pack_gqa": 1}, True), ({"window_left": 500, "causal": True}, False),
+    ({"attention_chunk": 500}, False), ({"seqlen_k": 0}, False), ({"seqlen_k": 1}, True),
+    ({"batch_invariant": True}, True),
+    ({"ragged": True}, False), ({"v_strides": (0, 1024, 256)}, True), ({"v_strides": (0, 1023, 256)}, False)], ids=str)
+def test_wide_fp8_values_are_turned_once_where_many_tiles_see_them(changes, turned):
+    call = {"dtype": "float8_e4m3fn", "batch": 2, "seqlen_q": 6144, "seqlen_k": 300, "num_heads": 4, "num_heads_kv": 4,
+            "head_dim": 256, "head_dim_v": 256, "num_splits": 1}
+    plan = _core.plan(**call | changes)
+    assert (plan["copy_v"] == 2) == turned
+    if turned and not changes:  # in whole blocks of keys
+        assert plan["workspace"] == 2 * 4 * -(-300 // plan["tile_n"]) * plan["tile_n"] * 256
+
+
 @pytest.mark.skipif(not any(variant["dtype"] == "float8_e4m3fn" and variant["has_qv"] for variant in VARIANTS),
                     reason="no such kernel")
 @pytest.mark.parametrize(("changes", "blocks"), [

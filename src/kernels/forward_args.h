@@ -48,8 +48,9 @@ struct Descale {
 
 struct ForwardArgs {
   TmaOperand q, k, v;
-  TmaOperand qv;  // as q, for kernels whose scores add qv v
-  bool absorbed;  // qv v has the factors of q and k, since v is part of k
+  TmaOperand qv;            // as q, for kernels whose scores add qv v
+  const uint8_t* turned_v;  // (batch, KV head, block of keys), as the kernel has a block's values; null: it turns them
+  bool absorbed;            // qv v has the factors of q and k, since v is part of k
 
   void* out;
   int64_t out_stride[3];  // elements: batch, row, head

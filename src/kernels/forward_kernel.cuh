@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
         Loader<Traits, ContiguousKeys<Traits>>(args, shared).run();
     }
     if constexpr (Traits::kEightBits)
-      if (producer >= 2) Transposer<Traits>(shared, producer - 2).run();
+      if (producer >= 2) Transposer<Traits>(args, shared, producer - 2).run();
   } else {
     arch::grow_registers<Traits::kConsumerRegisters>();
     Consumer<Traits, kDropout> consumer(args, shared, warpgroup);
@@ -114,6 +114,7 @@ ForwardVariant describe_forward(const char* name, int dtype) {
           static_cast<int>(sizeof(ForwardShared<Traits>)),
           Traits::kBlocksPerSm,
           Traits::kSharedTotals ? 0 : Traits::kTotalBytes,
+          Traits::kTakesTurnedV,
           Traits::kJoinsApart ? 0 : PartRows<Traits>::kBytes,
           !Traits::kJoinsApart && PartRows<Traits>::kFitsShared,
           Traits::kSwizzleQK,

@@ -1,5 +1,6 @@
 // The loader: a warp that keeps Q, K and V coming by TMA.
 #pragma once
+#include "arch/bulk.cuh"
 #include "arch/l2.cuh"
 #include "kernels/forward_args.h"
 #include "kernels/forward_keys.cuh"
@@ -54,9 +55,9 @@ class Loader {
 #pragma unroll 1
     for (int n_block = end_block; n_block >= first_block; --n_block) {
       if (n_block == nearly_last && leads()) shared_.tile_nearly_loaded.arrive();
-      if (Traits::kHasQv && n_block < end_block) load_v(v, n_block, here);  // scores need it
+      if (Traits::kHasQv && n_block < end_block) load_v(v, work, n_block, here);  // scores need it
       if (n_block > first_block) load_k(k, n_block - 1, ahead);
-      if (!Traits::kHasQv && n_block < end_block) load_v(v, n_block, here);
+      if (!Traits::kHasQv && n_block < end_block) load_v(v, work, n_block, here);
       if (n_block == end_block) load_q(work);
       here = ahead;
       ahead = Keys::place(k, n_block - 2);
@@ -99,13 +100,29 @@ class Loader {
     load_block<typename Traits::TileK>(k, args_.head_dim, n_block, place, shared_.k, shared_.k_full, shared_.k_empty,
                                        k_ring_);
   }
-  __device__ __forceinline__ void load_v(const Source& v, int n_block, Place place) {
+  __device__ __forceinline__ void load_v(const Source& v, const TileHead& work, int n_block, Place place) {
+    if (Traits::kTakesTurnedV && args_.turned_v) return load_turned_v(work, n_block);
     if constexpr (Traits::kEightBits)
       load_block<typename Traits::TileLoadedV>(v, args_.head_dim_v, n_block, place, shared_.loaded_v,
                                                shared_.loaded_v_full, shared_.loaded_v_empty, v_ring_);
     else
       load_block<typename Traits::TileV>(v, args_.head_dim_v, n_block, place, shared_.v, shared_.v_full,
                                          shared_.v_empty, v_ring_);
+  }
+
+  /// A block of V that is turned already, in the transposers' place.
+  __device__ __forceinline__ void load_turned_v(const TileHead& work, int n_block) {
+    const uint32_t stage = v_ring_.stage();
+    const int64_t head = int64_t{arch::uniform(work.batch_kv)} * args_.num_heads_kv + arch::uniform(work.head_kv);
+    const uint8_t* const from =
+        args_.turned_v + (head * ceil_div(args_.keys.rows, Traits::kTileN) + n_block) * Traits::TileV::kBytes;
+    shared_.v_empty[stage].wait(v_ring_.parity() ^ 1);
+    if (arch::elected()) {
+      shared_.v_full[stage].arrive_expecting(Traits::TileV::kBytes);
+      for (int i = 1; i < Traits::kTransposers; ++i) shared_.v_full[stage].arrive();
+      arch::load_bytes(shared_.v[stage], from, Traits::TileV::kBytes, shared_.v_full[stage]);
+    }
+    v_ring_.advance();
   }
 
   template <class Tile, int kCount>

@@ -95,6 +95,8 @@ struct ForwardTraits {
       return TileV::kMajorRows;
   }();
   static constexpr int kTransposers = kEightBits ? 2 : 0;  // warps: those of the producers without another role
+  // Where V is wide, turning it in each tile costs more than in device memory, once for many tiles. Then it comes so.
+  static constexpr bool kTakesTurnedV = kRunsFree && kConsumers == 2 && kHeadDimV >= 192;
 
   using Staging = StagedColumns<kHasQv ? 32 : 64>;  // beside two blocks of 512 columns there is no room for more
   static constexpr int kSharedLimit = 228 * 1024 / kBlocksPerSm - 1024;

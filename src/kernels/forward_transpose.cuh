@@ -2,6 +2,7 @@
 #pragma once
 #include "arch/fragments.cuh"
 #include "arch/warpgroup.cuh"
+#include "kernels/forward_args.h"
 #include "kernels/forward_traits.cuh"
 #include "tile/ring.cuh"
 
@@ -14,8 +15,8 @@ class Transposer {
   using To = typename Traits::TileV;
 
  public:
-  __device__ __forceinline__ Transposer(ForwardShared<Traits>& shared, int warp)
-      : shared_(shared), warp_(warp), lane_(threadIdx.x % 32, Traits::kSwizzleV) {}
+  __device__ __forceinline__ Transposer(const ForwardArgs& args, ForwardShared<Traits>& shared, int warp)
+      : args_(args), shared_(shared), warp_(warp), lane_(threadIdx.x % 32, Traits::kSwizzleV) {}
 
   __device__ __forceinline__ void run() {
     while (true) {
@@ -27,6 +28,7 @@ class Transposer {
       __syncwarp();
       if (threadIdx.x % 32 == 0) shared_.tile_empty[tiles_.stage()].arrive();
       tiles_.advance();
+      if (Traits::kTakesTurnedV && args_.turned_v) continue;
       for (; n_block >= first_block; --n_block) turn(seqlen_k - n_block * Traits::kTileN);
     }
   }
@@ -83,6 +85,7 @@ class Transposer {
     __syncwarp();
   }
 
+  const ForwardArgs& args_;
   ForwardShared<Traits>& shared_;
   const int warp_;
   const TurningLane lane_;

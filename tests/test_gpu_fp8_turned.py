@@ -1,0 +1,74 @@
+"""Wide fp8 values that are turned once, in front of the kernel, where many tiles see them.
+
+A call that says how many keys each sequence uses leaves turning to the tiles: the same products in the same order, so
+the same bits.
+"""
+
+import pytest
+
+import fa3
+from fa3 import _core
+
+pytestmark = pytest.mark.gpu
+DIMS = [256, 240, 192, 176]
+COMPILED = {v["head_dim_v"] for v in _core.variants() if v["dtype"] == "float8_e4m3fn" and not v["has_qv"]}
+QUERIES = 12350  # enough for causal calls too, and no multiple of a tile
+
+
+def among_nan(torch, batch, rows, heads, dim, generator):
+    """Normal values in a larger array of NaN: other rows, heads and columns around those of the call."""
+    room = torch.full((batch, rows + 2, heads + 2, dim + 32), float("nan"), device="cuda")
+    inside = room[:, 1:-1, 1:-1, 16:-16]
+    inside.copy_(torch.randn(inside.shape, generator=generator, device="cuda"))
+    return room.to(torch.float8_e4m3fn)[:, 1:-1, 1:-1, 16:-16]
+
+
+def exact(torch, q, k, v, causal):
+    q, k, v = (x.double() for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    if causal:
+        rows, keys = scores.shape[-2:]
+        hidden = torch.ones((rows, keys), device="cuda", dtype=torch.bool).triu(keys - rows + 1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+    return torch.einsum("bhqk,bkhd->bqhd", torch.softmax(scores, -1).nan_to_num(0), v)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("keys", [1, 31, 33, 95, 96, 97, 127, 128, 129, 1000, 5000])
+@pytest.mark.parametrize("dim", DIMS)
+def test_values_turned_once_give_the_same_bits(torch, dim, keys, causal):
+    if not any(dim <= compiled <= dim + 16 for compiled in COMPILED):
+        pytest.skip("no such kernel")
+    generator = torch.Generator("cuda").manual_seed(keys)
+    q = among_nan(torch, 1, QUERIES, 4, dim, generator)
+    k, v = (among_nan(torch, 1, keys, 2, dim, generator) for _ in range(2))
+    options = {"causal": causal, "num_splits": 1, "pack_gqa": False, "return_lse": True}
+    plan = _core.plan(dtype="float8_e4m3fn", batch=1, seqlen_q=QUERIES, seqlen_k=keys, num_heads=4, num_heads_kv=2,
+                      head_dim=dim, head_dim_v=dim, causal=causal, num_splits=1, pack_gqa=0, v_strides=v.stride()[:3])
+    assert plan["copy_v"] == 2, "or this test would see nothing"
+    out, lse = fa3.flash_attn_func(q, k, v, **options)
+    used = torch.full((1,), keys, dtype=torch.int32, device="cuda")
+    by_tiles, lse_by_tiles = fa3.flash_attn_func(q, k, v, seqused_k=used, **options)
+    assert torch.equal(out, by_tiles) and torch.equal(lse, lse_by_tiles)
+    some = slice(-1300, None)  # the last queries: causal ones see keys, or just not
+    reference = exact(torch, q[:, some], k, v, causal)
+    error = (out[:, some].double() - reference).square().mean().sqrt()
+    assert error <= 0.06 * reference.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("shape", ["one head for all", "one sequence for all", "packed heads"])
+def test_shared_values_and_heads(torch, shape):
+    if 256 not in COMPILED:
+        pytest.skip("no such kernel")
+    generator = torch.Generator("cuda").manual_seed(7)
+    rows = 1600 if shape == "packed heads" else 6200
+    q = among_nan(torch, 3, rows, 8, 256, generator)
+    batch, heads = {"one head for all": (3, 1), "one sequence for all": (1, 4), "packed heads": (3, 2)}[shape]
+    k, v = (among_nan(torch, batch, 500, heads, 256, generator) for _ in range(2))
+    if shape != "packed heads":
+        k, v = (x.expand(3, 500, 4, 256) for x in (k, v))
+    out = fa3.flash_attn_func(q, k, v, num_splits=1, pack_gqa=shape == "packed heads")
+    q, out = q[:, -400:], out[:, -400:]
+    reference = exact(torch, q, k, v, False)
+    assert (out.double() - reference).square().mean().sqrt() <= 0.06 * reference.square().mean().sqrt()
