@@ -6,7 +6,7 @@
 
 #include "attention/block_range.h"
 #include "attention/query_tiles.h"
-#include "attention/turns.h"
+#include "attention/sections.h"
 #include "plan.h"
 #include "status.h"
 #include "variants.h"
@@ -32,18 +32,19 @@ int find_variant(const fa3_backward_params& p) {
 
 /// Under a causal mask the first keys are seen by most queries, and come first within a section of heads; without
 /// bounds all are alike, and a head after the other keeps Q and dO in L2.
-TileOrder plan_order(const fa3_backward_params& p, int tile_m) {
-  if (p.deterministic) {
-    const int rows_q = p.queries.cu_seqlens ? p.queries.rows / p.batch : p.queries.rows;
-    const int rows_k = p.keys.cu_seqlens ? p.keys.rows / p.batch : p.keys.rows;
-    return {heads_in_turn(visibility_of(p.mask), rows_q, rows_k, tile_m, p.num_heads / p.num_heads_kv,
-                          p.num_heads_kv * (p.keys.cu_seqlens ? 1 : p.batch)),
-            0};
-  }
+TileOrder plan_order(const fa3_backward_params& p, const BackwardVariant& variant) {
+  const int rows_q = p.queries.cu_seqlens ? p.queries.rows / p.batch : p.queries.rows;
+  const int rows_k = p.keys.cu_seqlens ? p.keys.rows / p.batch : p.keys.rows;
+  const int heads = p.num_heads_kv * (p.keys.cu_seqlens ? 1 : p.batch);  // whose pieces are numbered together
+  const int group = p.num_heads / p.num_heads_kv;
+  const Visibility visibility = visibility_of(p.mask);
+  if (p.deterministic)
+    return {heads_in_turn(visibility, rows_q, rows_k, variant.tile_m, variant.tile_n, group, heads), 0};
+  if (visibility.full()) return {1, 0};
   const double row_bytes = 2.0 * (p.head_dim + p.head_dim_v) + 4.0 * p.head_dim;
-  const double head_bytes = row_bytes * p.queries.rows * (p.num_heads / p.num_heads_kv);
-  const bool full = visibility_of(p.mask).full();
-  return {full ? 1 : std::clamp(static_cast<int>(kSectionBytes / std::max(head_bytes, 1.0)), 1, p.num_heads_kv), 0};
+  const double fitting = kSectionBytes / std::max(row_bytes * rows_q * group, 1.0);
+  return {heads_under_mask(static_cast<int>(std::min<double>(fitting, p.num_heads_kv)), rows_k, variant.tile_n, heads),
+          0};
 }
 
 }  // namespace
@@ -64,7 +65,7 @@ fa3_status plan_backward(const fa3_backward_params& p, BackwardPlan& plan) {
     return fail(FA3_ERROR_SHAPE, "q, k: %lld and %lld tiles, but at most 2^31 - 1 are possible",
                 static_cast<long long>(plan.query_tiles), static_cast<long long>(key_tiles));
   plan.key_tiles = p.keys.rows > 0 ? static_cast<int>(key_tiles) : 0;
-  if (plan.key_tiles) plan.order = plan_order(p, variant.tile_m);
+  if (plan.key_tiles) plan.order = plan_order(p, variant);
 
   const size_t tiles = plan.query_tiles * p.num_heads;
   plan.stats = workspace_aligned(tiles * 2 * variant.tile_m * sizeof(float));

@@ -1,6 +1,7 @@
 """The backward's maths on the host: who sees a key, whose turn it is, where a sequence's query tiles are."""
 
 import ctypes
+import heapq
 
 import numpy as np
 import pytest
@@ -110,13 +111,40 @@ def test_turns(host, mask, seqlen_q, seqlen_k, tile_m, tile_n):
 def test_heads_in_turn(host, causal, rows, heads, expected):
     """As measured at head dim 256; then of few heads all, of a number that none divides the least that will do."""
     mask = ctypes.byref(as_visibility(host, (-1, 0 if causal else -1, 0)))
-    assert host.side_by_side(mask, rows, rows, 64, 1, heads) == expected
+    assert host.side_by_side(mask, rows, rows, 64, 64, 1, heads) == expected
 
 
-@given(masks(), st.integers(0, INT_MAX), st.integers(0, INT_MAX), tile_ms, st.integers(1, 128), st.integers(1, INT_MAX))
-def test_heads_in_turn_are_some_of_all(host, mask, rows_q, rows_k, tile_m, group, heads):
-    count = host.side_by_side(ctypes.byref(as_visibility(host, mask)), rows_q, rows_k, tile_m, group, heads)
+def longest(heads, key_blocks, section, group, thread_blocks=132):
+    """When the last causal piece ends, of what the work takes evenly spread: pieces are taken section by section."""
+    free, work = [0.0] * thread_blocks, 0.0
+    for first in range(0, heads, section):
+        for block in range(key_blocks):
+            for _ in range(first, min(first + section, heads)):
+                piece = 1.3 + group * 2 * (key_blocks - block)  # in steps: what begins and ends it, and its queries
+                heapq.heappush(free, heapq.heappop(free) + piece)
+                work += piece
+    return max(free) * thread_blocks / work
+
+
+@pytest.mark.parametrize(("heads", "key_blocks", "group", "fitting"), [
+    (8, 32, 8, 0), (32, 8, 8, 2), (8, 32, 4, 1), (64, 32, 1, 5), (16, 128, 1, 1), (256, 8, 1, 16)])
+def test_heads_under_a_mask_are_spread_evenly(host, heads, key_blocks, group, fitting):
+    """Several query heads on a KV head (the first three) took 1.5 to 1.6 times as long as spread evenly."""
+    causal = ctypes.byref(as_visibility(host, (-1, 0, 0)))
+    for section in (host.side_by_side_under_mask(fitting, key_blocks, heads),
+                    host.side_by_side(causal, 128 * key_blocks, 128 * key_blocks, 64, 128, group, heads)):
+        assert longest(heads, key_blocks, section, group) < 1.1
+    section = host.side_by_side_under_mask(fitting, key_blocks, heads)
+    assert section >= max(fitting, 1)
+    if group > 1:
+        assert longest(heads, key_blocks, max(fitting, 1), group) > 1.4
+
+
+@given(masks(), huge_lengths, huge_lengths, tile_ms, st.integers(1, 128), st.integers(1, INT_MAX))
+def test_heads_side_by_side_are_some_of_all(host, mask, rows_q, rows_k, tile, group, heads):
+    count = host.side_by_side(ctypes.byref(as_visibility(host, mask)), rows_q, rows_k, tile, tile, group, heads)
     assert 1 <= count <= heads
+    assert 1 <= host.side_by_side_under_mask(min(group, heads), rows_k, heads) <= heads
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=40), tile_ms, st.integers(0, 200))

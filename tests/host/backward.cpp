@@ -1,7 +1,7 @@
 // The maths of the backward that a host can run, as C functions over arrays, for tests/test_backward_math.py.
 #include "attention/block_range.h"
 #include "attention/query_tiles.h"
-#include "attention/turns.h"
+#include "attention/sections.h"
 
 using namespace fa3;
 
@@ -40,8 +40,12 @@ void first_key_blocks(int tile_m, int tile_n, const Visibility* visibility, int 
                           : first_key_block<128>(*visibility, i * tile_m, seqlen_q, seqlen_k);
 }
 
-int side_by_side(const Visibility* visibility, int rows_q, int rows_k, int tile_m, int group, int heads) {
-  return heads_in_turn(*visibility, rows_q, rows_k, tile_m, group, heads);
+int side_by_side(const Visibility* visibility, int rows_q, int rows_k, int tile_m, int tile_n, int group, int heads) {
+  return heads_in_turn(*visibility, rows_q, rows_k, tile_m, tile_n, group, heads);
+}
+
+int side_by_side_under_mask(int fitting, int key_blocks, int heads) {
+  return heads_under_mask(fitting, key_blocks, 1, heads);
 }
 
 int first_tiles(const Lengths* lengths, int tile_m, int batch, int* out) {
