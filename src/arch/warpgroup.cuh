@@ -19,6 +19,9 @@ __device__ __forceinline__ void shrink_registers() {
 /// The same value for every lane, in a form that the compiler knows to be uniform.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
+/// True for the lane of a warp that does what is to be done once.
+__device__ __forceinline__ bool leads() { return threadIdx.x % 32 == 0; }
+
 /// True for one lane of a warp, all of which calls. The compiler knows that it is one; a TMA load of any other single
 /// lane stands in a loop over lanes.
 __device__ __forceinline__ bool elected() {

@@ -6,9 +6,6 @@
 
 namespace fa3 {
 
-/// The loader's lane that does what is to be done once.
-__device__ __forceinline__ bool leads() { return threadIdx.x % 32 == 0; }
-
 /// Rows one after another: one lane asks for a whole block. All of the loader's warp come along, with numbers that are
 /// known to be the same: in one lane's own branch each TMA load would stand in a loop over lanes.
 template <class Traits>
@@ -91,7 +88,7 @@ struct PagedKeys {
   template <class Tile>
   __device__ __forceinline__ static void load_boxes(const Source& from, Place page, int first_row, uint8_t* to,
                                                     arch::Barrier& full) {
-    if (leads()) full.arrive_expecting(Tile::kBytes);
+    if (arch::leads()) full.arrive_expecting(Tile::kBytes);
     __syncwarp();  // announced before the first byte can be there
     const int rows = from.pages.box_rows;
 #pragma unroll 1
@@ -134,7 +131,7 @@ struct PagedKeys {
     arch::wait_for_vectors();
     arch::fence_async_proxy();
     __syncwarp();
-    if (leads()) full.arrive();
+    if (arch::leads()) full.arrive();
   }
 };
 

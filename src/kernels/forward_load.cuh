@@ -12,7 +12,7 @@ namespace fa3 {
 /// The loader's warp, before there is anything to load: what memory is asked for next is on its way. Lengths are the
 /// scheduler's.
 __device__ __forceinline__ void prefetch_start(const ForwardArgs& args) {
-  if (leads()) {
+  if (arch::leads()) {
     arch::prefetch_map(&args.q.map);
     arch::prefetch_map(&args.k.map);
     arch::prefetch_map(&args.v.map);
@@ -35,7 +35,7 @@ class Loader {
       if (arch::uniform(work.m_block) == TileHead::kNone) return;
       load(work);
       __syncwarp();
-      if (leads()) shared_.tile_empty[tiles_.stage()].arrive();
+      if (arch::leads()) shared_.tile_empty[tiles_.stage()].arrive();
       tiles_.advance();
     }
   }
@@ -54,7 +54,7 @@ class Loader {
     Place here{}, ahead = Keys::place(k, end_block - 1);
 #pragma unroll 1
     for (int n_block = end_block; n_block >= first_block; --n_block) {
-      if (n_block == nearly_last && leads()) shared_.tile_nearly_loaded.arrive();
+      if (n_block == nearly_last && arch::leads()) shared_.tile_nearly_loaded.arrive();
       if (Traits::kHasQv && n_block < end_block) load_v(v, work, n_block, here);  // scores need it
       if (n_block > first_block) load_k(k, n_block - 1, ahead);
       if (!Traits::kHasQv && n_block < end_block) load_v(v, work, n_block, here);

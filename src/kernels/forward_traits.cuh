@@ -275,7 +275,7 @@ struct ForwardShared : LoadedValues<Traits>,
   /// A warp of consumers makes the barriers. The scheduler waits for that when it has the first piece, all others at
   /// once.
   __device__ __forceinline__ void make_barriers() {
-    if (threadIdx.x % 32 == 0) {
+    if (arch::leads()) {
       init_barriers();
       arch::publish_barriers();
     }

@@ -5,6 +5,7 @@
 #include "kernels/forward_args.h"
 #include "kernels/forward_traits.cuh"
 #include "tile/ring.cuh"
+#include "tile/turn.cuh"
 
 namespace fa3 {
 
@@ -26,7 +27,7 @@ class Transposer {
       const int seqlen_k = work.seqlen_k, first_block = work.first_block;
       int n_block = work.end_block - 1;
       __syncwarp();
-      if (threadIdx.x % 32 == 0) shared_.tile_empty[tiles_.stage()].arrive();
+      if (arch::leads()) shared_.tile_empty[tiles_.stage()].arrive();
       tiles_.advance();
       if (Traits::kTakesTurnedV && args_.turned_v) continue;
       for (; n_block >= first_block; --n_block) turn(seqlen_k - n_block * Traits::kTileN);
@@ -41,7 +42,7 @@ class Transposer {
     shared_.loaded_v_full[stage].wait(ring_.parity());
     shared_.v_empty[stage].wait(ring_.parity() ^ 1);
     const uint32_t from = arch::shared_address(shared_.loaded_v[stage]) + lane_.source;
-    const uint32_t to = arch::shared_address(shared_.v[stage]) + lane_.target;
+    const uint32_t to = arch::shared_address(shared_.v[stage]);
     if (keys < Traits::kTileN) clear(shared_.loaded_v[stage], keys);
     // A step of the next group is asked for as soon as this one's is stored, and comes while the other steps are.
     uint32_t x[To::kSteps][4];
@@ -52,16 +53,13 @@ class Transposer {
       const int next = group + Traits::kTransposers;
 #pragma unroll
       for (int step = 0; step < To::kSteps; ++step) {
-        const uint32_t (&y)[4] = x[step];
-        arch::store_matrices(to + step * To::kStepBytes + group * To::kGroupBytes, __byte_perm(y[0], y[1], lane_.evens),
-                             __byte_perm(y[0], y[1], lane_.odds()), __byte_perm(y[2], y[3], lane_.evens),
-                             __byte_perm(y[2], y[3], lane_.odds()));
+        store_turned(to + step * To::kStepBytes + group * To::kGroupBytes, x[step], lane_);
         if (next < To::kGroups) load(x[step], from, next, step);
       }
     }
     arch::fence_async_proxy();
     __syncwarp();
-    if (threadIdx.x % 32 == 0) {
+    if (arch::leads()) {
       shared_.v_full[stage].arrive();
       shared_.loaded_v_empty[stage].arrive();
     }

@@ -1,7 +1,7 @@
 // e4m3 values turned once, in device memory, for forward kernels whose tiles would each turn all of them.
 #include "arch/fragments.cuh"
 #include "kernels/turn_values.h"
-#include "tile/transpose.h"
+#include "tile/turn.cuh"
 
 namespace fa3 {
 namespace {
@@ -47,12 +47,7 @@ __global__ void __launch_bounds__(32 * kWarps, 4)
   __syncwarp();  // all is read, and the place is free
   const TurningLane turning(lane, 128);
 #pragma unroll
-  for (int group = 0; group < To::kGroups; ++group) {
-    const uint32_t (&y)[4] = x[group];
-    arch::store_matrices(own + turning.target + group * To::kGroupBytes, __byte_perm(y[0], y[1], turning.evens),
-                         __byte_perm(y[0], y[1], turning.odds()), __byte_perm(y[2], y[3], turning.evens),
-                         __byte_perm(y[2], y[3], turning.odds()));
-  }
+  for (int group = 0; group < To::kGroups; ++group) store_turned(own + group * To::kGroupBytes, x[group], turning);
   __syncwarp();
   uint4* const to = turned + unit * (To::kBytes / 16);
 #pragma unroll
