@@ -33,8 +33,7 @@ int find_variant(const fa3_backward_params& p) {
 /// Under a causal mask the first keys are seen by most queries, and come first within a section of heads; without
 /// bounds all are alike, and a head after the other keeps Q and dO in L2.
 TileOrder plan_order(const fa3_backward_params& p, const BackwardVariant& variant) {
-  const int rows_q = p.queries.cu_seqlens ? p.queries.rows / p.batch : p.queries.rows;
-  const int rows_k = p.keys.cu_seqlens ? p.keys.rows / p.batch : p.keys.rows;
+  const int rows_q = typical_seqlen(p.queries, p.batch), rows_k = typical_seqlen(p.keys, p.batch);
   const int heads = p.num_heads_kv * (p.keys.cu_seqlens ? 1 : p.batch);  // whose pieces are numbered together
   const int group = p.num_heads / p.num_heads_kv;
   const Visibility visibility = visibility_of(p.mask);

@@ -38,15 +38,6 @@ constexpr int64_t kMostPartBytes = 256 << 20;
 constexpr int kMostKeysSummed = 2112, kMostKeysUnpromoted = 4096, kLeastKeysInWorkspace = 1024;
 constexpr int kMostCounted = (1 << 24) - 1;  // pieces: see arch/counter.cuh
 
-/// Rows of a typical sequence: between the mean and the caller's maximum, or the mean where no maximum was given.
-int typical_seqlen(const fa3_lengths& lengths, int batch) {
-  if (!lengths.cu_seqlens) return lengths.rows;
-  const int mean = lengths.rows > 0 && batch > 0 ? (lengths.rows - 1) / batch + 1 : 0;
-  if (!lengths.max_seqlen) return mean;
-  const int longest = std::min(lengths.max_seqlen, lengths.rows);
-  return longest - std::max(longest - mean, 0) / 2;
-}
-
 /// The keys' lengths as choosing sees them: in pages each sequence has room for as many, whatever says how many it has.
 fa3_lengths lengths_of_keys(const fa3_forward_params& p) {
   fa3_lengths keys = p.keys;
@@ -407,6 +398,14 @@ Packing packing_of(const fa3_forward_params& params, bool packed) {
 size_t copy_bytes(const fa3_lengths& lengths, int entries, int heads, int head_dim, int dtype) {
   const size_t rows = size_t(lengths.rows) * (lengths.cu_seqlens ? 1 : entries);
   return workspace_aligned(rows * heads * head_dim * element_bytes(dtype));
+}
+
+int typical_seqlen(const fa3_lengths& lengths, int batch) {
+  if (!lengths.cu_seqlens) return lengths.rows;
+  const int mean = lengths.rows > 0 && batch > 0 ? (lengths.rows - 1) / batch + 1 : 0;
+  if (!lengths.max_seqlen) return mean;
+  const int longest = std::min(lengths.max_seqlen, lengths.rows);
+  return longest - std::max(longest - mean, 0) / 2;
 }
 
 size_t turned_bytes(const fa3_forward_params& p, const ForwardVariant& variant) {

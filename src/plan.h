@@ -14,6 +14,9 @@ struct Visibility visibility_of(const fa3_mask& mask);
 /// The same of a call: a lone query stands at the last key, and no right side hides anything from it.
 struct Visibility visibility_of(const fa3_forward_params& params);
 
+/// Rows of a typical sequence: between the mean and the caller's maximum, or the mean where no maximum was given.
+int typical_seqlen(const fa3_lengths& lengths, int batch);
+
 /// Dropout as the kernels take it.
 struct Dropout dropout_of(const fa3_dropout& dropout);
 
