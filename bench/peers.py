@@ -65,6 +65,7 @@ def attention_candidate(name, row, q, k, v) -> Candidate:
 
     backend = {"cudnn": SDPBackend.CUDNN_ATTENTION, "fa2": SDPBackend.FLASH_ATTENTION}[name]
     grouped = row.num_heads != row.num_heads_kv
+
     def call():
         out = scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
         return out.values() if ragged else out

@@ -100,7 +100,7 @@ def record(row, times: dict[str, float], device: str, commit: str) -> dict:
         "us": round(us, 3),
         "tflops": None if is_host else round(row.flops / us / 1e6, 2),
         "gbs": None if is_host else round(row.bytes_moved / us / 1e3, 1),
-        **({"deterministic_us": round(times["deterministic"], 3)} if row.group == "backward" else {}),
+        **({"deterministic_us": round(times["deterministic"], 3)} if "deterministic" in times else {}),
         "peers": {name: round(times[name], 3) if name in times else None for name in NAMES},
         **provenance(device, commit),
     }
