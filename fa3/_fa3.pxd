@@ -168,6 +168,7 @@ cdef extern from "fa3.h" nogil:
         int32_t num_m_blocks
         int32_t grid
         int32_t cluster
+        int32_t paired
         int32_t dynamic
         int32_t heads_per_section
         int32_t short_m_blocks

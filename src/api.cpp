@@ -81,7 +81,9 @@ struct Launch {
     const fa3_forward_params& p = params;
     args.packing = packing_of(p, plan.pack_gqa > 1);
     args.heads = Divisor::of(p.num_heads_kv * args.packing.tiles);
-    args.queries_of_tile = Divisor::of(variant.row_groups * args.packing.positions);
+    const int sharing = plan.paired ? 2 : 1;
+    args.paired = plan.paired;
+    args.queries_of_tile = Divisor::of(variant.row_groups * args.packing.positions * sharing);
     const OperandShape q{.head_dim = p.head_dim,
                          .heads = p.num_heads,
                          .group = args.packing.ratio,
@@ -150,7 +152,7 @@ struct Launch {
     args.order = {plan.heads_per_section, plan.short_m_blocks};
     args.plain_pieces = !p.queries.cu_seqlens && !p.queries.seqused && plan.num_m_blocks == 1 && !args.piece_counter &&
                         args.visibility.full() && !p.keys.cu_seqlens && !p.cache.cache_leftpad;
-    args.splits = Splits::of(plan.whole_tiles, plan.num_splits);
+    args.splits = Splits::of(plan.whole_tiles / sharing, plan.num_splits);
     return FA3_OK;
   }
 

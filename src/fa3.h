@@ -238,6 +238,7 @@ typedef struct fa3_forward_plan {
   int32_t num_m_blocks;                      /* tiles along the queries of the longest sequence */
   int32_t grid;                              /* thread blocks */
   int32_t cluster;                           /* of them that join a tile's parts among them; 1: through memory */
+  int32_t paired;                            /* 1: clusters are of two, which share keys and values instead */
   int32_t dynamic;                           /* 1: work is handed out by a counter in the workspace */
   int32_t heads_per_section, short_m_blocks; /* the order of tiles: see attention/tile_scheduler.h */
   /* 1: copied to the workspace first: TMA cannot address it, or q turns. copy_v 2: with keys along its rows, as fp8

@@ -18,6 +18,7 @@ struct ForwardVariant {
   int blocks_per_sm;           // thread blocks that share a multiprocessor
   int total_bytes;             // fp8: of workspace, for each thread block's sums in fp32; 0: shared memory has room
   bool takes_turned_v;         // see ForwardArgs::turned_v
+  bool pairs;                  // thread blocks can share keys and values: see ForwardArgs::paired
   int part_bytes;              // of workspace, for each part of a split tile; 0: see joins_apart()
   bool joins_in_cluster;       // a part fits into shared memory, where the other blocks of a cluster can read it
   int swizzle_q_k, swizzle_v;  // bytes: the width of a shared memory chunk, and of a TMA box

@@ -11,8 +11,8 @@ from pathlib import Path
 
 FILE = Path(__file__).with_name("plan_choices.csv")
 NUM_SMS = 132
-COLUMNS = ("tile_m", "tile_n", "pack_gqa", "num_splits", "whole_tiles", "grid", "cluster", "dynamic",
-           "heads_per_section", "short_m_blocks", "workspace")
+COLUMNS = ("tile_m", "tile_n", "pack_gqa", "num_splits", "whole_tiles", "grid", "cluster", "paired",
+           "dynamic", "heads_per_section", "short_m_blocks", "workspace")
 
 
 def call(dtype, batch, seqlen_q, seqlen_k, heads, heads_kv, head_dim, **more):
@@ -46,6 +46,9 @@ CALLS = {
     "fp8 b4 s4096 h16 d128": call("float8_e4m3fn", 4, 4096, 4096, 16, 16, 128),
     "fp8 b4 s4096 h16 d128 causal": call("float8_e4m3fn", 4, 4096, 4096, 16, 16, 128, causal=True),
     "fp8 b4 s4096 h8 d256": call("float8_e4m3fn", 4, 4096, 4096, 8, 8, 256),
+    "bf16 b4 s4096 h8 d256": call("bfloat16", 4, 4096, 4096, 8, 8, 256),
+    "bf16 b1 s16384 h8 d256 causal": call("bfloat16", 1, 16384, 16384, 8, 8, 256, causal=True),
+    "fp8 b1 s16384 h8 d256": call("float8_e4m3fn", 1, 16384, 16384, 8, 8, 256),
     # bfloat16 of head dim 128, which every build has
     "bf16 b84 s64 h16 d128": call("bfloat16", 84, 64, 64, 16, 16, 128),
     "bf16 b84 s64 h16 d128 ragged": ragged("bfloat16", 84, 64, 16, 16, 128),

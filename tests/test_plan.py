@@ -266,6 +266,8 @@ def test_a_cluster_is_the_parts_of_a_tile(call):
     """And each of its thread blocks has one piece: what it leaves in shared memory is over its keys."""
     plan = _core.plan(**call)
     work = Work(call, plan)
+    if plan["paired"]:
+        return
     assert plan["cluster"] in (1, plan["num_splits"]) and plan["cluster"] <= 16
     if plan["cluster"] > 1:
         assert plan["whole_tiles"] == 0 and plan["grid"] == work.tiles * plan["cluster"]
@@ -280,6 +282,38 @@ def test_parts_of_short_rows_are_joined_in_clusters():
     for seqlen_k, joined_in_clusters in ((1024, True), (4096, True), (65536, False)):
         plan = _core.plan(**call, seqlen_k=seqlen_k)
         assert plan["num_splits"] > 1 and (plan["cluster"] > 1) == joined_in_clusters
+
+
+WIDE = {"dtype": "bfloat16", "batch": 4, "seqlen_q": 4096, "seqlen_k": 4096, "num_heads": 8, "num_heads_kv": 8,
+        "head_dim": 256, "head_dim_v": 256}
+
+
+@pytest.mark.skipif(MINIMAL, reason="a minimal build has no wide head dims")
+@given(calls(seqlen_k=4096, head_dim=256, head_dim_v=256), st.booleans())
+def test_pairs_are_of_whole_tiles(call, is_long):
+    """Two thread blocks have neighbouring tiles of one head, or parts of them, and none is without the other."""
+    call |= {"seqlen_k": 16384} if is_long else {}
+    plan = _core.plan(**call)
+    work = Work(call, plan)
+    if not plan["paired"]:
+        return
+    assert not call["ragged"] and call["window_left"] < 0 and not call["attention_chunk"]
+    assert plan["cluster"] == 2 and plan["grid"] % 2 == 0 and plan["num_m_blocks"] % 2 == 0
+    assert plan["num_splits"] == 1 or plan["whole_tiles"] % 2 == 0 < plan["whole_tiles"]
+    assert work.tiles > plan["grid"]
+
+
+@pytest.mark.skipif(MINIMAL, reason="a minimal build has no wide head dims")
+@pytest.mark.parametrize(("changes", "paired"), [
+    ({}, 1), ({"causal": True}, 1), ({"head_dim": 160, "head_dim_v": 160}, 1), ({"head_dim_v": 128}, 1),
+    ({"dtype": FP8, "seqlen_q": 8192, "seqlen_k": 8192}, 1), ({"seqlen_q": 4096 - 127}, 1),
+    ({"seqlen_q": 4096 - 128}, 0),  # 31 tiles
+    ({"dtype": FP8}, 0),  # whose tiles turn V for themselves: 32 see a block
+    ({"seqlen_k": 4095}, 0), ({"head_dim": 128, "head_dim_v": 128}, 0), ({"sm_margin": 1}, 0), ({"ragged": True}, 0),
+    ({"window_left": 2000}, 0), ({"attention_chunk": 2048}, 0), ({"batch": 1, "num_heads_kv": 4, "num_heads": 4}, 0),
+    ({"num_splits": 2}, 0)], ids=str)
+def test_pairs_share_many_wide_keys(changes, paired):
+    assert _core.plan(**WIDE | changes)["paired"] == paired
 
 
 @given(calls(), st.integers(1, 9), rows, rows)

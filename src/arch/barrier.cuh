@@ -44,6 +44,16 @@ struct Barrier {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&word)) : "memory");
   }
 
+  /// Arrive at the same barrier of thread block `rank` of the cluster.
+  __device__ __forceinline__ void arrive_at(uint32_t rank) {
+    asm volatile(
+        "{.reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(shared_address(&word)),
+        "r"(rank)
+        : "memory");
+  }
+
   /// Arrive, and announce what the copy engine will bring.
   __device__ __forceinline__ void arrive_expecting(uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&word)), "r"(bytes)
@@ -83,6 +93,17 @@ __device__ __forceinline__ void load_box(void* shared, const CUtensorMap* map, c
         "l"(map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4]), "r"(full)
         : "memory");
   }
+}
+
+/// The same of keys, for both thread blocks of a cluster of two: into the same place of each, on its own barrier there.
+__device__ __forceinline__ void load_box_for_both(void* shared, const CUtensorMap* map, const int32_t (&at)[4],
+                                                  Barrier& barrier) {
+  const uint16_t blocks = 0b11;
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
+      "{%2, %3, %4, %5}], [%6], %7;" ::"r"(shared_address(shared)),
+      "l"(map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(shared_address(&barrier.word)), "h"(blocks)
+      : "memory");
 }
 
 }  // namespace fa3::arch

@@ -12,6 +12,17 @@ __device__ __forceinline__ void load_bytes(void* shared, const void* global, uin
                : "memory");
 }
 
+/// The same for both thread blocks of a cluster of two: into the same place of each, on its own barrier there.
+__device__ __forceinline__ void load_bytes_for_both(void* shared, const void* global, uint32_t bytes,
+                                                    Barrier& barrier) {
+  const uint16_t blocks = 0b11;
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
+      "%4;" ::"r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(&barrier.word)), "h"(blocks)
+      : "memory");
+}
+
 /// Add floats of shared memory to those in device memory, each atomically, as one group of this thread.
 __device__ __forceinline__ void add_floats(float* global, const float* shared, uint32_t bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global),

@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "arch/barrier.cuh"
+
 namespace fa3::arch {
 
 /// Thread blocks of this one's cluster; 1 if it was launched without one.
@@ -25,6 +27,17 @@ __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+
+/// Write to the same place as `own` in thread block `rank`, which counts the bytes on `barrier` there.
+__device__ __forceinline__ void send(int* own, int value, Barrier& barrier, uint32_t rank) {
+  asm volatile(
+      "{.reg .b32 there, full;\n"
+      "mapa.shared::cluster.u32 there, %0, %3;\n"
+      "mapa.shared::cluster.u32 full, %2, %3;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %1, [full];}" ::"r"(shared_address(own)),
+      "r"(value), "r"(shared_address(&barrier.word)), "r"(rank)
+      : "memory");
+}
 
 /// The same place as `own`, in shared memory, in that of thread block `rank` of the cluster.
 __device__ __forceinline__ const float* in_block(const float* own, uint32_t rank) {

@@ -29,11 +29,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     return;
   }
   // Meanwhile: what does not need the first piece of work.
+  const auto pair = Pair<Traits>::of(args);
   if (thread < 32) shared.make_barriers();
   if (producer == 1) prefetch_start(args);
   if constexpr (kDropout)
     if (thread == 0) shared.seed = args.dropout.seed();
   shared.wait_for_barriers();
+  if (pair.exists) meet_other();
   if (warpgroup == Traits::kConsumers) {
     if (producer == 1) {
       if (args.pages.used())
@@ -65,11 +67,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
       consumer.done();
     }
     consumer.finish();
+    if (pair.exists) meet_other();
   }
 }
 
-/// Launch on `device`, the current one, in clusters of so many thread blocks if it has room for such. What a kernel may
-/// ask for is raised the first time.
+/// Launch on `device`, the current one, in clusters of so many thread blocks if it has room for such; pairs must be
+/// clusters. What a kernel may ask for is raised the first time.
 template <class Traits, bool kDropout>
 cudaError_t launch_forward(const ForwardArgs& args, int grid, int cluster, int device, cudaStream_t stream) {
   constexpr int kSharedBytes = sizeof(ForwardShared<Traits>);
@@ -96,7 +99,7 @@ cudaError_t launch_forward(const ForwardArgs& args, int grid, int cluster, int d
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   config.attrs = &attribute;
-  config.numAttrs = cluster > 1 && cluster <= largest;
+  config.numAttrs = args.paired || (cluster > 1 && cluster <= largest);
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 
@@ -115,6 +118,7 @@ ForwardVariant describe_forward(const char* name, int dtype) {
           Traits::kBlocksPerSm,
           Traits::kSharedTotals ? 0 : Traits::kTotalBytes,
           Traits::kTakesTurnedV,
+          Traits::kPairs,
           Traits::kJoinsApart ? 0 : PartRows<Traits>::kBytes,
           !Traits::kJoinsApart && PartRows<Traits>::kFitsShared,
           Traits::kSwizzleQK,

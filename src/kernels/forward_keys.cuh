@@ -2,6 +2,7 @@
 #pragma once
 #include "arch/gather.cuh"
 #include "kernels/forward_args.h"
+#include "kernels/forward_pair.cuh"
 #include "kernels/forward_traits.cuh"
 
 namespace fa3 {
@@ -14,11 +15,13 @@ struct ContiguousKeys {
   struct Source {
     const CUtensorMap* map;
     int first_row, head, batch;
+    Pair<Traits> pair;
   };
 
-  __device__ __forceinline__ static Source source(const ForwardArgs&, const TmaOperand& operand, const TileHead& work) {
+  __device__ __forceinline__ static Source source(const ForwardArgs& args, const TmaOperand& operand,
+                                                  const TileHead& work) {
     return {&operand.map, arch::uniform(work.k_begin), arch::uniform(work.head_kv) * operand.head_step,
-            arch::uniform(work.batch_kv) * operand.batch_step};
+            arch::uniform(work.batch_kv) * operand.batch_step, Pair<Traits>::of(args)};
   }
 
   /// Where a block is, of keys and of values alike.
@@ -28,14 +31,19 @@ struct ContiguousKeys {
   }
 
   template <class Tile>
-  __device__ __forceinline__ static void load(const Source& from, int, int, Place row, uint8_t* to,
+  __device__ __forceinline__ static void load(const Source& from, int, int n_block, Place row, uint8_t* to,
                                               arch::Barrier& full) {
     if (!arch::elected()) return;
     full.arrive_expecting(Tile::kBytes);
 #pragma unroll
-    for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
-      arch::load_box(to + chunk * Tile::kChunkBytes, from.map,
-                     {chunk * Tile::kChunkColumns, row, from.head, from.batch}, full);
+    for (int chunk = 0; chunk < Tile::kChunks; ++chunk) {
+      uint8_t* const place = to + chunk * Tile::kChunkBytes;
+      const int32_t at[] = {chunk * Tile::kChunkColumns, row, from.head, from.batch};
+      if (!from.pair.exists)
+        arch::load_box(place, from.map, at, full);
+      else if (from.pair.brings(n_block * Tile::kChunks + chunk))
+        arch::load_box_for_both(place, from.map, at, full);
+    }
   }
 };
 

@@ -97,17 +97,37 @@ class Loader {
   }
 
   __device__ __forceinline__ void load_k(const Source& k, int n_block, Place place) {
-    load_block<typename Traits::TileK>(k, args_.head_dim, n_block, place, shared_.k, shared_.k_full, shared_.k_empty,
-                                       k_ring_);
+    wait_until_empty(shared_.k_empty, k_ring_);
+    if constexpr (Traits::kPairs) wait_for_other(shared_.pair.both_k_empty, k_ring_);
+    load_block<typename Traits::TileK>(k, args_.head_dim, n_block, place, shared_.k, shared_.k_full, k_ring_);
   }
   __device__ __forceinline__ void load_v(const Source& v, const TileHead& work, int n_block, Place place) {
-    if (Traits::kTakesTurnedV && args_.turned_v) return load_turned_v(work, n_block);
+    const bool turned = Traits::kTakesTurnedV && args_.turned_v;
+    if constexpr (Traits::kEightBits)
+      wait_until_empty(turned ? shared_.v_empty : shared_.loaded_v_empty, v_ring_);
+    else
+      wait_until_empty(shared_.v_empty, v_ring_);
+    if constexpr (Traits::kPairs) wait_for_other(shared_.pair.both_v_empty, v_ring_);
+    if (turned) return load_turned_v(work, n_block);
     if constexpr (Traits::kEightBits)
       load_block<typename Traits::TileLoadedV>(v, args_.head_dim_v, n_block, place, shared_.loaded_v,
-                                               shared_.loaded_v_full, shared_.loaded_v_empty, v_ring_);
+                                               shared_.loaded_v_full, v_ring_);
     else
-      load_block<typename Traits::TileV>(v, args_.head_dim_v, n_block, place, shared_.v, shared_.v_full,
-                                         shared_.v_empty, v_ring_);
+      load_block<typename Traits::TileV>(v, args_.head_dim_v, n_block, place, shared_.v, shared_.v_full, v_ring_);
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ static void wait_until_empty(arch::Barrier* empty, const Ring<kCount>& ring) {
+    empty[ring.stage()].wait(ring.parity() ^ 1);
+  }
+
+  /// In a pair: this block's stage is empty, and the other's is to be.
+  template <int kCount>
+  __device__ __forceinline__ void wait_for_other(arch::Barrier* empty, const Ring<kCount>& ring) const {
+    const auto pair = Pair<Traits>::of(args_);
+    if (!pair.exists) return;
+    if (arch::elected()) empty[ring.stage()].arrive_at(pair.rank ^ 1);
+    empty[ring.stage()].wait(ring.parity());
   }
 
   /// A block of V that is turned already, in the transposers' place.
@@ -116,11 +136,17 @@ class Loader {
     const int64_t head = int64_t{arch::uniform(work.batch_kv)} * args_.num_heads_kv + arch::uniform(work.head_kv);
     const uint8_t* const from =
         args_.turned_v + (head * ceil_div(args_.keys.rows, Traits::kTileN) + n_block) * Traits::TileV::kBytes;
-    shared_.v_empty[stage].wait(v_ring_.parity() ^ 1);
     if (arch::elected()) {
       shared_.v_full[stage].arrive_expecting(Traits::TileV::kBytes);
       for (int i = 1; i < Traits::kTransposers; ++i) shared_.v_full[stage].arrive();
-      arch::load_bytes(shared_.v[stage], from, Traits::TileV::kBytes, shared_.v_full[stage]);
+      const auto pair = Pair<Traits>::of(args_);
+      if (pair.exists) {
+        constexpr uint32_t kHalf = Traits::TileV::kBytes / 2;
+        const uint32_t own = pair.rank * kHalf;
+        arch::load_bytes_for_both(shared_.v[stage] + own, from + own, kHalf, shared_.v_full[stage]);
+      } else {
+        arch::load_bytes(shared_.v[stage], from, Traits::TileV::kBytes, shared_.v_full[stage]);
+      }
     }
     v_ring_.advance();
   }
@@ -128,9 +154,8 @@ class Loader {
   template <class Tile, int kCount>
   __device__ __forceinline__ void load_block(const Source& from, int columns, int n_block, Place place,
                                              uint8_t (&stages)[kCount][Tile::kBytes], arch::Barrier* full,
-                                             arch::Barrier* empty, Ring<kCount>& ring) {
+                                             Ring<kCount>& ring) {
     const uint32_t stage = ring.stage();
-    empty[stage].wait(ring.parity() ^ 1);
     Keys::template load<Tile>(from, columns, n_block, place, stages[stage], full[stage]);
     ring.advance();
   }

@@ -272,8 +272,10 @@ class PartRows {
     return {args_.parts_done + (int64_t{work_.place} * Traits::kConsumers + warpgroup_), args_.ticket};
   }
 
-  /// The tile's parts are those of a cluster's blocks: the launch says so.
-  __device__ __forceinline__ bool in_cluster() const { return kFitsShared && arch::cluster_size() > 1; }
+  /// The tile's parts are those of a cluster's blocks: the launch says so. A pair's have parts of two tiles.
+  __device__ __forceinline__ bool in_cluster() const {
+    return kFitsShared && arch::cluster_size() > 1 && !(Traits::kPairs && args_.paired);
+  }
 
   __device__ __forceinline__ float* own_part() const {
     return reinterpret_cast<float*>(shared_.q) + warpgroup_ * kFloats;

@@ -3,6 +3,7 @@
 #include "arch/counter.cuh"
 #include "attention/seqlen.h"
 #include "kernels/forward_args.h"
+#include "kernels/forward_pair.cuh"
 #include "kernels/forward_rows.cuh"
 #include "kernels/forward_traits.cuh"
 #include "tile/ring.cuh"
@@ -10,7 +11,8 @@
 namespace fa3 {
 
 /// Finds a thread block's pieces of work and describes them to its loader and its consumers, ahead of them. Every lane
-/// calls; lane g looks after the block range of row group g, lane 0 after the rest.
+/// calls; lane g looks after the block range of row group g, lane 0 after the rest. In a pair both find the same, and
+/// each has its own rows of it.
 template <class Traits>
 class Scheduler {
  public:
@@ -20,8 +22,8 @@ class Scheduler {
         lane_(threadIdx.x % 32),
         heads_(args.heads.divisor),
         tile_m_(args.queries_of_tile.divisor),
-        index_(blockIdx.x),
-        stride_(2 * (gridDim.x - blockIdx.x) - 1) {}
+        index_(number()),
+        stride_(2 * (count() - number()) - 1) {}
 
   /// The first piece is described while others make the barriers.
   __device__ __forceinline__ void run() {
@@ -35,7 +37,7 @@ class Scheduler {
       auto& work = shared_.tile[tiles_.stage()];
       const bool found = describe(work);
       if (tiles_.count == 0)
-        shared_.wait_for_made_barriers();
+        meet_at_start();
       else
         __syncwarp();
       if (lane_ == 0) {
@@ -51,6 +53,16 @@ class Scheduler {
   }
 
  private:
+  __device__ __forceinline__ void meet_at_start() const {
+    shared_.wait_for_made_barriers();
+    if (pair().exists) meet_other();
+  }
+
+  /// These are asked for anew: registers are few.
+  __device__ __forceinline__ Pair<Traits> pair() const { return Pair<Traits>::of(args_); }
+  __device__ __forceinline__ int number() const { return blockIdx.x / pair().blocks(); }  // this one's or its pair's
+  __device__ __forceinline__ int count() const { return gridDim.x / pair().blocks(); }    // of such numbers
+
   struct Tile {
     int m_block, head, batch;  // head counts the tiles side by side of a sequence
   };
@@ -84,7 +96,7 @@ class Scheduler {
         all = range(first, last, q, k);
       }
       if (lane_ == 0) {
-        work.m_block = tile.m_block;
+        work.m_block = tile.m_block * pair().blocks() + pair().rank;
         work.batch = tile.batch;
         work.batch_kv = args_.keys.entry(tile.batch);
         const int tiles = args_.packing.tiles;
@@ -94,7 +106,7 @@ class Scheduler {
         work.k_begin = k.begin;
         work.seqlen_q = q.length;
         work.seqlen_k = k.length;
-        work.place = piece.tile - args_.splits.whole_tiles;
+        work.place = (piece.tile - args_.splits.whole_tiles) * pair().blocks() + pair().rank;
         work.part = piece.part;
         work.parts = piece.parts;
       }
@@ -113,7 +125,7 @@ class Scheduler {
           work.blocks[0] = all;
         }
       } else if (lane_ < Traits::kRowGroups) {
-        const int own_first = first + args_.packing.positions * lane_;
+        const int own_first = first + args_.packing.positions * (pair().rank * Traits::kRowGroups + lane_);
         const int own_last = smaller(own_first + args_.packing.positions, q.length) - 1;
         BlockRange own = own_last < own_first ? no_blocks(first_block) : range(own_first, own_last, q, k);
         own.clip(first_block, end_block);
@@ -150,24 +162,45 @@ class Scheduler {
   /// another could do it sooner: when the loader has little left to ask for.
   __device__ __forceinline__ void take_index() {
     if (args_.piece_counter) {
-      if (tiles_.count > 0) shared_.tile_nearly_loaded.wait((tiles_.count - 1) % 2);
-      if (lane_ == 0) {
-        if (index_ == blockIdx.x) counter().open();
-        index_ = gridDim.x + counter().add();
-      }
-      index_ = __shfl_sync(~0u, index_, 0);
+      if (pair().rank == 0) count_on();
+      if constexpr (Traits::kPairs)
+        if (pair().exists) agree();
     } else {
       index_ += stride_;
-      stride_ = 2 * gridDim.x - stride_;
+      stride_ = 2 * count() - stride_;
+    }
+  }
+
+  __device__ __forceinline__ void count_on() {
+    if (tiles_.count > 0) shared_.tile_nearly_loaded.wait((tiles_.count - 1) % 2);
+    if (lane_ == 0) {
+      if (index_ == number()) counter().open();
+      index_ = count() + counter().add();
+    }
+    index_ = __shfl_sync(~0u, index_, 0);
+  }
+
+  /// What the first thread block of a pair has taken the second is told, one index at a time.
+  __device__ __forceinline__ void agree() {
+    const Ring<1> told{tiles_.count - 1};
+    if (pair().rank == 0) {
+      shared_.pair.known.wait(told.parity() ^ 1);
+      if (lane_ == 0) arch::send(&shared_.pair.piece, index_, shared_.pair.told, 1);
+    } else {
+      if (lane_ == 0) shared_.pair.told.arrive_expecting(sizeof(int));
+      shared_.pair.told.wait(told.parity());
+      index_ = shared_.pair.piece;
+      __syncwarp();
+      if (lane_ == 0) shared_.pair.known.arrive_at(0);
     }
   }
 
   /// A thread block asks no more once it was told that nothing is left, so as many numbers are given out as there are
   /// pieces: the last of them closes the counter.
   __device__ __forceinline__ void finish() const {
-    if (!args_.piece_counter || index_ == blockIdx.x) return;
+    if (!args_.piece_counter || index_ == number() || pair().rank != 0) return;
     const int64_t tiles = args_.queries.ragged() ? group_first_ : int64_t{heads_} * args_.batch * m_blocks();
-    if (lane_ == 0 && index_ + 1 == gridDim.x + args_.splits.pieces(tiles)) counter().close();
+    if (lane_ == 0 && index_ + 1 == count() + args_.splits.pieces(tiles)) counter().close();
   }
 
   __device__ __forceinline__ arch::Counter counter() const { return {args_.piece_counter, args_.ticket}; }
@@ -241,7 +274,7 @@ class Scheduler {
   }
 
   __device__ __forceinline__ void look_ahead() {
-    if (!args_.queries.ragged() || next_group_ > group_) return;
+    if (Traits::kPairs || !args_.queries.ragged() || next_group_ > group_) return;  // pairs took the registers
     next_group_ = group_ + 32;
     next_bounds_ = read_bounds(next_group_);
   }

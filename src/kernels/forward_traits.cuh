@@ -98,6 +98,10 @@ struct ForwardTraits {
   // Where V is wide, turning it in each tile costs more than in device memory, once for many tiles. Then it comes so.
   static constexpr bool kTakesTurnedV = kRunsFree && kConsumers == 2 && kHeadDimV >= 192;
 
+  // Tiles of 128 rows read twice as much of wide keys and values as of narrow ones, for as many products. Two thread
+  // blocks that share what they read save the power for it: see forward_pair.cuh.
+  static constexpr bool kPairs = kEightBits ? kTakesTurnedV : !kHasQv && kConsumers == 2 && kHeadDim >= 160;
+
   using Staging = StagedColumns<kHasQv ? 32 : 64>;  // beside two blocks of 512 columns there is no room for more
   static constexpr int kSharedLimit = 228 * 1024 / kBlocksPerSm - 1024;
   // What two warpgroups tell each other goes where Q was, if that is large enough: see Exchange.
@@ -192,6 +196,28 @@ struct TileScales<Traits, true> {
   }
 };
 
+/// What the thread blocks of a pair tell each other.
+template <class Traits, bool = Traits::kPairs>
+struct PairBarriers {
+  __device__ void init_barriers() {}
+};
+
+template <class Traits>
+struct PairBarriers<Traits, true> {
+  // The other's loader arrives when its stage is empty too.
+  arch::Barrier both_k_empty[Traits::kKeyStages], both_v_empty[Traits::kStages];
+  int piece;            // that the first one took from the counter, on its way to the second
+  arch::Barrier told;   // of the second: its scheduler announces what the first's sends
+  arch::Barrier known;  // of the first: the second's scheduler arrives
+
+  __device__ void init_barriers() {
+    for (arch::Barrier& empty : both_k_empty) empty.init(1);
+    for (arch::Barrier& empty : both_v_empty) empty.init(1);
+    told.init(1);
+    known.init(1);
+  }
+};
+
 /// Sums of O in fp32, where there is room.
 template <class Traits, bool = Traits::kSharedTotals>
 struct SharedTotals {};
@@ -246,11 +272,13 @@ struct ForwardShared : LoadedValues<Traits>,
 
   Work tile[kTileSlots];
   uint64_t seed;  // of dropout
+  [[no_unique_address]] PairBarriers<Traits> pair;
 
   __device__ void init_barriers() {
     constexpr int kWarps = 4 * Traits::kConsumers;
     LoadedValues<Traits>::init_barriers();
     TileScales<Traits>::init_barriers();
+    pair.init_barriers();
     for (int group = 0; group < Traits::kRowGroups; ++group) {
       for (int stage = 0; stage < Traits::kQueryStages; ++stage) {
         q_full[group][stage].init(1);
