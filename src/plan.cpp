@@ -70,9 +70,10 @@ TileCost tile_cost(const ForwardVariant& v) {
   if (v.has_qv) return {2.5, 1.35 * block, 1.35 * block, 0};  // its two warpgroups do everything at the same time
   // Two or three share an SM: half of what each takes.
   if (v.consumers == 1) return {1.2, std::max(1.15 * block, 0.53), std::max(1.84 * block, 0.6), 0};
-  if (v.consumers == 2) return {1.8, 1.07 * block, 1.07 * block, 1};
+  const double turned = v.turned_v ? 0.93 : 1;  // 3 to 8% less than to turn V
+  if (v.consumers == 2) return {1.8, 1.07 * turned * block, 1.07 * turned * block, 1};
   // Products of 64 keys take all that shared memory gives: 3% slower, at 16,384 keys.
-  const double wide = (v.tile_n > 64 ? 0.95 : 0.98) * block;
+  const double wide = (v.tile_n > 64 ? 0.95 : 0.98) * turned * block;
   return {0.03 * dim, wide, wide, 1};
 }
 
@@ -274,28 +275,28 @@ int accumulate_blocks(const fa3_forward_params& p, const Visibility& visibility,
   return most > (wanted ? blocks * variant.tile_n : kMostKeysUnpromoted) ? blocks : 0;
 }
 
-/// Whether V is turned before, once, or by each tile for itself. Once is a launch, and V read and written: 13 to 18 us
-/// more where 4 or 8 tiles see each block, as fast with 32, 4% faster with 64 and 128 (33 MB of V, head dims 192 and
-/// 256). Ragged, paged and cached keys stay with the tiles.
-bool turns_values(const Work& work, const ForwardVariant& variant, const Packing& packing) {
-  constexpr int kLeastTiles = 48;  // that see a block
+/// Whether a kernel may have V turned once before it, which takes a launch, and V read and written: some 15 us for 33
+/// MB. Measured: at head dim 256 it saves 17% where 32 tiles see each block and 7% where 16 do (causal), at 128 3% with
+/// 22 and 5% with 86, at 64 1 to 3% and 8%, at 192 7% with 128. Ragged, paged and cached keys stay with the tiles, and
+/// calls whose bits must not depend on the batch.
+bool may_turn_values(const Work& work, const ForwardVariant& variant, const Packing& packing) {
+  const int least_tiles = variant.head_dim_v > 192 ? 16 : variant.head_dim_v > 128 ? 48 : 20;  // that see a block
   const fa3_forward_params& p = work.params;
-  if (!variant.takes_turned_v || p.keys.rows == 0 || work.visibility.window() || work.visibility.chunk ||
-      p.keys.cu_seqlens || p.keys.seqused || p.cache.page_table || p.cache.cache_leftpad || p.cache.cache_batch_idx ||
-      appends(p) || !tma_addressable(p.v, p.keys, p.batch, p.num_heads_kv, p.dtype))
+  if (p.keys.rows == 0 || p.batch_invariant || work.visibility.window() || work.visibility.chunk || p.keys.cu_seqlens ||
+      p.keys.seqused || p.cache.page_table || p.cache.cache_leftpad || p.cache.cache_batch_idx || appends(p) ||
+      !tma_addressable(p.v, p.keys, p.batch, p.num_heads_kv, p.dtype))
     return false;
   const int tiles = work.seqlen_q / tile_queries(variant, packing) * packing.tiles;
-  return (work.visibility.full() ? tiles : tiles / 2) >= kLeastTiles;
+  return (work.visibility.full() ? tiles : tiles / 2) >= least_tiles;
 }
 
 /// Whether thread blocks go in pairs that share keys and values: see kernels/forward_pair.cuh. Both must find the same
 /// work, so no device array may say what it is; and the tiles of a head must be even in number. Measured, head dims 160
 /// to 256: 1 to 8% faster with 16,384 keys, as fast with 4,096, 3% slower with 1,024.
-bool pairs_up(const Work& work, const ForwardVariant& variant, const Packing& packing, const Splits& splits,
-              bool turned_v) {
+bool pairs_up(const Work& work, const ForwardVariant& variant, const Packing& packing, const Splits& splits) {
   constexpr int kLeastKeys = 4096;
   const fa3_forward_params& p = work.params;
-  if (!variant.pairs || p.keys.rows < kLeastKeys || (p.dtype == FA3_FLOAT8_E4M3 && !turned_v)) return false;
+  if (!variant.pairs || p.keys.rows < kLeastKeys) return false;
   for (const fa3_lengths& lengths : {p.queries, p.keys})
     if (lengths.cu_seqlens || lengths.seqused) return false;
   if (p.cache.page_table || p.cache.cache_leftpad || p.cache.cache_batch_idx || appends(p)) return false;
@@ -336,6 +337,7 @@ Choice choose(const Work& work) {
     if (p.tile_m && (v.tile_m() != p.tile_m || v.tile_n != p.tile_n)) continue;
     for (const bool packed : {false, true}) {
       if (packed ? !may_pack : !may_not_pack) continue;
+      if (v.turned_v && !may_turn_values(work, v, packing_of(p, packed))) continue;
       // Warpgroups without rows help nobody, and their place in shared memory could be a second block's.
       const bool idle = v.consumers > fewest_consumers && work.seqlen_q <= packing_of(p, packed).positions;
       if (idle && !p.tile_m && !p.batch_invariant) continue;
@@ -476,8 +478,7 @@ fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_pl
   plan.num_splits = choice.splits.count.divisor;
   plan.num_m_blocks = ceil_div(work.seqlen_q, tile_queries(variant, packing));
   plan.accumulate_blocks = accumulate_blocks(p, work.visibility, variant, choice.splits);
-  const bool turned_v = turns_values(work, variant, packing);
-  plan.paired = pairs_up(work, variant, packing, choice.splits, turned_v);
+  plan.paired = pairs_up(work, variant, packing, choice.splits);
   plan_order(work, packing, plan);
 
   const int slots = variant.blocks_per_sm * free_sms;
@@ -500,7 +501,7 @@ fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_pl
   const fa3_lengths stored = key_storage(p);
   plan.copy_k = !tma_addressable(p.k, stored, key_entries(p), p.num_heads_kv, p.dtype);
   plan.copy_v = !tma_addressable(p.v, stored, key_entries(p), p.num_heads_kv, p.dtype) ? kPacked
-                : turned_v                                                             ? kTurned
+                : variant.turned_v                                                     ? kTurned
                                                                                        : kNoCopy;
   if (plan.copy_q) plan.workspace += copy_bytes(p.queries, p.batch, p.num_heads, p.head_dim, p.dtype);
   if (plan.copy_qv) plan.workspace += copy_bytes(p.queries, p.batch, p.num_heads, p.head_dim_v, p.dtype);

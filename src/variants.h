@@ -17,7 +17,7 @@ struct ForwardVariant {
   int threads, shared_memory;
   int blocks_per_sm;           // thread blocks that share a multiprocessor
   int total_bytes;             // fp8: of workspace, for each thread block's sums in fp32; 0: shared memory has room
-  bool takes_turned_v;         // see ForwardArgs::turned_v
+  bool turned_v;               // V comes turned: see ForwardArgs::turned_v
   bool pairs;                  // thread blocks can share keys and values: see ForwardArgs::paired
   int part_bytes;              // of workspace, for each part of a split tile; 0: see joins_apart()
   bool joins_in_cluster;       // a part fits into shared memory, where the other blocks of a cluster can read it

@@ -4,77 +4,21 @@ Scheduler::run, Loader::run, Transposer::run, Consumer::attend, Exchange, RowWri
 them (src/kernels/forward_{tiles,load,transpose,mma,exchange,epilogue,kernel}.cuh), step by step, as generators that
 yield what they wait for. A scheduler of events lets one warp, one lane, one copy or one product go on at a time, so
 that any of them may be arbitrarily slow. Whoever reads shared memory checks that it holds, and goes on holding, what it
-expects.
+expects; whoever uses a barrier, that it is made and its thread block has not ended.
 
-Each wait, arrival and sync has a name; ThreadBlock can be told to leave one out, to see that the model notices.
+Each wait, arrival and sync has a name; ThreadBlock can be told to leave one out, to see that the model notices. Two
+thread blocks that share keys and values are in pipeline_pair.py.
 """
 
 from dataclasses import dataclass, field
+
+from pipeline_events import Barrier, Events, NamedBarrier, expect
 
 STAGES, TILE_SLOTS, LEAD = 2, 4, 2  # as the kernel
 TRANSPOSERS = 2
 WARPS, LANES = 2, 2  # of a warpgroup, of a warp, in place of 4 and 32: enough to race
 GROUPS = 2  # of 64 columns, as an output of head dim 128 is staged
 SITES = set()  # names of all waits, arrivals and syncs, as they are met
-
-
-class Deadlock(Exception):
-    """Everybody waits."""
-
-
-class Hazard(Exception):
-    """Shared memory or a barrier is not in the state that someone relies on."""
-
-
-def expect(condition, otherwise):
-    if not condition:
-        raise Hazard(otherwise)
-
-
-@dataclass
-class Barrier:
-    """mbarrier: a phase ends when its arrivals and its announced copies are in."""
-
-    count: int
-    pending: int = 0
-    copies: int = 0
-    phase: int = 0
-
-    def __post_init__(self):
-        self.pending = self.count
-
-    def update(self, arrivals=0, copies=0):
-        self.pending -= arrivals
-        self.copies += copies
-        expect(self.pending >= 0, "more arrivals than the barrier was made for")
-        if self.pending == 0 and self.copies == 0:
-            self.phase, self.pending = self.phase + 1, self.count
-
-    def passed(self, parity):
-        """try_wait.parity: true once the phase of that parity has ended, and until the one after it has."""
-        return lambda: self.phase % 2 != parity
-
-
-@dataclass
-class NamedBarrier:
-    """bar.sync of one warpgroup, with bar.arrive of another where `arrivals_expected`; or a warp's __syncwarp."""
-
-    syncs_expected: int = WARPS
-    arrivals_expected: int = 0
-    syncs: int = 0
-    arrivals: int = 0
-    generation: int = 0
-
-    def join(self, syncs=0, arrivals=0):
-        self.syncs, self.arrivals = self.syncs + syncs, self.arrivals + arrivals
-        if self.syncs + self.arrivals == self.syncs_expected + self.arrivals_expected:
-            expect(self.syncs == self.syncs_expected, "a turn was passed twice before it was taken")
-            self.syncs, self.arrivals, self.generation = 0, 0, self.generation + 1
-
-    def sync(self):
-        generation = self.generation
-        self.join(syncs=1)
-        return lambda: self.generation != generation
 
 
 @dataclass
@@ -116,11 +60,15 @@ class Piece:
 class ThreadBlock:
     """One thread block with its pieces of work. `counted`: their indices come from a counter. `idle_rows`: a tile has
     rows that no query is loaded to. `has_qv`: two warpgroups share their rows, read values for their scores too, and
-    tell each other of these. `eight_bits`: values are turned on their way, or `turned` before. `third_keys`: K has a
-    stage more than V. `left_out`: the name of a wait, arrival or sync that is not there."""
+    tell each other of these. `eight_bits`: values are turned on their way, or have been
+    `turned` before. `third_keys`: K has a stage more than V. `left_out`: the name of a wait, arrival or sync that is not there."""
+
+    name = ""
+    copies_of_block = 1  # of keys or values, that land each on their own
 
     def __init__(self, consumers, pieces, query_stages=1, counted=False, idle_rows=False, has_qv=False,
-                 eight_bits=False, third_keys=False, turned=False, left_out=None):
+                 eight_bits=False, third_keys=False, turned=False, left_out=None, events=None):
+        self.events = events or Events()
         self.consumers, self.pieces, self.left_out = consumers, pieces, left_out
         self.has_qv, self.row_groups = has_qv, 1 if has_qv else consumers
         self.eight_bits, self.two_parts = eight_bits, has_qv and eight_bits
@@ -128,10 +76,10 @@ class ThreadBlock:
         self.query_stages, self.counted, self.idle_rows = query_stages, counted, idle_rows
         self.ahead = TILE_SLOTS
         warps = consumers * WARPS
-        transposers = TRANSPOSERS if eight_bits else 0
-        self.key_stages, self.turned_before = STAGES + third_keys, turned
+        self.transposers = transposers = TRANSPOSERS if eight_bits and not turned else 0
+        self.key_stages = STAGES + third_keys
         self.k, self.v = Pipe(self.key_stages, warps), Pipe(STAGES, warps, max(transposers, 1))
-        self.loaded_v = Pipe(STAGES, transposers + (warps if has_qv else 0)) if eight_bits else self.v
+        self.loaded_v = Pipe(STAGES, transposers + (warps if has_qv else 0)) if transposers else self.v
         self.slots = Pipe(TILE_SLOTS, warps + 1 + transposers)
         self.scaled, self.scales = [Barrier(1) for _ in range(TILE_SLOTS)], [None] * TILE_SLOTS
         self.q = [Pipe(query_stages, warps // self.row_groups) for _ in range(self.row_groups)]
@@ -142,15 +90,20 @@ class ThreadBlock:
         self.staging = 0  # warps that write rows
         self.nearly_loaded = Barrier(1)
         self.asked = -1, 0  # the piece that the loader is at, and how many of its blocks of K it has not asked for
-        self.turn = [NamedBarrier(arrivals_expected=WARPS) for _ in range(consumers)]
-        self.own_barrier = [NamedBarrier() for _ in range(consumers)]
+        self.made = NamedBarrier(syncs_expected=1, arrivals_expected=1)
+        self.begun = NamedBarrier(syncs_expected=warps + 1 + transposers)
+        self.warps = warps + 2 + transposers  # that have not ended
+        self.turn = [NamedBarrier(WARPS, arrivals_expected=WARPS) for _ in range(consumers)]
+        self.own_barrier = [NamedBarrier(WARPS) for _ in range(consumers)]
         self.turned = {}  # stage of V -> the transposers that have turned their share of the block there
         self.cleared = {}  # (stage of V, warpgroup) -> warps that cleared their share of the block there
         self.idle_cleared = {}  # (stage of Q, warpgroup) -> warps that cleared their share of the idle rows there
         self.left = {}  # (warpgroup, piece) -> warps that left their rows of it
         self.counted_parts = {}  # warpgroup -> the last piece whose part it counted
-        self.actors = {}  # name -> its generator, and whether it can go on
-        self.under_way = []  # copies and products, each with what happens when it is done: they end in any order
+
+    def barriers(self):
+        pipes = self.k, self.v, self.loaded_v, self.slots, *self.q
+        return *(b for pipe in pipes for b in (*pipe.full, *pipe.empty)), *self.scaled, self.nearly_loaded
 
     def there(self, site):
         SITES.add(site)
@@ -168,24 +121,42 @@ class ThreadBlock:
         if self.there(site):
             yield barrier.sync()
 
-    def scheduler(self):
-        def take_index():
-            """From a counter: not before the loader is nearly done with the piece before. It may wait for that anew."""
-            if self.counted and count > 0:
-                yield from self.wait("scheduler: nearly loaded", self.nearly_loaded, (count - 1) % 2)
-                at, left = self.asked
-                expect(at == count - 1 and left <= LEAD, "taken while another thread block could do it sooner")
+    def meet(self, site):
+        """Wait for the other thread block, where there is one."""
+        return iter(())
 
+    def begin(self, makes_barriers=False):
+        """What all warps but the scheduler do first."""
+        if makes_barriers:
+            yield lambda: True
+            for barrier in self.barriers():
+                barrier.pending = barrier.count
+            if self.there("consumer: barriers are made"):
+                self.made.join(arrivals=1)
+        yield from self.sync("others: barriers are made", self.begun)
+        yield from self.meet("the other's barriers are made")
+
+    def take_index(self, count):
+        """From a counter: not before the loader is nearly done with the piece before. It may wait for that anew."""
+        if self.counted and count > 0:
+            yield from self.wait("scheduler: nearly loaded", self.nearly_loaded, (count - 1) % 2)
+            at, left = self.asked
+            expect(at == count - 1 and left <= LEAD, "taken while another thread block could do it sooner")
+
+    def scheduler(self):
         for count, piece in enumerate([*self.pieces, None]):
             if count > 0:
-                yield from take_index()
+                yield from self.take_index(count)
             if count >= self.ahead:
                 before = Ring(TILE_SLOTS, count - self.ahead)
                 yield from self.wait("scheduler: slot given back", self.slots.empty[before.stage], before.parity)
             for _ in range(piece.skipped if piece else 0):
-                yield from take_index()
+                yield from self.take_index(count)
             slot = Ring(TILE_SLOTS, count).stage
             self.slots.content[slot] = (count, piece)
+            if count == 0:
+                yield from self.sync("scheduler: barriers are made", self.made)
+                yield from self.meet("the other's barriers are made")
             self.arrive("scheduler: slot filled", self.slots.full[slot])
             if self.eight_bits:
                 yield lambda: True  # memory answers late
@@ -206,24 +177,30 @@ class ThreadBlock:
         self.arrive(f"{who}: slot given back", self.slots.empty[tiles.stage])
         tiles.count += 1
 
+    def wait_for_other(self, name, stage, parity):
+        """The stage is empty here, and is to be in the other thread block, where there is one."""
+        return iter(())
+
+    def bring(self, pipe, stage, value):
+        """Ask for what was announced."""
+        pipe.content[stage] = "half written"
+
+        def land():
+            pipe.content[stage] = value
+            pipe.full[stage].update(copies=-1)
+
+        self.events.under_way.append(land)
+
     def loader(self):
         k_ring, v_ring, tiles = Ring(self.key_stages), Ring(STAGES), Ring(TILE_SLOTS)
 
-        loaded_v = self.v if self.turned_before else self.loaded_v
-
         def load(name, pipe, stage, parity, value):
             yield from self.wait(f"loader: {name} given back", pipe.empty[stage], parity ^ 1)
+            yield from self.wait_for_other(name, stage, parity)
             expect(name != "q" or not self.unread("q"), "a letter is lost to the next Q")
-            self.arrive(f"loader: {name} announced", pipe.full[stage], copies=1)
-            for _ in range(1, TRANSPOSERS if name == "v" and self.turned_before else 1):
-                self.arrive("loader: v was turned before", pipe.full[stage])
-            pipe.content[stage] = "half written"
-
-            def land():
-                pipe.content[stage] = value
-                pipe.full[stage].update(copies=-1)
-
-            self.under_way.append(land)
+            self.arrive(f"loader: {name} announced", pipe.full[stage],
+                        copies=1 if name == "q" else self.copies_of_block)
+            self.bring(pipe, stage, value)
 
         def load_block(name, pipe, ring, block):
             yield from load(name, pipe, ring.stage, ring.parity, (tiles.count, block))
@@ -233,6 +210,7 @@ class ThreadBlock:
             yield from load_block("k", self.k, k_ring, block)
             self.asked = tiles.count, block - piece.first
 
+        yield from self.begin()
         while (piece := (yield from self.next_piece("loader", tiles))) is not None:
             self.asked = tiles.count, piece.end - piece.first
             n_block = piece.end - 1
@@ -248,21 +226,20 @@ class ThreadBlock:
                 if n_block == nearly_last:
                     self.arrive("loader: nearly loaded", self.nearly_loaded)
                 if self.has_qv:
-                    yield from load_block("v", loaded_v, v_ring, n_block)
+                    yield from load_block("v", self.loaded_v, v_ring, n_block)
                 if n_block > piece.first:
                     yield from load_k(n_block - 1)
                 if not self.has_qv:
-                    yield from load_block("v", loaded_v, v_ring, n_block)
+                    yield from load_block("v", self.loaded_v, v_ring, n_block)
                 n_block -= 1
             self.give_slot_back("loader", tiles, piece)
 
     def transposer(self, number):
         ring, tiles = Ring(STAGES), Ring(TILE_SLOTS)
+        yield from self.begin()
         while (piece := (yield from self.next_piece("transposer", tiles))) is not None:
             count = tiles.count
             self.give_slot_back("transposer", tiles, piece)
-            if self.turned_before:
-                continue
             for block in range(piece.end - 1, piece.first - 1, -1):
                 yield from self.wait("transposer: v is loaded", self.loaded_v.full[ring.stage], ring.parity)
                 yield from self.wait("transposer: v given back", self.v.empty[ring.stage], ring.parity ^ 1)
@@ -297,7 +274,7 @@ class ThreadBlock:
             ended.append(True)
 
         check()
-        self.under_way.append(land)
+        self.events.under_way.append(land)
         return lambda: bool(ended)
 
     def product_done(self, site, product):
@@ -498,8 +475,8 @@ class ThreadBlock:
             lanes = {f"lane {lane} of warp {warp} of warpgroup {w}": write_rows(lane) for lane in range(LANES)}
             expect(not self.unread("staging"), "output is staged where a letter lies")
             self.staging += 1
-            self.start(lanes)
-            yield lambda: lanes.keys().isdisjoint(self.actors)
+            names = self.start(lanes)
+            yield lambda: names.isdisjoint(self.events.actors)
             self.staging -= 1
 
         def leave_part():
@@ -515,6 +492,7 @@ class ThreadBlock:
             expect(self.counted_parts.get(w) == tiles.count, "joined before the parts were counted")
             return w in piece.joiners
 
+        yield from self.begin(makes_barriers=w == warp == 0)
         if w == self.consumers - 1:
             hand_on("consumer: first turn passed")
         if self.idle_rows:
@@ -531,29 +509,33 @@ class ThreadBlock:
             self.give_slot_back("consumer", tiles, piece)
         if w == 0 and self.takes_turns:
             yield from self.sync("consumer: last turn taken", mine)
+        yield from self.meet("consumer: nothing more arrives from the other")
 
     def start(self, actors):
-        self.actors |= {name: (actor, lambda: True) for name, actor in actors.items()}
+        """Returns the names they go by."""
+        started = {f"{self.name}{name}": (actor, lambda: True) for name, actor in actors.items()}
+        self.events.actors |= started
+        return started.keys()
+
+    def until_end(self, warp):
+        yield from warp
+        self.end_warp()
+
+    def end_warp(self):
+        """With its last warp a thread block's shared memory goes."""
+        self.warps -= 1
+        if self.warps == 0:
+            expect(all(turn.syncs == turn.arrivals == 0 for turn in self.turn), "turns are left over at the end")
+            for barrier in self.barriers():
+                barrier.pending = None
+
+    def launch(self):
+        warps = {"scheduler": self.scheduler(), "loader": self.loader()}
+        warps |= {f"warp {i} of warpgroup {w}": self.consumer(w, i)
+                  for w in range(self.consumers) for i in range(WARPS)}
+        warps |= {f"transposer {number}": self.transposer(number) for number in range(self.transposers)}
+        self.start({name: self.until_end(warp) for name, warp in warps.items()})
 
     def run(self, choose):
-        """`choose(n)` is one of n: what goes on next."""
-        self.start({"scheduler": self.scheduler(), "loader": self.loader()})
-        self.start({f"warp {i} of warpgroup {w}": self.consumer(w, i)
-                    for w in range(self.consumers) for i in range(WARPS)})
-        if self.eight_bits:
-            self.start({f"transposer {number}": self.transposer(number) for number in range(TRANSPOSERS)})
-        while self.actors:
-            ready = [(name, actor) for name, (actor, can_go_on) in self.actors.items() if can_go_on()]
-            if not ready and not self.under_way:
-                raise Deadlock(f"{', '.join(self.actors)} wait, in {self.pieces}")
-            which = choose(len(ready) + len(self.under_way))
-            if which >= len(ready):
-                self.under_way.pop(which - len(ready))()
-                continue
-            name, actor = ready[which]
-            try:
-                self.actors[name] = actor, next(actor)
-            except StopIteration:
-                del self.actors[name]
-        expect(not self.under_way, "a copy lands after the thread block has ended")
-        expect(all(turn.syncs == turn.arrivals == 0 for turn in self.turn), "turns are left over at the end")
+        self.launch()
+        self.events.run(choose)

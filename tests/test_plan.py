@@ -306,9 +306,9 @@ def test_pairs_are_of_whole_tiles(call, is_long):
 @pytest.mark.skipif(MINIMAL, reason="a minimal build has no wide head dims")
 @pytest.mark.parametrize(("changes", "paired"), [
     ({}, 1), ({"causal": True}, 1), ({"head_dim": 160, "head_dim_v": 160}, 1), ({"head_dim_v": 128}, 1),
-    ({"dtype": FP8, "seqlen_q": 8192, "seqlen_k": 8192}, 1), ({"seqlen_q": 4096 - 127}, 1),
+    ({"dtype": FP8}, 1), ({"dtype": FP8, "head_dim": 128, "head_dim_v": 128}, 1), ({"seqlen_q": 4096 - 127}, 1),
     ({"seqlen_q": 4096 - 128}, 0),  # 31 tiles
-    ({"dtype": FP8}, 0),  # whose tiles turn V for themselves: 32 see a block
+    ({"dtype": FP8, "seqlen_q": 15 * 128}, 0),  # tiles that turn V for themselves
     ({"seqlen_k": 4095}, 0), ({"head_dim": 128, "head_dim_v": 128}, 0), ({"sm_margin": 1}, 0), ({"ragged": True}, 0),
     ({"window_left": 2000}, 0), ({"attention_chunk": 2048}, 0), ({"batch": 1, "num_heads_kv": 4, "num_heads": 4}, 0),
     ({"num_splits": 2}, 0)], ids=str)
@@ -452,11 +452,11 @@ def test_sums_of_fp8_move_on_to_fp32_after_whole_blocks(changes, keys):
 
 @pytest.mark.skipif(not any(variant["dtype"] == "float8_e4m3fn" for variant in VARIANTS), reason="no such kernel")
 @pytest.mark.parametrize(("changes", "blocks"), [
-    ({}, 0), ({"seqlen_k": 4097}, 22), ({"seqlen_k": 4097, "fp8_accumulate": -1}, 0), ({"fp8_accumulate": 1}, 1),
-    ({"fp8_accumulate": 1023}, 1), ({"fp8_accumulate": 1024}, 10), ({"seqlen_k": 960, "fp8_accumulate": 1024}, 0),
-    ({"seqlen_k": 961, "fp8_accumulate": 1024}, 10), ({"fp8_accumulate": 2**31 - 1}, 0),
+    ({}, 0), ({"seqlen_k": 4097}, 16), ({"seqlen_k": 4097, "fp8_accumulate": -1}, 0), ({"fp8_accumulate": 1}, 1),
+    ({"fp8_accumulate": 1023}, 1), ({"fp8_accumulate": 1024}, 8), ({"seqlen_k": 1024, "fp8_accumulate": 1024}, 0),
+    ({"seqlen_k": 1153, "fp8_accumulate": 1024}, 8), ({"fp8_accumulate": 2**31 - 1}, 0),
     ({"seqlen_k": 16384, "num_splits": 4}, 0), ({"seqlen_k": 16384, "window_left": 4094, "window_right": 1}, 0),
-    ({"seqlen_k": 16384, "window_left": 100}, 22), ({"seqlen_k": 16384, "attention_chunk": 4096}, 0),
+    ({"seqlen_k": 16384, "window_left": 100}, 16), ({"seqlen_k": 16384, "attention_chunk": 4096}, 0),
     ({"seqlen_k": 16384, "ragged": True, "max_seqlen_k": 4096}, 0), ({"seqlen_k": 16384, "ragged": True}, 22),
     ({"seqlen_k": 2112, "batch_invariant": True}, 0), ({"seqlen_k": 2113, "batch_invariant": True}, 22),
     ({"dtype": "bfloat16", "seqlen_k": 16384}, 0)], ids=str)
@@ -472,20 +472,26 @@ def test_long_fp8_sums_move_on_to_the_workspace_where_totals_have_no_room(change
 
 @pytest.mark.skipif(not any(variant["dtype"] == "float8_e4m3fn" for variant in VARIANTS), reason="no such kernel")
 @pytest.mark.parametrize(("changes", "turned"), [
-    ({}, True), ({"head_dim": 192, "head_dim_v": 192}, True), ({"head_dim": 240, "head_dim_v": 240}, True),
-    ({"head_dim": 128, "head_dim_v": 128}, False), ({"dtype": "bfloat16"}, False),
-    ({"seqlen_q": 6143}, False), ({"causal": True}, False), ({"seqlen_q": 12288, "causal": True}, True),
+    ({}, True), ({"head_dim": 240, "head_dim_v": 240}, True), ({"dtype": "bfloat16"}, False),
+    ({"seqlen_q": 2048}, True), ({"seqlen_q": 2047}, False), ({"seqlen_q": 4096, "causal": True}, True),
+    ({"seqlen_q": 4095, "causal": True}, False), ({"head_dim": 192, "head_dim_v": 192}, True),
+    ({"seqlen_q": 6143, "head_dim": 192, "head_dim_v": 192}, False),
+    ({"head_dim": 128, "head_dim_v": 128, "batch": 8}, True),
+    ({"seqlen_q": 3839, "head_dim": 128, "head_dim_v": 128, "batch": 8}, False),
+    ({"head_dim": 64, "head_dim_v": 64}, True),
+    ({"head_dim": 80, "head_dim_v": 80}, False), ({"head_dim": 192, "head_dim_v": 128}, False),
     ({"seqlen_q": 1536, "num_heads": 16, "pack_gqa": 1}, True), ({"window_left": 500, "causal": True}, False),
-    ({"attention_chunk": 500}, False), ({"seqlen_k": 0}, False), ({"seqlen_k": 1}, True),
-    ({"batch_invariant": True}, True),
+    ({"attention_chunk": 500}, False), ({"seqlen_k": 0}, False),
+    ({"seqlen_k": 1}, False),  # a block of 128 keys, where tiles that turn V have one of 96
+    ({"batch_invariant": True}, False),
     ({"ragged": True}, False), ({"v_strides": (0, 1024, 256)}, True), ({"v_strides": (0, 1023, 256)}, False)], ids=str)
-def test_wide_fp8_values_are_turned_once_where_many_tiles_see_them(changes, turned):
-    call = {"dtype": "float8_e4m3fn", "batch": 2, "seqlen_q": 6144, "seqlen_k": 300, "num_heads": 4, "num_heads_kv": 4,
-            "head_dim": 256, "head_dim_v": 256, "num_splits": 1}
+def test_fp8_values_are_turned_once_where_many_tiles_see_them(changes, turned):
+    call = {"dtype": "float8_e4m3fn", "batch": 2, "seqlen_q": 6144, "seqlen_k": 3000, "num_heads": 4,
+            "num_heads_kv": 4, "head_dim": 256, "head_dim_v": 256, "num_splits": 1}
     plan = _core.plan(**call | changes)
     assert (plan["copy_v"] == 2) == turned
     if turned and not changes:  # in whole blocks of keys
-        assert plan["workspace"] == 2 * 4 * -(-300 // plan["tile_n"]) * plan["tile_n"] * 256
+        assert plan["workspace"] == 2 * 4 * -(-3000 // plan["tile_n"]) * plan["tile_n"] * 256
 
 
 @pytest.mark.skipif(not any(variant["dtype"] == "float8_e4m3fn" and variant["has_qv"] for variant in VARIANTS),

@@ -49,7 +49,7 @@ struct Descale {
 struct ForwardArgs {
   TmaOperand q, k, v;
   TmaOperand qv;            // as q, for kernels whose scores add qv v
-  const uint8_t* turned_v;  // (batch, KV head, block of keys), as the kernel has a block's values; null: it turns them
+  const uint8_t* turned_v;  // (batch, KV head, block of keys), as a kernel of turned values has a block's
   bool absorbed;            // qv v has the factors of q and k, since v is part of k
 
   void* out;

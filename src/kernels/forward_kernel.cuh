@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
       else
         Loader<Traits, ContiguousKeys<Traits>>(args, shared).run();
     }
-    if constexpr (Traits::kEightBits)
+    if constexpr (Traits::kTurnsV)
       if (producer >= 2) Transposer<Traits>(args, shared, producer - 2).run();
   } else {
     arch::grow_registers<Traits::kConsumerRegisters>();
@@ -117,7 +117,7 @@ ForwardVariant describe_forward(const char* name, int dtype) {
           static_cast<int>(sizeof(ForwardShared<Traits>)),
           Traits::kBlocksPerSm,
           Traits::kSharedTotals ? 0 : Traits::kTotalBytes,
-          Traits::kTakesTurnedV,
+          Traits::kTurnedV,
           Traits::kPairs,
           Traits::kJoinsApart ? 0 : PartRows<Traits>::kBytes,
           !Traits::kJoinsApart && PartRows<Traits>::kFitsShared,

@@ -54,7 +54,7 @@ class Loader {
     Place here{}, ahead = Keys::place(k, end_block - 1);
 #pragma unroll 1
     for (int n_block = end_block; n_block >= first_block; --n_block) {
-      if (n_block == nearly_last && arch::leads()) shared_.tile_nearly_loaded.arrive();
+      if (n_block == nearly_last && args_.piece_counter && arch::leads()) shared_.tile_nearly_loaded.arrive();
       if (Traits::kHasQv && n_block < end_block) load_v(v, work, n_block, here);  // scores need it
       if (n_block > first_block) load_k(k, n_block - 1, ahead);
       if (!Traits::kHasQv && n_block < end_block) load_v(v, work, n_block, here);
@@ -102,14 +102,14 @@ class Loader {
     load_block<typename Traits::TileK>(k, args_.head_dim, n_block, place, shared_.k, shared_.k_full, k_ring_);
   }
   __device__ __forceinline__ void load_v(const Source& v, const TileHead& work, int n_block, Place place) {
-    const bool turned = Traits::kTakesTurnedV && args_.turned_v;
-    if constexpr (Traits::kEightBits)
-      wait_until_empty(turned ? shared_.v_empty : shared_.loaded_v_empty, v_ring_);
+    if constexpr (Traits::kTurnsV)
+      wait_until_empty(shared_.loaded_v_empty, v_ring_);
     else
       wait_until_empty(shared_.v_empty, v_ring_);
     if constexpr (Traits::kPairs) wait_for_other(shared_.pair.both_v_empty, v_ring_);
-    if (turned) return load_turned_v(work, n_block);
-    if constexpr (Traits::kEightBits)
+    if constexpr (Traits::kTurnedV)
+      load_turned_v(work, n_block);
+    else if constexpr (Traits::kTurnsV)
       load_block<typename Traits::TileLoadedV>(v, args_.head_dim_v, n_block, place, shared_.loaded_v,
                                                shared_.loaded_v_full, v_ring_);
     else
@@ -130,7 +130,7 @@ class Loader {
     empty[ring.stage()].wait(ring.parity());
   }
 
-  /// A block of V that is turned already, in the transposers' place.
+  /// A block of V that is turned already.
   __device__ __forceinline__ void load_turned_v(const TileHead& work, int n_block) {
     const uint32_t stage = v_ring_.stage();
     const int64_t head = int64_t{arch::uniform(work.batch_kv)} * args_.num_heads_kv + arch::uniform(work.head_kv);
@@ -138,7 +138,6 @@ class Loader {
         args_.turned_v + (head * ceil_div(args_.keys.rows, Traits::kTileN) + n_block) * Traits::TileV::kBytes;
     if (arch::elected()) {
       shared_.v_full[stage].arrive_expecting(Traits::TileV::kBytes);
-      for (int i = 1; i < Traits::kTransposers; ++i) shared_.v_full[stage].arrive();
       const auto pair = Pair<Traits>::of(args_);
       if (pair.exists) {
         constexpr uint32_t kHalf = Traits::TileV::kBytes / 2;

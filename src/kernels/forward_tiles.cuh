@@ -27,7 +27,7 @@ class Scheduler {
 
   /// The first piece is described while others make the barriers.
   __device__ __forceinline__ void run() {
-    if (args_.queries.ragged()) bounds_ = read_bounds(0);
+    if (ragged()) bounds_ = read_bounds(0);
     for (;; take_index()) {
       if (tiles_.count >= kTileSlots) {
         const Ring<kTileSlots> before{tiles_.count - kTileSlots};
@@ -58,6 +58,9 @@ class Scheduler {
     if (pair().exists) meet_other();
   }
 
+  /// V is turned for dense batches alone.
+  __device__ __forceinline__ bool ragged() const { return !Traits::kTurnedV && args_.queries.ragged(); }
+
   /// These are asked for anew: registers are few.
   __device__ __forceinline__ Pair<Traits> pair() const { return Pair<Traits>::of(args_); }
   __device__ __forceinline__ int number() const { return blockIdx.x / pair().blocks(); }  // this one's or its pair's
@@ -77,7 +80,7 @@ class Scheduler {
       int first = 0, last;
       // What most short calls are. They end soon after they have begun, with caches that are cold: each jump over what
       // they do not need costs 200 cycles until instructions come, and there would be fourteen.
-      if (args_.plain_pieces) {
+      if (!Traits::kTurnedV && args_.plain_pieces) {
         tile.batch = args_.heads.quotient(piece.tile);
         if (tile.batch >= args_.batch) return nothing_left(work);
         tile.m_block = 0;
@@ -88,7 +91,7 @@ class Scheduler {
         last = q.length - 1;
         all = every_block<Traits::kTileN>(k.length);
       } else {
-        if (!(args_.queries.ragged() ? find_ragged(piece.tile, tile, q, k) : find_dense(piece.tile, tile, q, k)))
+        if (!(ragged() ? find_ragged(piece.tile, tile, q, k) : find_dense(piece.tile, tile, q, k)))
           return nothing_left(work);
         first = tile.m_block * tile_m_;
         last = smaller(first + tile_m_, q.length) - 1;
@@ -98,7 +101,7 @@ class Scheduler {
       if (lane_ == 0) {
         work.m_block = tile.m_block * pair().blocks() + pair().rank;
         work.batch = tile.batch;
-        work.batch_kv = args_.keys.entry(tile.batch);
+        work.batch_kv = Traits::kTurnedV ? tile.batch : args_.keys.entry(tile.batch);
         const int tiles = args_.packing.tiles;
         work.head_kv = tiles == 1 ? tile.head : tile.head / tiles;
         work.first_head = (tile.head - work.head_kv * tiles) * args_.packing.heads;
@@ -125,7 +128,7 @@ class Scheduler {
           work.blocks[0] = all;
         }
       } else if (lane_ < Traits::kRowGroups) {
-        const int own_first = first + args_.packing.positions * (pair().rank * Traits::kRowGroups + lane_);
+        const int own_first = first + pair().rank * (tile_m_ / 2) + args_.packing.positions * lane_;
         const int own_last = smaller(own_first + args_.packing.positions, q.length) - 1;
         BlockRange own = own_last < own_first ? no_blocks(first_block) : range(own_first, own_last, q, k);
         own.clip(first_block, end_block);
@@ -180,7 +183,8 @@ class Scheduler {
     index_ = __shfl_sync(~0u, index_, 0);
   }
 
-  /// What the first thread block of a pair has taken the second is told, one index at a time.
+  /// What the first thread block of a pair has taken the second is told, one index at a time. Each is a piece of work:
+  /// only lengths that the host knows, where none is left out, go in pairs.
   __device__ __forceinline__ void agree() {
     const Ring<1> told{tiles_.count - 1};
     if (pair().rank == 0) {
@@ -199,7 +203,7 @@ class Scheduler {
   /// pieces: the last of them closes the counter.
   __device__ __forceinline__ void finish() const {
     if (!args_.piece_counter || index_ == number() || pair().rank != 0) return;
-    const int64_t tiles = args_.queries.ragged() ? group_first_ : int64_t{heads_} * args_.batch * m_blocks();
+    const int64_t tiles = ragged() ? group_first_ : int64_t{heads_} * args_.batch * m_blocks();
     if (lane_ == 0 && index_ + 1 == count() + args_.splits.pieces(tiles)) counter().close();
   }
 
@@ -215,8 +219,8 @@ class Scheduler {
     tile.m_block = found.m_block;
     tile.batch = args_.batch == 1 ? 0 : args_.heads.quotient(found.head);
     tile.head = found.head - tile.batch * heads_;
-    q = args_.queries.span(tile.batch);
-    k = args_.keys.span(tile.batch);
+    q = Traits::kTurnedV ? Span{0, args_.queries.rows} : args_.queries.span(tile.batch);
+    k = Traits::kTurnedV ? Span{0, args_.keys.rows} : args_.keys.span(tile.batch);
     return true;
   }
 
@@ -274,7 +278,7 @@ class Scheduler {
   }
 
   __device__ __forceinline__ void look_ahead() {
-    if (Traits::kPairs || !args_.queries.ragged() || next_group_ > group_) return;  // pairs took the registers
+    if (Traits::kPairs || !ragged() || next_group_ > group_) return;  // pairs took the registers
     next_group_ = group_ + 32;
     next_bounds_ = read_bounds(next_group_);
   }

@@ -19,7 +19,9 @@ FA3_HOST_DEVICE constexpr int swizzle_for(int bytes) {
 
 /// kHasQv_: scores add qv v (multi-head latent attention). Values are then wide, so two warpgroups share 64 rows. Each
 /// has half of V's columns: it sums up the scores over those, adds what the other has, and multiplies P with them.
-template <class Element_, int kHeadDim_, int kHeadDimV_, int kConsumers_, int kTileN_, bool kHasQv_ = false>
+/// kTurnedV_: of 8 bits, V is turned in device memory already, once for all tiles that see it: see turn_values.h.
+template <class Element_, int kHeadDim_, int kHeadDimV_, int kConsumers_, int kTileN_, bool kHasQv_ = false,
+          bool kTurnedV_ = false>
 struct ForwardTraits {
   using Element = Element_;
   static constexpr int kElementBytes = sizeof(Element);
@@ -27,6 +29,9 @@ struct ForwardTraits {
   static constexpr int kStepKeys = 32 / kElementBytes;  // that a product of P and V consumes
   static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;
   static constexpr bool kHasQv = kHasQv_;
+  static constexpr bool kTurnedV = kTurnedV_;
+  static constexpr bool kTurnsV = kEightBits && !kTurnedV;  // for itself
+  static_assert(!kTurnedV || (kEightBits && !kHasQv), "only V of 8 bits is turned");
   static constexpr bool kTwoParts = kHasQv && kEightBits;  // of scores, q k and qv v: their descales differ
   // A warpgroup that joins the parts of 64 rows would read 64 KB of each through one multiprocessor, for up to 25 us. A
   // kernel of its own has all of them.
@@ -63,8 +68,8 @@ struct ForwardTraits {
   static constexpr int kPoolRegisters = 65536 / (kThreads * kBlocksPerSm) / 8 * 8;
   // Turning V takes more than loading it, and P of 8 bits less than of 16; with qv the scores' two parts make up for
   // it.
-  static constexpr int kMostRegisters = kConsumers == 1 ? 216 : kConsumers == 2 ? 232 : 160;
-  static constexpr int kConsumerRegisters = kBlocksPerSm == 3 ? 120 : kMostRegisters - (kEightBits && !kHasQv ? 8 : 0);
+  static constexpr int kMostRegisters = kConsumers == 1 ? 216 : kConsumers == 2 ? (kOperands > 200 ? 240 : 232) : 160;
+  static constexpr int kConsumerRegisters = kBlocksPerSm == 3 ? 120 : kMostRegisters - (kTurnsV && !kHasQv ? 8 : 0);
   static constexpr int kProducerRegisters = (kConsumers + 1) * kPoolRegisters - kConsumers * kConsumerRegisters;
   static_assert(kConsumers >= 1 && kConsumers <= 3, "registers are split for one to three consumer warpgroups");
   static constexpr int kMostOperands = kConsumers == 3 ? (kEightBits ? 124 : 128) : kConsumerRegisters - 24;
@@ -94,13 +99,11 @@ struct ForwardTraits {
     else
       return TileV::kMajorRows;
   }();
-  static constexpr int kTransposers = kEightBits ? 2 : 0;  // warps: those of the producers without another role
-  // Where V is wide, turning it in each tile costs more than in device memory, once for many tiles. Then it comes so.
-  static constexpr bool kTakesTurnedV = kRunsFree && kConsumers == 2 && kHeadDimV >= 192;
-
+  static constexpr int kTransposers = kTurnsV ? 2 : 0;  // warps: those of the producers without another role
   // Tiles of 128 rows read twice as much of wide keys and values as of narrow ones, for as many products. Two thread
   // blocks that share what they read save the power for it: see forward_pair.cuh.
-  static constexpr bool kPairs = kEightBits ? kTakesTurnedV : !kHasQv && kConsumers == 2 && kHeadDim >= 160;
+  static constexpr bool kPairs =
+      kEightBits ? kTurnedV && kHeadDimV >= 128 : !kHasQv && kConsumers == 2 && kHeadDim >= 160;
 
   using Staging = StagedColumns<kHasQv ? 32 : 64>;  // beside two blocks of 512 columns there is no room for more
   static constexpr int kSharedLimit = 228 * 1024 / kBlocksPerSm - 1024;
@@ -109,7 +112,7 @@ struct ForwardTraits {
   static constexpr int kSharedRest = (kEightBits ? 2048 : 1024) + kLetterBytes;  // barriers and gaps
   static constexpr int kStagingBytes = 4 * kConsumers * static_cast<int>(sizeof(Staging));
   static constexpr int kQueryBytes = kRowGroups * (TileQ::kBytes + (kHasQv ? TileQV::kBytes : 0));
-  static constexpr int kStageBytes = TileK::kBytes + TileV::kBytes + (kEightBits ? TileLoadedV::kBytes : 0);
+  static constexpr int kStageBytes = TileK::kBytes + TileV::kBytes + (kTurnsV ? TileLoadedV::kBytes : 0);
   // Of K and of V. A third of both never helped, but with qv a block is held until its last product is done.
   static constexpr int kMostStages = (kSharedLimit - kSharedRest - kStagingBytes - kQueryBytes) / kStageBytes;
   static constexpr int kStages = kHasQv ? kMostStages : 2;
@@ -162,7 +165,7 @@ struct alignas(16) TileWork : TileHead {
 inline constexpr int kTileSlots = 4;
 
 /// V before it is turned, where it has to be.
-template <class Traits, bool = Traits::kEightBits>
+template <class Traits, bool = Traits::kTurnsV>
 struct LoadedValues {
   __device__ void init_barriers() {}
 };
@@ -268,7 +271,7 @@ struct ForwardShared : LoadedValues<Traits>,
   arch::Barrier v_full[Traits::kStages], v_empty[Traits::kStages];
   arch::Barrier tile_full[kTileSlots];   // the scheduler arrives
   arch::Barrier tile_empty[kTileSlots];  // also the loader and each transposing warp
-  arch::Barrier tile_nearly_loaded;      // the loader arrives, once a piece; the scheduler waits
+  arch::Barrier tile_nearly_loaded;      // where a counter has the pieces: the loader arrives, the scheduler waits
 
   Work tile[kTileSlots];
   uint64_t seed;  // of dropout

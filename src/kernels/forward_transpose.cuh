@@ -29,7 +29,6 @@ class Transposer {
       __syncwarp();
       if (arch::leads()) shared_.tile_empty[tiles_.stage()].arrive();
       tiles_.advance();
-      if (Traits::kTakesTurnedV && args_.turned_v) continue;
       for (; n_block >= first_block; --n_block) turn(seqlen_k - n_block * Traits::kTileN);
     }
   }

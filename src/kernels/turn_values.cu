@@ -59,7 +59,11 @@ __global__ void __launch_bounds__(32 * kWarps, 4)
 cudaError_t turn_values(const ValuesToTurn& values, int dims, int block_keys, void* turned, cudaStream_t stream) {
   const int steps = ceil_div(values.rows, block_keys) * (block_keys / 32);
   const int64_t units = int64_t{values.batch} * values.heads * steps;
-  const auto kernel = dims == 192 ? turn_values_kernel<192> : dims == 256 ? turn_values_kernel<256> : nullptr;
+  const auto kernel = dims == 64    ? turn_values_kernel<64>
+                      : dims == 128 ? turn_values_kernel<128>
+                      : dims == 192 ? turn_values_kernel<192>
+                      : dims == 256 ? turn_values_kernel<256>
+                                    : nullptr;
   if (!kernel) return cudaErrorInvalidValue;
   const auto blocks = static_cast<unsigned>((units + kWarps - 1) / kWarps);
   kernel<<<blocks, 32 * kWarps, 0, stream>>>(values, static_cast<uint4*>(turned), steps, units);
