@@ -52,7 +52,7 @@ class BackwardLoader {
       if (steps > 0) load_queries(work, at);
       if (!begun) load_keys(work);
       begun = true;
-      at.advance(work);
+      at.advance(work, args_.group);
     } while (--steps > 0);
   }
 
@@ -142,7 +142,7 @@ class DqAdder {
     const bool passes_late = Traits::kDqParts > 1 && args_.scratch.in_order && steps >= kManySteps;
     uint32_t* late = nullptr;  // turns that are to be passed
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step, at.advance(work)) {
+    for (int step = 0; step < steps; ++step, at.advance(work, args_.group)) {
       const int64_t head = work.head_kv * args_.group + at.head;
       const int64_t share =
           (head * args_.scratch.query_tiles + work.first_tile + at.m_block) * Traits::kConsumers + consumer_;

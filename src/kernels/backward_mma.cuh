@@ -110,7 +110,7 @@ class BackwardConsumer {
     const uint32_t end = begin_ + walked.steps(args_.group);
     QueryStep at(walked);
 #pragma unroll 1
-    for (; ring_.count != end; at.advance(walked)) {
+    for (; ring_.count != end; at.advance(walked, args_.group)) {
       if (at.m_block >= plain_begin && at.m_block < plain_end)
         step(std::true_type(), at);
       else

@@ -40,13 +40,17 @@ struct QueryStep {
 
   __device__ __forceinline__ explicit QueryStep(const KeyTile& work) : m_block(work.start), head(0) {}
 
-  __device__ __forceinline__ void advance(const KeyTile& work) {
-    const QueryBlockRange& blocks = work.blocks;
-    if (work.backwards)
-      m_block = m_block == blocks.begin ? blocks.end - 1 : m_block - 1;
-    else
-      m_block = m_block == blocks.end - 1 ? blocks.begin : m_block + 1;
-    if (m_block == work.start) ++head;
+  /// Backwards, where blocks of keys take turns, the group's heads alternate: then each block of keys comes to the same
+  /// queries after as many steps, however few of them it sees, and none waits for a longer one between two heads.
+  __device__ __forceinline__ void advance(const KeyTile& work, int group) {
+    if (work.backwards) {
+      if (++head < group) return;
+      head = 0;
+      --m_block;
+    } else {
+      m_block = m_block == work.blocks.end - 1 ? work.blocks.begin : m_block + 1;
+      if (m_block == work.start) ++head;
+    }
   }
 };
 
