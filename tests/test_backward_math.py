@@ -105,6 +105,24 @@ def test_turns(host, mask, seqlen_q, seqlen_k, tile_m, tile_n):
         assert turns == list(range(len(turns)))
 
 
+def query_steps(host, begin, end, start, backwards, group):
+    out = np.empty((max(end - begin, 0) * group, 2), np.int32)
+    assert host.query_steps(begin, end, start, backwards, group, out.ctypes.data_as(ctypes.c_void_p)) == len(out)
+    return [tuple(step) for step in out.tolist()]
+
+
+@given(st.integers(0, 9), st.integers(1, 20), st.integers(0, 19), st.integers(1, 9))
+def test_query_steps(host, begin, blocks, start, group):
+    """Each block of queries of each head once. Where blocks of keys take turns, one that sees fewer queries of a causal
+    mask has the same steps until it ends: it never comes to a turn before the block whose turn it is first."""
+    end = begin + blocks
+    every = [(head, block) for head in range(group) for block in range(begin, end)]
+    assert sorted(query_steps(host, begin, end, begin + start % blocks, False, group)) == every
+    in_turn = query_steps(host, begin, end, end - 1, True, group)
+    assert sorted(in_turn) == every
+    assert query_steps(host, begin + 1, end, end - 1, True, group) == in_turn[:(blocks - 1) * group]
+
+
 @pytest.mark.parametrize(("causal", "rows", "heads", "expected"), [
     (False, 1024, 128, 8), (True, 1024, 128, 16), (False, 4096, 32, 4), (True, 4096, 32, 8), (False, 16384, 8, 1),
     (True, 16384, 8, 2), (False, 64, 7, 7), (False, 1024, 23, 8), (True, 1024, 12, 12), (False, 0, 5, 5)])

@@ -95,7 +95,7 @@ class BackwardConsumer {
     shared_.k_full.wait(works_.count % 2);
     shared_.v_full.wait(works_.count % 2);
     clear_keys();
-    KeyTile walked;  // what the loop needs of it; the rest is read where it is needed
+    QueryWalk walked;  // what the loop needs of it; the rest is read where it is needed
     walked.blocks = {arch::uniform(work().blocks.begin), arch::uniform(work().blocks.end), 0, 0};
     walked.start = arch::uniform(work().start);
     walked.backwards = args_.scratch.in_order;

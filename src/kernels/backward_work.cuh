@@ -2,55 +2,32 @@
 #pragma once
 #include "arch/barrier.cuh"
 #include "arch/warpgroup.cuh"
+#include "attention/query_steps.h"
 #include "kernels/backward_args.h"
 #include "tile/ring.cuh"
 
 namespace fa3 {
 
 /// A piece of work: a block of keys of one KV head, against all queries of its group's heads that see it.
-struct KeyTile {
+struct KeyTile : QueryWalk {
   int n_block, batch, head_kv;
   Span q, k;
-  QueryBlockRange blocks;  // of queries, for each head of the group
-  int first_tile;          // the sequence's first query tile
-  int start;               // the block of queries that comes first, of each head
-  bool backwards;          // whether the one before it comes next, or the one behind it
+  int first_tile;  // the sequence's first query tile
 
-  __device__ __forceinline__ int steps(int group) const { return group * blocks.count(); }
   __device__ __forceinline__ bool exists() const { return n_block >= 0; }
 
   /// The same, in a form that the compiler knows to be uniform.
   __device__ __forceinline__ KeyTile uniform() const {
-    return {arch::uniform(n_block),
+    return {{{arch::uniform(blocks.begin), arch::uniform(blocks.end), arch::uniform(blocks.plain_begin),
+              arch::uniform(blocks.plain_end)},
+             arch::uniform(start),
+             arch::uniform(backwards) != 0},
+            arch::uniform(n_block),
             arch::uniform(batch),
             arch::uniform(head_kv),
             {arch::uniform(q.begin), arch::uniform(q.length)},
             {arch::uniform(k.begin), arch::uniform(k.length)},
-            {arch::uniform(blocks.begin), arch::uniform(blocks.end), arch::uniform(blocks.plain_begin),
-             arch::uniform(blocks.plain_end)},
-            arch::uniform(first_tile),
-            arch::uniform(start),
-            arch::uniform(backwards) != 0};
-  }
-};
-
-/// The queries that a step works on.
-struct QueryStep {
-  int m_block, head;  // head of the group
-
-  __device__ __forceinline__ explicit QueryStep(const KeyTile& work) : m_block(work.start), head(0) {}
-
-  /// Backwards, where blocks of keys take turns, the group's heads alternate: then each block of keys comes to the same
-  /// queries after as many steps, however few of them it sees, and none waits for a longer one between two heads.
-  __device__ __forceinline__ void advance(const KeyTile& work, int group) {
-    if (work.backwards) {
-      if (++head < group) return;
-      head = 0;
-      --m_block;
-    } else {
-      m_block = m_block == work.blocks.end - 1 ? work.blocks.begin : m_block + 1;
-      if (m_block == work.start) ++head;
-    }
+            arch::uniform(first_tile)};
   }
 };
 

@@ -1,5 +1,6 @@
 // The maths of the backward that a host can run, as C functions over arrays, for tests/test_backward_math.py.
 #include "attention/block_range.h"
+#include "attention/query_steps.h"
 #include "attention/query_tiles.h"
 #include "attention/sections.h"
 
@@ -38,6 +39,17 @@ void first_key_blocks(int tile_m, int tile_n, const Visibility* visibility, int 
   for (int i = 0; i < count; ++i)
     out[i] = tile_n == 64 ? first_key_block<64>(*visibility, i * tile_m, seqlen_q, seqlen_k)
                           : first_key_block<128>(*visibility, i * tile_m, seqlen_q, seqlen_k);
+}
+
+/// (head, block of queries) of each step, one after the other; how many.
+int query_steps(int begin, int end, int start, bool backwards, int group, int* out) {
+  const QueryWalk walk{{begin, end, 0, 0}, start, backwards};
+  QueryStep at(walk);
+  for (int step = 0; step < walk.steps(group); ++step, at.advance(walk, group)) {
+    out[2 * step] = at.head;
+    out[2 * step + 1] = at.m_block;
+  }
+  return walk.steps(group);
 }
 
 int side_by_side(const Visibility* visibility, int rows_q, int rows_k, int tile_m, int tile_n, int group, int heads) {
