@@ -125,11 +125,18 @@ def test_query_steps(host, begin, blocks, start, group):
 
 @pytest.mark.parametrize(("causal", "rows", "heads", "expected"), [
     (False, 1024, 128, 8), (True, 1024, 128, 16), (False, 4096, 32, 4), (True, 4096, 32, 8), (False, 16384, 8, 1),
-    (True, 16384, 8, 2), (False, 64, 7, 7), (False, 1024, 23, 8), (True, 1024, 12, 12), (False, 0, 5, 5)])
+    (True, 16384, 8, 8), (False, 64, 7, 7), (False, 1024, 23, 8), (True, 1024, 12, 12), (False, 0, 5, 5)])
 def test_heads_in_turn(host, causal, rows, heads, expected):
     """As measured at head dim 256; then of few heads all, of a number that none divides the least that will do."""
     mask = ctypes.byref(as_visibility(host, (-1, 0 if causal else -1, 0)))
     assert host.side_by_side(mask, rows, rows, 64, 64, 1, heads) == expected
+
+
+@pytest.mark.parametrize(("fitting", "rows", "tile_n", "heads", "expected"), [
+    (0, 16384, 64, 8, 4), (1, 32768, 64, 3, 3), (0, 8192, 64, 16, 1), (1, 32768, 128, 16, 1), (5, 4096, 128, 64, 5)])
+def test_heads_under_a_mask(host, fitting, rows, tile_n, heads, expected):
+    """As measured; otherwise what fits, or fills the machine."""
+    assert host.side_by_side_under_mask(fitting, rows, tile_n, heads) == expected
 
 
 def longest(heads, key_blocks, section, group, thread_blocks=132):
@@ -149,10 +156,10 @@ def longest(heads, key_blocks, section, group, thread_blocks=132):
 def test_heads_under_a_mask_are_spread_evenly(host, heads, key_blocks, group, fitting):
     """Several query heads on a KV head (the first three) took 1.5 to 1.6 times as long as spread evenly."""
     causal = ctypes.byref(as_visibility(host, (-1, 0, 0)))
-    for section in (host.side_by_side_under_mask(fitting, key_blocks, heads),
+    for section in (host.side_by_side_under_mask(fitting, 128 * key_blocks, 128, heads),
                     host.side_by_side(causal, 128 * key_blocks, 128 * key_blocks, 64, 128, group, heads)):
         assert longest(heads, key_blocks, section, group) < 1.1
-    section = host.side_by_side_under_mask(fitting, key_blocks, heads)
+    section = host.side_by_side_under_mask(fitting, 128 * key_blocks, 128, heads)
     assert section >= max(fitting, 1)
     if group > 1:
         assert longest(heads, key_blocks, max(fitting, 1), group) > 1.4
@@ -162,7 +169,7 @@ def test_heads_under_a_mask_are_spread_evenly(host, heads, key_blocks, group, fi
 def test_heads_side_by_side_are_some_of_all(host, mask, rows_q, rows_k, tile, group, heads):
     count = host.side_by_side(ctypes.byref(as_visibility(host, mask)), rows_q, rows_k, tile, tile, group, heads)
     assert 1 <= count <= heads
-    assert 1 <= host.side_by_side_under_mask(min(group, heads), rows_k, heads) <= heads
+    assert 1 <= host.side_by_side_under_mask(min(group, heads), rows_k, tile, heads) <= heads
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=40), tile_ms, st.integers(0, 200))

@@ -21,11 +21,16 @@ inline int even_section(int least, int heads) {
 /// KV head make few pieces.
 inline int heads_of_a_wave(int rows_k, int tile_n) { return kThreadBlocks / larger(ceil_div(rows_k, tile_n), 1); }
 
-/// Under a mask, where so many fit into L2.
+/// Under a mask, where so many fit into L2. With blocks of 64 keys adding to dQ is what limits: of long sequences, one
+/// head of which has more blocks than run at a time, four side by side are faster, as measured at head dim 256.
 inline int heads_under_mask(int fitting, int rows_k, int tile_n, int heads) {
-  const int least = heads_of_a_wave(rows_k, tile_n);
+  int least = heads_of_a_wave(rows_k, tile_n);
+  if (least == 0 && tile_n == 64) least = 4;
   return fitting >= least ? larger(fitting, 1) : even_section(least, heads);
 }
+
+/// Under a mask, where blocks of keys take turns: for long sequences two to four would do if a turn took no time.
+inline constexpr int kLeastInTurn = 8;
 
 /// Where blocks of keys take turns, each block of a head runs a step behind the one before it: taken sooner, it waits.
 /// So between two of them come those of as many other heads as there are pieces of work begun within a step. `rows_q`
@@ -36,7 +41,8 @@ inline int heads_in_turn(const Visibility& visibility, int rows_q, int rows_k, i
   const double steps =
       (larger(seeing.end - seeing.begin, 0) / static_cast<double>(tile_m) + 0.5) * group;  // of a typical piece
   const int least = static_cast<int>(std::ceil(kThreadBlocks / steps));
-  return even_section(visibility.full() ? least : larger(least, heads_of_a_wave(rows_k, tile_n)), heads);
+  if (visibility.full()) return even_section(least, heads);
+  return even_section(larger(larger(least, heads_of_a_wave(rows_k, tile_n)), kLeastInTurn), heads);
 }
 
 }  // namespace fa3

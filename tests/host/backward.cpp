@@ -56,8 +56,8 @@ int side_by_side(const Visibility* visibility, int rows_q, int rows_k, int tile_
   return heads_in_turn(*visibility, rows_q, rows_k, tile_m, tile_n, group, heads);
 }
 
-int side_by_side_under_mask(int fitting, int key_blocks, int heads) {
-  return heads_under_mask(fitting, key_blocks, 1, heads);
+int side_by_side_under_mask(int fitting, int rows, int tile_n, int heads) {
+  return heads_under_mask(fitting, rows, tile_n, heads);
 }
 
 int first_tiles(const Lengths* lengths, int tile_m, int batch, int* out) {
