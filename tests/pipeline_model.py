@@ -60,8 +60,8 @@ class Piece:
 class ThreadBlock:
     """One thread block with its pieces of work. `counted`: their indices come from a counter. `idle_rows`: a tile has
     rows that no query is loaded to. `has_qv`: two warpgroups share their rows, read values for their scores too, and
-    tell each other of these. `eight_bits`: values are turned on their way, or have been
-    `turned` before. `third_keys`: K has a stage more than V. `left_out`: the name of a wait, arrival or sync that is not there."""
+    tell each other of these. `eight_bits`: values are turned on their way, or have been `turned` before. `third_keys`:
+    K has a stage more than V. `left_out`: the name of a wait, arrival or sync that is not there."""
 
     name = ""
     copies_of_block = 1  # of keys or values, that land each on their own
