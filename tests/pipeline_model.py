@@ -220,10 +220,10 @@ class ThreadBlock:
             for q in self.q:
                 yield from load("q", q, q_ring.stage, q_ring.parity, tiles.count)
             nearly_last = min(n_block, piece.first + LEAD)
-            if n_block < piece.first:
+            if n_block < piece.first and self.counted:
                 self.arrive("loader: nothing to load", self.nearly_loaded)
             while n_block >= piece.first:
-                if n_block == nearly_last:
+                if n_block == nearly_last and self.counted:
                     self.arrive("loader: nearly loaded", self.nearly_loaded)
                 if self.has_qv:
                     yield from load_block("v", self.loaded_v, v_ring, n_block)

@@ -72,8 +72,7 @@ class PairedBlock(ThreadBlock):
 
     def take_index(self, count):
         """The first takes, of the pieces that both have. The second is told."""
-        if self.rank == 0 or not self.counted:
-            yield from super().take_index(count)
+        yield from super().take_index(count)
         if self.counted:
             yield from self.agree(count)
 

@@ -14,6 +14,7 @@ from fa3 import _core
 pytestmark = pytest.mark.gpu
 KEYS = 5000  # no multiple of a block; more than the 4,096 that tiles without room for totals sum by default
 TILES = [v for v in _core.variants() if v["dtype"] == "float8_e4m3fn"]
+ROWS = 70
 MOST = {1: 0.005, 512: 0.009, None: 0.03}  # relative error (RMS) by interval; measured 0.002, 0.0045, 0.022
 
 
@@ -38,9 +39,11 @@ def problem(torch, variant, growth=None):
     if growth:
         ramp = torch.linspace(0.2, 2, KEYS, device="cuda")
         k *= (ramp if growth > 0 else ramp.flip(0))[:, None, None]
-    arrays = [normal(70, 4, variant["head_dim"]), k, normal(KEYS, 2, variant["head_dim_v"]) + 1]
+    # Values are turned before the kernel where many tiles see them, of which half is enough to make up for a mask.
+    rows = 96 * variant["tile_m"] + ROWS if "_turned" in variant["name"] else ROWS
+    arrays = [normal(rows, 4, variant["head_dim"]), k, normal(KEYS, 2, variant["head_dim_v"]) + 1]
     if variant["has_qv"]:
-        arrays.append(normal(70, 4, variant["head_dim_v"]))
+        arrays.append(normal(rows, 4, variant["head_dim_v"]))
     return [x.to(torch.float8_e4m3fn) for x in arrays]
 
 
@@ -49,7 +52,8 @@ def attention(q, k, v, qv=None, **options):
 
 
 def error(torch, out, q, k, v, qv=None, causal=False):
-    """Relative error (RMS) against float64."""
+    """Relative error (RMS) of the last rows against float64."""
+    q, out = q[:, -ROWS:], out[:, -ROWS:]
     q, k, v = q.double(), *(x.double().repeat_interleave(2, dim=2) for x in (k, v))
     if qv is not None:
         q, k = torch.cat([q, qv.double()], -1), torch.cat([k, v], -1)

@@ -165,6 +165,7 @@ class Scheduler {
   /// another could do it sooner: when the loader has little left to ask for.
   __device__ __forceinline__ void take_index() {
     if (args_.piece_counter) {
+      if (tiles_.count > 0) shared_.tile_nearly_loaded.wait((tiles_.count - 1) % 2);
       if (pair().rank == 0) count_on();
       if constexpr (Traits::kPairs)
         if (pair().exists) agree();
@@ -175,7 +176,6 @@ class Scheduler {
   }
 
   __device__ __forceinline__ void count_on() {
-    if (tiles_.count > 0) shared_.tile_nearly_loaded.wait((tiles_.count - 1) % 2);
     if (lane_ == 0) {
       if (index_ == number()) counter().open();
       index_ = count() + counter().add();
