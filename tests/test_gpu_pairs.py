@@ -54,9 +54,9 @@ def check_pairs(torch, q, k, v, reference_heads=2, **options):
     return plan
 
 
-@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("keys", [4096, 4097, 4159, 4161, 4224, 5000])
-@pytest.mark.parametrize("dims", WIDE, ids=str)
+@pytest.mark.parametrize(("dims", "causal"), [(dims, causal) for dims in WIDE for causal in (False, True)
+                                              if causal or dims[0] <= 192], ids=str)
 def test_pairs_give_the_same_bits(torch, dims, keys, causal):
     check_pairs(torch, *inputs(torch, torch.bfloat16, 2, 18 * TILE, keys, 8, 8, dims), causal=causal, num_splits=1)
 
@@ -66,7 +66,8 @@ def test_pairs_give_the_same_bits(torch, dims, keys, causal):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_last_tile_may_have_few_rows(torch, dtype, rows, causal):
     """As few as one, so that one thread block of the pair has rows that nobody asked for."""
-    q, k, v = inputs(torch, getattr(torch, dtype), 7, rows, 4100, 20, 20, (256, 256))
+    dims = (256, 256) if causal else (192, 192)
+    q, k, v = inputs(torch, getattr(torch, dtype), 7, rows, 4100, 20, 20, dims)
     check_pairs(torch, q, k, v, causal=causal, num_splits=1)
 
 
@@ -94,7 +95,7 @@ def test_packed_heads(torch, causal):
 
 def test_the_last_round_is_split(torch):
     """Its tiles' parts lie in memory, though thread blocks are clusters."""
-    plan = check_pairs(torch, *inputs(torch, torch.bfloat16, 1, 18 * TILE, 4096 + 33, 8, 8, (256, 256)))
+    plan = check_pairs(torch, *inputs(torch, torch.bfloat16, 1, 18 * TILE, 4096 + 33, 8, 8, (192, 192)))
     assert plan["num_splits"] > 1 and plan["whole_tiles"] == 132
 
 

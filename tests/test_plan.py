@@ -285,7 +285,7 @@ def test_parts_of_short_rows_are_joined_in_clusters():
 
 
 WIDE = {"dtype": "bfloat16", "batch": 4, "seqlen_q": 4096, "seqlen_k": 4096, "num_heads": 8, "num_heads_kv": 8,
-        "head_dim": 256, "head_dim_v": 256}
+        "head_dim": 256, "head_dim_v": 256, "causal": True}
 
 
 @pytest.mark.skipif(MINIMAL, reason="a minimal build has no wide head dims")
@@ -305,10 +305,11 @@ def test_pairs_are_of_whole_tiles(call, is_long):
 
 @pytest.mark.skipif(MINIMAL, reason="a minimal build has no wide head dims")
 @pytest.mark.parametrize(("changes", "paired"), [
-    ({}, 1), ({"causal": True}, 1), ({"head_dim": 160, "head_dim_v": 160}, 1), ({"head_dim_v": 128}, 1),
-    ({"dtype": FP8}, 1), ({"dtype": FP8, "head_dim": 128, "head_dim_v": 128}, 1), ({"seqlen_q": 4096 - 127}, 1),
-    ({"seqlen_q": 4096 - 128}, 0),  # 31 tiles
-    ({"dtype": FP8, "seqlen_q": 15 * 128}, 0),  # tiles that turn V for themselves
+    ({}, 1), ({"causal": False}, 0), ({"dtype": FP8, "causal": False}, 1), ({"head_dim_v": 128}, 1),
+    ({"head_dim": 160, "head_dim_v": 160, "causal": False}, 1), ({"head_dim": 192, "head_dim_v": 128}, 1),
+    ({"dtype": FP8}, 1), ({"dtype": FP8, "head_dim": 128, "head_dim_v": 128, "causal": False}, 1),
+    ({"seqlen_q": 4096 - 127}, 1), ({"seqlen_q": 4096 - 128}, 0),  # 31 tiles
+    ({"dtype": FP8, "seqlen_q": 14 * 128}, 0),  # tiles that turn V for themselves
     ({"seqlen_k": 4095}, 0), ({"head_dim": 128, "head_dim_v": 128}, 0), ({"sm_margin": 1}, 0), ({"ragged": True}, 0),
     ({"window_left": 2000}, 0), ({"attention_chunk": 2048}, 0), ({"batch": 1, "num_heads_kv": 4, "num_heads": 4}, 0),
     ({"num_splits": 2}, 0)], ids=str)
