@@ -332,9 +332,10 @@ cdef int quantize(Border border, ArrayView x, ArrayView codes, ArrayView descale
 
 def plan(*, str dtype, int batch, int seqlen_q, int seqlen_k, int num_heads, int num_heads_kv, int head_dim,
          int head_dim_v, bint causal=False, int window_left=-1, int window_right=-1, int attention_chunk=0,
-         bint ragged=False, int max_seqlen_q=0, int max_seqlen_k=0, tuple q_strides=None, tuple k_strides=None,
-         tuple v_strides=None, uintptr_t address=4096, int num_splits=0, bint batch_invariant=False,
-         object pack_gqa=None, int sm_margin=0, object fp8_accumulate=None, bint has_qv=False, int num_sms=132):
+         bint ragged=False, bint seqused_q=False, bint seqused_k=False, int max_seqlen_q=0, int max_seqlen_k=0,
+         tuple q_strides=None, tuple k_strides=None, tuple v_strides=None, uintptr_t address=4096, int num_splits=0,
+         bint batch_invariant=False, object pack_gqa=None, int sm_margin=0, object fp8_accumulate=None,
+         bint has_qv=False, int num_sms=132):
     """What a forward call of these sizes would do, as a dict: see fa3_forward_plan in fa3.h. Needs no GPU.
 
     For a ragged batch, seqlen_q and seqlen_k are the totals. Strides are (batch, row, head) in elements; None:
@@ -360,6 +361,10 @@ def plan(*, str dtype, int batch, int seqlen_q, int seqlen_k, int num_heads, int
     if ragged:
         p.queries.cu_seqlens = p.keys.cu_seqlens = &placeholder  # only asked for being there
         p.queries.max_seqlen, p.keys.max_seqlen = max_seqlen_q, max_seqlen_k
+    if seqused_q:
+        p.queries.seqused = &placeholder
+    if seqused_k:
+        p.keys.seqused = &placeholder
     p.mask.causal, p.mask.attention_chunk = causal, attention_chunk
     p.mask.window_left, p.mask.window_right = window_left, window_right
     p.softmax_scale = 1

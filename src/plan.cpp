@@ -275,15 +275,21 @@ int accumulate_blocks(const fa3_forward_params& p, const Visibility& visibility,
   return most > (wanted ? blocks * variant.tile_n : kMostKeysUnpromoted) ? blocks : 0;
 }
 
+/// Whether no device array says which queries and keys there are.
+bool all_dense(const fa3_forward_params& p) {
+  for (const fa3_lengths& lengths : {p.queries, p.keys})
+    if (lengths.cu_seqlens || lengths.seqused) return false;
+  return !p.cache.page_table && !p.cache.cache_leftpad && !p.cache.cache_batch_idx && !appends(p);
+}
+
 /// Whether a kernel may have V turned once before it, which takes a launch, and V read and written: some 15 us for 33
 /// MB. Measured: at head dim 256 it saves 17% where 32 tiles see each block and 7% where 16 do (causal), at 128 3% with
-/// 22 and 5% with 86, at 64 1 to 3% and 8%, at 192 7% with 128. Ragged, paged and cached keys stay with the tiles, and
-/// calls whose bits must not depend on the batch.
+/// 22 and 5% with 86, at 64 1 to 3% and 8%, at 192 7% with 128. Other than dense calls stay with the tiles, and those
+/// whose bits must not depend on the batch.
 bool may_turn_values(const Work& work, const ForwardVariant& variant, const Packing& packing) {
   const int least_tiles = variant.head_dim_v > 192 ? 16 : variant.head_dim_v > 128 ? 48 : 20;  // that see a block
   const fa3_forward_params& p = work.params;
-  if (p.keys.rows == 0 || p.batch_invariant || work.visibility.window() || work.visibility.chunk || p.keys.cu_seqlens ||
-      p.keys.seqused || p.cache.page_table || p.cache.cache_leftpad || p.cache.cache_batch_idx || appends(p) ||
+  if (p.keys.rows == 0 || p.batch_invariant || work.visibility.window() || work.visibility.chunk || !all_dense(p) ||
       !tma_addressable(p.v, p.keys, p.batch, p.num_heads_kv, p.dtype))
     return false;
   const int tiles = work.seqlen_q / tile_queries(variant, packing) * packing.tiles;
@@ -299,10 +305,7 @@ bool pairs_up(const Work& work, const ForwardVariant& variant, const Packing& pa
   const fa3_forward_params& p = work.params;
   if (!variant.pairs || p.keys.rows < kLeastKeys) return false;
   if (work.visibility.full() && variant.head_dim > 192 && p.dtype != FA3_FLOAT8_E4M3) return false;
-  for (const fa3_lengths& lengths : {p.queries, p.keys})
-    if (lengths.cu_seqlens || lengths.seqused) return false;
-  if (p.cache.page_table || p.cache.cache_leftpad || p.cache.cache_batch_idx || appends(p)) return false;
-  if (work.visibility.left != Visibility::kUnbounded || work.visibility.chunk) return false;
+  if (!all_dense(p) || work.visibility.left != Visibility::kUnbounded || work.visibility.chunk) return false;
   const int m_blocks = ceil_div(p.queries.rows, tile_queries(variant, packing));
   return m_blocks % 2 == 0 && work.num_sms % 2 == 0 && splits.whole_tiles > 0 &&
          count_tiles(p, variant, packing) > work.num_sms;

@@ -69,6 +69,20 @@ def test_values_turned_once_give_the_same_bits(torch, dim, keys, causal):
     assert error <= 0.06 * reference.square().mean().sqrt()
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim", [256, 64])
+def test_a_sequence_uses_some_of_its_queries(torch, dim, causal):
+    """Then values are not turned before: that kernel takes lengths from the host alone."""
+    generator = torch.Generator("cuda").manual_seed(3)
+    q = among_nan(torch, 1, QUERIES, 4, dim, generator)
+    k, v = (among_nan(torch, 1, 1000, 2, dim, generator) for _ in range(2))
+    used = torch.full((1,), 9000, dtype=torch.int32, device="cuda")
+    out = fa3.flash_attn_func(q, k, v, causal=causal, seqused_q=used)
+    reference = exact(torch, q[:, 8600:9000], k, v, causal)
+    error = (out[:, 8600:9000].double() - reference).square().mean().sqrt()
+    assert error <= 0.06 * reference.square().mean().sqrt()
+
+
 @pytest.mark.parametrize("shape", ["one head for all", "one sequence for all", "packed heads"])
 def test_shared_values_and_heads(torch, shape):
     generator = torch.Generator("cuda").manual_seed(7)

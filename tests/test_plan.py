@@ -312,7 +312,7 @@ def test_pairs_are_of_whole_tiles(call, is_long):
     ({"dtype": FP8, "seqlen_q": 14 * 128}, 0),  # tiles that turn V for themselves
     ({"seqlen_k": 4095}, 0), ({"head_dim": 128, "head_dim_v": 128}, 0), ({"sm_margin": 1}, 0), ({"ragged": True}, 0),
     ({"window_left": 2000}, 0), ({"attention_chunk": 2048}, 0), ({"batch": 1, "num_heads_kv": 4, "num_heads": 4}, 0),
-    ({"num_splits": 2}, 0)], ids=str)
+    ({"num_splits": 2}, 0), ({"seqused_q": True}, 0), ({"seqused_k": True}, 0)], ids=str)
 def test_pairs_share_many_wide_keys(changes, paired):
     assert _core.plan(**WIDE | changes)["paired"] == paired
 
@@ -484,7 +484,7 @@ def test_long_fp8_sums_move_on_to_the_workspace_where_totals_have_no_room(change
     ({"seqlen_q": 1536, "num_heads": 16, "pack_gqa": 1}, True), ({"window_left": 500, "causal": True}, False),
     ({"attention_chunk": 500}, False), ({"seqlen_k": 0}, False),
     ({"seqlen_k": 1}, False),  # a block of 128 keys, where tiles that turn V have one of 96
-    ({"batch_invariant": True}, False),
+    ({"batch_invariant": True}, False), ({"seqused_q": True}, False), ({"seqused_k": True}, False),
     ({"ragged": True}, False), ({"v_strides": (0, 1024, 256)}, True), ({"v_strides": (0, 1023, 256)}, False)], ids=str)
 def test_fp8_values_are_turned_once_where_many_tiles_see_them(changes, turned):
     call = {"dtype": "float8_e4m3fn", "batch": 2, "seqlen_q": 6144, "seqlen_k": 3000, "num_heads": 4,
