@@ -5,7 +5,7 @@ the same products in the same order, so the same bits.
 """
 
 import pytest
-from test_gpu_fp8_sums import tile
+from gpu_problems import among_nan, exact, largest, tile
 
 import fa3
 from fa3 import _core
@@ -17,31 +17,6 @@ DIMS = [256, 240, 192, 176, 128, 112, 64, 48]
 QUERIES = 12350  # enough for causal calls too, and no multiple of a tile
 
 
-def among_nan(torch, batch, rows, heads, dim, generator, dtype=None):
-    """Normal values in a larger array of NaN: other rows, heads and columns around those of the call."""
-    room = torch.full((batch, rows + 2, heads + 2, dim + 32), float("nan"), device="cuda")
-    inside = room[:, 1:-1, 1:-1, 16:-16]
-    inside.copy_(torch.randn(inside.shape, generator=generator, device="cuda"))
-    return room.to(dtype or torch.float8_e4m3fn)[:, 1:-1, 1:-1, 16:-16]
-
-
-def variant_of(dim):
-    """The kernel of turned values that pads least."""
-    return min((v for v in _core.variants() if "_turned" in v["name"] and v["head_dim"] >= dim),
-               key=lambda v: v["head_dim"])
-
-
-def exact(torch, q, k, v, causal):
-    q, k, v = (x.double() for x in (q, k, v))
-    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
-    if causal:
-        rows, keys = scores.shape[-2:]
-        hidden = torch.ones((rows, keys), device="cuda", dtype=torch.bool).triu(keys - rows + 1)
-        scores = scores.masked_fill(hidden, -torch.inf)
-    return torch.einsum("bhqk,bkhd->bqhd", torch.softmax(scores, -1).nan_to_num(0), v)
-
-
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("keys", [1, 31, 33, 95, 96, 97, 127, 128, 129, 1000, 5000])
 @pytest.mark.parametrize("dim", DIMS)
@@ -50,7 +25,7 @@ def test_values_turned_once_give_the_same_bits(torch, dim, keys, causal):
     q = among_nan(torch, 1, QUERIES, 4, dim, generator)
     k, v = (among_nan(torch, 1, keys, 2, dim, generator) for _ in range(2))
     options = {"causal": causal, "num_splits": 1, "pack_gqa": False, "return_lse": True}
-    turned = variant_of(dim)
+    turned = largest("float8_e4m3fn", dim, dim)
     with tile(turned):  # the plan may want another for few keys, or for lengths that it does not know
         plan = _core.plan(dtype="float8_e4m3fn", batch=1, seqlen_q=QUERIES, seqlen_k=keys, num_heads=4, num_heads_kv=2,
                           head_dim=dim, head_dim_v=dim, causal=causal, num_splits=1, pack_gqa=0,

@@ -4,8 +4,7 @@ On an odd number of multiprocessors there are none: the same products in the sam
 """
 
 import pytest
-from test_gpu_fp8_sums import tile
-from test_gpu_fp8_turned import among_nan, exact
+from gpu_problems import among_nan, exact, largest, tile
 
 import fa3
 from fa3 import _core
@@ -26,13 +25,6 @@ def plan_of(q, k, v, **options):
     dtype = str(q.dtype).removeprefix("torch.")
     return _core.plan(dtype=dtype, batch=q.shape[0], seqlen_q=q.shape[1], seqlen_k=k.shape[1], num_heads=q.shape[2],
                       num_heads_kv=k.shape[2], head_dim=q.shape[3], head_dim_v=v.shape[3], **options)
-
-
-def largest(dtype, head_dim, head_dim_v):
-    """The kernel of these head dims with the largest tile, which is the one that pairs are for."""
-    fitting = [v for v in _core.variants() if v["dtype"] == dtype and not v["has_qv"]
-               and v["head_dim"] >= head_dim and v["head_dim_v"] >= head_dim_v]
-    return min(fitting, key=lambda v: (v["head_dim"] + v["head_dim_v"], "_turned" not in v["name"], -v["tile_m"]))
 
 
 def check_pairs(torch, q, k, v, reference_heads=2, **options):

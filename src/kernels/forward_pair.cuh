@@ -21,8 +21,8 @@ struct Pair {
 
   __device__ __forceinline__ int blocks() const { return exists ? 2 : 1; }
 
-  /// Whether this thread block brings the `part`-th of many parts.
-  __device__ __forceinline__ bool brings(int part) const { return !exists || part % 2 == rank; }
+  /// Whether this thread block of a pair brings the `part`-th of many parts.
+  __device__ __forceinline__ bool brings(int part) const { return part % 2 == rank; }
 };
 
 /// Wait for the other thread block's warps that have not ended: at the start for its barriers, at the end for its last

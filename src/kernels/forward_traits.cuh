@@ -67,7 +67,7 @@ struct ForwardTraits {
   // pool out anew, and waits forever for more than there is.
   static constexpr int kPoolRegisters = 65536 / (kThreads * kBlocksPerSm) / 8 * 8;
   // Turning V takes more than loading it, and P of 8 bits less than of 16; with qv the scores' two parts make up for
-  // it. S, P and O of 200 registers and more leave the producers what their own loops need.
+  // it. Where S, P and O take more than 200 the producers get 24, and the scheduler spills: see resources.csv.
   static constexpr int kMostRegisters = kConsumers == 1 ? 216 : kConsumers == 2 ? (kOperands > 200 ? 240 : 232) : 160;
   static constexpr int kConsumerRegisters = kBlocksPerSm == 3 ? 120 : kMostRegisters - (kTurnsV && !kHasQv ? 8 : 0);
   static constexpr int kProducerRegisters = (kConsumers + 1) * kPoolRegisters - kConsumers * kConsumerRegisters;
