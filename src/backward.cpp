@@ -128,7 +128,8 @@ struct BackwardLaunch {
     args.order = plan.order;
     args.key_tiles = plan.key_tiles;
     const auto launch = args.dropout.active ? v.launch_dropout : v.launch;
-    return checked(launch(args, std::min(plan.key_tiles, num_sms), p.device, stream), v.name);
+    const int grid = std::min(plan.key_tiles, num_sms / v.blocks) * v.blocks;
+    return checked(launch(args, grid, p.device, stream), v.name);
   }
 
   /// dQ, and the sinks' gradients.

@@ -58,7 +58,7 @@ fa3_status plan_backward(const fa3_backward_params& p, BackwardPlan& plan) {
   const BackwardVariant& variant = backward_variants()[plan.variant];
   const Lengths queries{p.queries.rows, p.queries.cu_seqlens, p.queries.seqused};
   plan.query_tiles = p.queries.rows > 0 ? QueryTiles{queries, variant.tile_m}.count(p.batch) : 0;
-  const int64_t most = ceil_div(p.keys.rows, variant.tile_n);
+  const int64_t most = ceil_div(p.keys.rows, variant.tile_n * variant.blocks);
   const int64_t key_tiles = (p.keys.cu_seqlens ? most + p.batch : most * p.batch) * p.num_heads_kv;
   if (plan.query_tiles > INT_MAX || key_tiles > INT_MAX)
     return fail(FA3_ERROR_SHAPE, "q, k: %lld and %lld tiles, but at most 2^31 - 1 are possible",

@@ -40,6 +40,7 @@ struct BackwardVariant {
   int dtype, head_dim, head_dim_v;
   int tile_m, tile_n;  // queries of a step, keys of a thread block
   int threads, shared_memory;
+  int blocks;     // thread blocks that work on neighbouring keys together
   int dq_floats;  // of workspace, for each query tile of a head
   int dq_shares;  // what a query tile's dQ is added in, each with a turn of its own
   int swizzle_q_k, swizzle_v;

@@ -215,7 +215,21 @@ def test_tiles_of_the_gpu(dtype, head_dims, how, deterministic, dropout_p):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("head_dims", [(192, 128), (152, 160), (256, 256)])
+@pytest.mark.parametrize("how", [{}, {"causal": True}, {"window": (70, 20)}])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_pairs_of_thread_blocks(head_dims, how, deterministic, dropout_p):
+    """Keys that end in a pair's first block, between its two, and in the second; and nothing at all."""
+    problem = Problem(seqlens_q=(70, 65, 1, 64, 129, 2, 128, 0, 200), seqlens_k=(0, 1, 63, 64, 65, 127, 128, 129, 193),
+                      num_heads_kv=2, ratio=2, dtype="bfloat16", head_dim=head_dims[0], head_dim_v=head_dims[1],
+                      varlen=True, **how)
+    case = Case(frameworks.TorchCuda(), problem, dropout_p, 5, deterministic=deterministic)
+    case.check(case.gradients())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("causal", [False, True])
 def test_deterministic_gradients_repeat_their_bits(head_dim, causal):
     problem = Problem(seqlens_q=(2000, 2000), seqlens_k=(2000, 2000), num_heads_kv=8, ratio=2, head_dim=head_dim,
@@ -227,7 +241,7 @@ def test_deterministic_gradients_repeat_their_bits(head_dim, causal):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_gradients_of_a_captured_call(head_dim):
     """A graph's kernels begin as early as the call's own, and do the same with other values."""
     torch = pytest.importorskip("torch")

@@ -4,7 +4,8 @@ deadlock, and leaving out any one wait goes wrong.
 The roles do what src/kernels/backward_load.cuh and backward_mma.cuh do, barrier by barrier; a consumer warpgroup is one
 actor. What a product or the copy engine reads is held from its issue until the wait that ends it.
 
-Consumers have keys of their own, or, apart, the same: then the first makes P and dV, the second dS and dK.
+Consumers have keys of their own, or, in pairs of thread blocks, the same: then the first makes P and dV, the second dS
+and dK. Both thread blocks go through the same steps, and make each step's dQ of the dS of both.
 
 A thread block has several pieces of work, one after the other, each with so many steps; steps are numbered through.
 """
@@ -56,25 +57,29 @@ class Buffer:
 
 
 class Model:
-    def __init__(self, pieces, without=None, apart=False, parts=1):
-        self.pieces, self.steps, self.without, self.apart = pieces, sum(pieces), without, apart
-        self.stages = {"q": STAGES, "dout": 1 if apart else STAGES}
+    def __init__(self, pieces, without=None, pairs=False, parts=1):
+        self.pieces, self.steps, self.without = pieces, sum(pieces), without
+        self.stages = {"q": STAGES, "dout": 1 if pairs else STAGES}
         self.parts = parts  # in which dQ is handed over
+        self.pairs, self.other, self.rank = pairs, None, 0
+        self.mail, self.told, self.known = Buffer(), Barrier(1), Barrier(1)
+        self.other_ds, self.other_ds_full = Buffer(), Barrier(1)
         self.q, self.dout = ([Buffer() for _ in range(self.stages[name])] for name in ("q", "dout"))
         self.k, self.v = Buffer(), Buffer()  # what they hold is the number of a piece
         self.keys_full = {name: Barrier(1) for name in "kv"}
         self.keys_empty = {name: Barrier(CONSUMERS) for name in "kv"}
         self.places = [Buffer() for _ in range(PLACES)]
         self.place_full = [Barrier(1) for _ in range(PLACES)]
-        self.place_empty = [Barrier(2 * CONSUMERS) for _ in range(PLACES)]
-        self.ds = [Buffer(1 if apart else CONSUMERS) for _ in range(2)]
+        self.place_empty = [Barrier(2 * CONSUMERS + pairs) for _ in range(PLACES)]
+        self.ds = [Buffer(1 if pairs else CONSUMERS) for _ in range(2)]
         self.p, self.p_full, self.p_empty = Buffer(), Barrier(1), Barrier(1)
         self.dq = [Buffer() for _ in range(CONSUMERS)]
         self.full = {name: [Barrier(1) for _ in range(stages)] for name, stages in self.stages.items()}
         self.empty = {name: [Barrier(CONSUMERS) for _ in range(stages)] for name, stages in self.stages.items()}
-        self.ds_full, self.ds_empty = ([Barrier(1 if apart else CONSUMERS) for _ in range(2)] for _ in range(2))
+        self.ds_full = [Barrier(1 if pairs else CONSUMERS) for _ in range(2)]
+        self.ds_empty = [Barrier(CONSUMERS * (2 if pairs else 1)) for _ in range(2)]
         self.dq_full, self.dq_empty = ([Barrier(1) for _ in range(CONSUMERS)] for _ in range(2))
-        self.asked = {"q": [], "dout": [], "k": [], "v": []}
+        self.asked = {"q": [], "dout": [], "k": [], "v": [], "ds": []}
         self.added = [[] for _ in range(CONSUMERS)]
 
     def wait(self, name, barrier, parity):
@@ -112,9 +117,22 @@ class Model:
         first = sum(self.pieces[:piece])
         return range(first, first + self.pieces[piece])
 
+    def put_for_both(self, piece, content):
+        if self.rank == 1:
+            yield from self.wait("told", self.told, piece % 2)
+            self.mail.read(content)
+            yield None
+            self.mail.done()
+            self.other.known.arrive()
+        yield from self.put(piece, content)
+        if self.pairs and self.rank == 0:
+            yield from self.wait("known", self.known, piece % 2 ^ 1)
+            self.other.mail.write(content)
+            self.other.told.arrive()
+
     def loader(self):
         for piece in range(len(self.pieces)):
-            yield from self.put(piece, piece)
+            yield from self.put_for_both(piece, piece)
             steps = self.steps_of(piece)
             for step in steps:
                 yield from self.ask_for_queries(step)
@@ -122,7 +140,7 @@ class Model:
                     yield from self.ask_for_keys(piece)
             if not steps:
                 yield from self.ask_for_keys(piece)
-        yield from self.put(len(self.pieces), END)
+        yield from self.put_for_both(len(self.pieces), END)
 
     def ask_for_queries(self, step):
         for name, buffers in (("q", self.q), ("dout", self.dout)):
@@ -155,6 +173,30 @@ class Model:
             buffers[stage].write(step)
             self.full[name][stage].arrive()
 
+    def sender(self):
+        """dS of each step to the other thread block."""
+        for piece in range(len(self.pieces)):
+            yield from self.take(piece)
+            self.give_back(piece)
+            for step in self.steps_of(piece):
+                yield from self.wait("sender: ds_full", self.ds_full[step % 2], step // 2 % 2)
+                if step > 0:
+                    yield from self.wait("sender: ds_empty", self.ds_empty[(step - 1) % 2], (step - 1) // 2 % 2)
+                self.ds[step % 2].read(step)
+                self.other.other_ds.write(None)
+                self.asked["ds"].append(step)
+                yield None
+        yield from self.take(len(self.pieces))
+
+    def ds_engine(self):
+        for step in range(self.steps):
+            while step not in self.asked["ds"]:
+                yield "nothing asked for"
+            yield None
+            self.ds[step % 2].done()
+            self.other.other_ds.write(step)
+            self.other.other_ds_full.arrive()
+
     def keys_at(self, piece):
         for name, buffer in (("k", self.k), ("v", self.v)):
             yield from self.wait(f"{name}_full", self.keys_full[name], piece % 2)
@@ -165,37 +207,41 @@ class Model:
         self.keys_empty[name].arrive()
 
     def multiply_ds(self, w, step, call):
-        """dQ of a step, and its way to the adder; a consumer that lags has none of it in its first call."""
+        """dQ of a step, and its way to the adder; a piece's first call has none of it."""
         if step is not None:
             yield from self.wait("ds_full", self.ds_full[step % 2], step // 2 % 2)
+            if self.pairs:
+                yield from self.wait("other_ds_full", self.other_ds_full, step % 2)
         yield from self.wait("dq_empty", self.dq_empty[w], call * self.parts % 2 ^ 1)
-        if step is not None:
-            self.ds[step % 2].read(step)
+        read = [] if step is None else [self.ds[step % 2], self.other_ds] if self.pairs else [self.ds[step % 2]]
+        for buffer in read:
+            buffer.read(step)
         yield None
+        for buffer in read:
+            buffer.done()
         if step is not None:
-            self.ds[step % 2].done()
-            if not self.apart:
-                self.ds_empty[step % 2].arrive()
+            self.ds_empty[step % 2].arrive()
+            if self.pairs:
+                self.other.ds_empty[step % 2].arrive()
         for part in range(self.parts):
             if part > 0:
                 yield from self.wait("dq_empty", self.dq_empty[w], (call * self.parts + part) % 2 ^ 1)
             self.dq[w].write(step)
             self.dq_full[w].arrive()
 
-    def consumer(self, w, take_step, lags=True):
+    def consumer(self, w, take_step):
         for piece in range(len(self.pieces)):
             yield from self.take(piece)
             yield from self.keys_at(piece)
             before = None
             for step in self.steps_of(piece):
-                yield from take_step(w, step, before, step + (piece if lags else 0))
+                yield from take_step(w, step, before, step + piece)
                 before = step
             self.release_keys("v", self.v)
-            if lags:
-                yield from self.multiply_ds(w, before, sum(self.pieces[:piece + 1]) + piece)
+            yield from self.multiply_ds(w, before, sum(self.pieces[:piece + 1]) + piece)
             self.release_keys("k", self.k)
-            if self.apart:  # rows are staged where dQ was
-                handed = sum(self.pieces[:piece + 1]) + (piece + 1 if lags else 0)
+            if self.pairs:  # rows are staged where dQ was
+                handed = sum(self.pieces[:piece + 1]) + piece + 1
                 yield from self.wait("dq_empty, rows", self.dq_empty[w], handed * self.parts % 2 ^ 1)
                 self.dq[w].write(ROWS)
             yield None
@@ -243,19 +289,19 @@ class Model:
         self.p_empty.arrive()
         yield None
         self.release("dout", self.dout, step)
+        yield from self.wait("ds_empty", self.ds_empty[step % 2], step // 2 % 2 ^ 1)
         self.ds[step % 2].write(step)
         self.ds_full[step % 2].arrive()
         self.q[step % STAGES].read(step)  # dK
-        yield from self.multiply_ds(w, step, call)
+        yield from self.multiply_ds(w, before, call)
         yield None
         self.release("q", self.q, step)
 
     def adder(self, w):
-        lags = not self.apart or w == 0
         handed = 0
         for piece in range(len(self.pieces)):
             yield from self.take(piece)
-            for step in [*([None] * lags), *self.steps_of(piece)]:
+            for step in [None, *self.steps_of(piece)]:
                 for _ in range(self.parts):
                     yield from self.wait("dq_full", self.dq_full[w], handed % 2)
                     handed += 1
@@ -268,46 +314,65 @@ class Model:
             self.give_back(piece)
         yield from self.take(len(self.pieces))
 
-    def run(self, seed):
-        rng = random.Random(seed)
+    def actors(self):
         actors = [self.loader(), self.copy_engine("q", self.q), self.copy_engine("dout", self.dout),
                   self.keys_engine("k", self.k), self.keys_engine("v", self.v),
                   *(self.adder(w) for w in range(CONSUMERS))]
-        actors += ([self.consumer(0, self.values_step), self.consumer(1, self.keys_step, lags=False)] if self.apart else
-                   [self.consumer(w, self.step) for w in range(CONSUMERS)])
-        idle = 0
-        while actors:
-            actor = rng.choice(actors)
-            for _ in range(rng.choice([1, 1, 5, 30])):  # some run ahead as far as they can
-                try:
-                    blocked = next(actor)
-                except StopIteration:
-                    actors.remove(actor)
-                    idle = 0
-                    break
-                idle = idle + 1 if blocked else 0
-                if idle > 5000:
-                    raise Wrong("deadlock")
+        if self.pairs:
+            return [*actors, self.sender(), self.ds_engine(),
+                    self.consumer(0, self.values_step), self.consumer(1, self.keys_step)]
+        return actors + [self.consumer(w, self.step) for w in range(CONSUMERS)]
+
+    def check(self):
         assert self.added == [[step for step in range(self.steps) for _ in range(self.parts)]] * CONSUMERS
 
 
-@pytest.mark.parametrize(("apart", "parts"), [(False, 1), (True, 1), (True, 2)])
+def run(pieces, seed, without=None, pairs=False, parts=1):
+    """One thread block, or two, with all of their actors in any order."""
+    blocks = [Model(pieces, without, pairs, parts) for _ in range(1 + pairs)]
+    for rank, block in enumerate(blocks):
+        block.rank, block.other = rank, blocks[rank - 1]
+    rng = random.Random(seed)
+    actors = [actor for block in blocks for actor in block.actors()]
+    idle = 0
+    while actors:
+        actor = rng.choice(actors)
+        for _ in range(rng.choice([1, 1, 5, 30])):  # some run ahead as far as they can
+            try:
+                blocked = next(actor)
+            except StopIteration:
+                actors.remove(actor)
+                idle = 0
+                break
+            idle = idle + 1 if blocked else 0
+            if idle > 5000:
+                raise Wrong("deadlock")
+    for block in blocks:
+        block.check()
+
+
+KINDS = [(False, 1), (True, 1), (True, 2)]
+
+
+@pytest.mark.parametrize(("pairs", "parts"), KINDS)
 @pytest.mark.parametrize("pieces", [[1], [2], [9], [3, 1, 4], [0, 2, 0, 0, 1], [1, 1, 1, 1], []])
-def test_every_order_is_right(pieces, apart, parts):
+def test_every_order_is_right(pieces, pairs, parts):
     for seed in range(150):
-        Model(pieces, apart=apart, parts=parts).run(seed)
+        run(pieces, seed, pairs=pairs, parts=parts)
 
 
 WAITS = ["q_empty", "q_full", "dout_full", "ds_full", "dq_full", "dq_empty", "k_empty", "k_full", "v_empty", "v_full",
-         "place_empty", "place_full"]
+         "place_empty", "place_full", "ds_empty"]
 
 
 # Consumers with keys of their own give Q and dO back at once, so that one of the two waits would do for the loader.
-@pytest.mark.parametrize(("wait", "apart", "parts"), [
-    *((wait, False, 1) for wait in [*WAITS, "ds_empty"]),
-    *((wait, True, parts) for parts in (1, 2)
-      for wait in [*WAITS, "dout_empty", "p_full", "p_empty", "dq_empty, rows"])])
-def test_each_wait_is_needed(wait, apart, parts):
+WAITS_OF_PAIRS = ["dout_empty", "p_full", "p_empty", "dq_empty, rows", "other_ds_full", "sender: ds_full",
+                  "sender: ds_empty", "told", "known"]
+
+
+@pytest.mark.parametrize(("wait", "pairs", "parts"), [
+    (wait, pairs, parts) for pairs, parts in KINDS for wait in WAITS + (WAITS_OF_PAIRS if pairs else [])])
+def test_each_wait_is_needed(wait, pairs, parts):
     with pytest.raises(AssertionError):
         for seed in range(300):
-            Model([4, 1, 5, 0, 3], without=wait, apart=apart, parts=parts).run(seed)
+            run([4, 1, 5, 0, 0, 0, 3], seed, without=wait, pairs=pairs, parts=parts)

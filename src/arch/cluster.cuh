@@ -22,6 +22,12 @@ __device__ __forceinline__ void cluster_acquire() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+/// Both: at the start for the others' barriers, at the end for their last arrivals at this one's.
+__device__ __forceinline__ void cluster_meet() {
+  cluster_publish();
+  cluster_acquire();
+}
+
 /// The same where nothing that this thread has written is to be seen: a release would wait until it is.
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
@@ -36,6 +42,20 @@ __device__ __forceinline__ void send(int* own, int value, Barrier& barrier, uint
       "mapa.shared::cluster.u32 full, %2, %3;\n"
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %1, [full];}" ::"r"(shared_address(own)),
       "r"(value), "r"(shared_address(&barrier.word)), "r"(rank)
+      : "memory");
+}
+
+/// Copy shared memory to `there` of thread block `rank`, by the copy engine; the bytes are announced and counted on
+/// `barrier` there.
+__device__ __forceinline__ void copy_to(void* there, const void* own, uint32_t bytes, Barrier& barrier, uint32_t rank) {
+  asm volatile(
+      "{.reg .b32 there, full;\n"
+      "mapa.shared::cluster.u32 there, %0, %4;\n"
+      "mapa.shared::cluster.u32 full, %3, %4;\n"
+      "mbarrier.arrive.expect_tx.shared::cluster.b64 _, [full], %2;\n"
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [there], [%1], %2, [full];}" ::"r"(
+          shared_address(there)),
+      "r"(shared_address(own)), "r"(bytes), "r"(shared_address(&barrier.word)), "r"(rank)
       : "memory");
 }
 

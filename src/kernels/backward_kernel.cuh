@@ -20,7 +20,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) backward_kernel(const __g
     if constexpr (kDropout) shared.seed = args.dropout.seed();
     arch::publish_barriers();
   }
-  __syncthreads();
+  if constexpr (Traits::kPairs)
+    arch::cluster_meet();
+  else
+    __syncthreads();
 
   if (warpgroup == Traits::kConsumers) {
     arch::shrink_registers<Traits::kProducerRegisters>();
@@ -29,10 +32,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) backward_kernel(const __g
       BackwardLoader<Traits>(args, shared).run();
     else if (warp <= Traits::kConsumers)
       DqAdder<Traits>(args, shared, warp - 1).run();
+    else if constexpr (Traits::kPairs)
+      DsSender<Traits, Shared>(args.group, shared).run();
   } else {
     arch::grow_registers<Traits::kConsumerRegisters>();
     BackwardConsumer<Traits, kDropout>(args, shared).run();
   }
+  if constexpr (Traits::kPairs) arch::cluster_meet();  // the other's last arrivals at barriers here
 }
 
 /// Without keys there is no main kernel to be early for.
@@ -45,11 +51,11 @@ __host__ __device__ __forceinline__ bool rounds_early(const ConvertArgs& args) {
 /// the count never comes so far, the main kernel's end is waited for.
 template <class Traits>
 __device__ __forceinline__ bool is_added(const ConvertArgs& args, int batch, int head_kv) {
-  const int adding = Traits::kConsumers * ceil_div(args.keys.span(batch).length, Traits::kTileN);
+  const int adding = Traits::kDqShares * ceil_div(args.keys.span(batch).length, Traits::kTileN * Traits::kBlocks);
   return arch::peek(args.scratch.added + batch * args.num_heads_kv + head_kv) == static_cast<uint32_t>(adding);
 }
 
-/// Sums of dQ to rows: a warp has 16 rows of a consumer's share of a query tile. Early: from when the main kernel's
+/// Sums of dQ to rows: a warp has 16 rows of a share of a query tile. Early: from when the main kernel's
 /// thread blocks have their last pieces of work, on multiprocessors that have none left, in the order of that work.
 /// Otherwise what the main kernel had last comes first: it is in L2.
 template <class Traits>
@@ -58,8 +64,8 @@ __global__ void __launch_bounds__(128) convert_dq_kernel(const __grid_constant__
   const QueryTiles tiles{args.queries, Traits::kTileM};
   const int together = args.queries.ragged() ? 1 : ceil_div(args.queries.rows, Traits::kTileM);  // tiles of a head
   const uint32_t index = Traits::kRoundsEarly ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
-  const uint32_t place = index / Traits::kConsumers;
-  const int consumer = index % Traits::kConsumers, head = place / together % args.num_heads;
+  const uint32_t place = index / Traits::kDqShares;
+  const int part = index % Traits::kDqShares, head = place / together % args.num_heads;
   const int tile = place / together / args.num_heads * together + place % together;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int batch = tiles.sequence(tile, args.batch);
@@ -70,11 +76,10 @@ __global__ void __launch_bounds__(128) convert_dq_kernel(const __grid_constant__
     if (waits) arch::wait_for_prerequisites();
   }
   const Span q = args.queries.span(batch);
-  const int first =
-      (tile - tiles.first(batch)) * Traits::kTileM + (Traits::kShareQueries ? 64 * consumer : 0) + 16 * warp;
+  const int first = (tile - tiles.first(batch)) * Traits::kTileM + (Traits::kShareQueries ? 64 * part : 0) + 16 * warp;
   if (first < 0 || first >= q.length) return;  // no tile of a sequence's
-  const int column = Traits::kShareQueries ? 0 : Traits::kDqColumns * consumer;
-  const int64_t share = (head * args.scratch.query_tiles + tile) * Traits::kConsumers + consumer;
+  const int column = Traits::kShareQueries ? 0 : Traits::kDqColumns * part;
+  const int64_t share = (head * args.scratch.query_tiles + tile) * Traits::kDqShares + part;
   const auto* sums = reinterpret_cast<const float4*>(args.scratch.dq + share * Traits::kDqFloats);
   const bool any = args.scratch.dq_turns[share] != 0;  // where no key is seen, nothing was written
   float x[Traits::kDqCount];
@@ -106,8 +111,17 @@ cudaError_t launch_backward(const BackwardArgs& args, int grid, int device, cuda
     if (error != cudaSuccess) return error;
     __atomic_fetch_or(&raised, mine, __ATOMIC_RELAXED);
   }
-  backward_kernel<Traits, kDropout><<<grid, Traits::kThreads, kSharedBytes, stream>>>(args);
-  return cudaGetLastError();
+  cudaLaunchAttribute pair{};
+  pair.id = cudaLaunchAttributeClusterDimension;
+  pair.val.clusterDim = {Traits::kBlocks, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(grid);
+  config.blockDim = Traits::kThreads;
+  config.dynamicSmemBytes = kSharedBytes;
+  config.stream = stream;
+  config.attrs = &pair;
+  config.numAttrs = Traits::kPairs ? 1 : 0;
+  return cudaLaunchKernelEx(&config, backward_kernel<Traits, kDropout>, args);
 }
 
 template <class Traits>
@@ -117,7 +131,7 @@ cudaError_t launch_convert(const ConvertArgs& args, cudaStream_t stream) {
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   // Their sums' memory ends before their number does.
-  config.gridDim = static_cast<unsigned>(args.scratch.query_tiles * args.num_heads * Traits::kConsumers);
+  config.gridDim = static_cast<unsigned>(args.scratch.query_tiles * args.num_heads * Traits::kDqShares);
   config.blockDim = 128;
   config.stream = stream;
   config.attrs = &early;
@@ -135,8 +149,9 @@ BackwardVariant describe_backward(const char* name, int dtype) {
           Traits::kTileN,
           Traits::kThreads,
           static_cast<int>(sizeof(BackwardShared<Traits>)),
-          Traits::kConsumers * Traits::kDqFloats,
-          Traits::kConsumers,
+          Traits::kBlocks,
+          Traits::kDqShares * Traits::kDqFloats,
+          Traits::kDqShares,
           Traits::kSwizzleQK,
           Traits::kSwizzleV,
           launch_backward<Traits, false>,

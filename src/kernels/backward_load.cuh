@@ -18,27 +18,73 @@ class BackwardLoader {
   __device__ __forceinline__ BackwardLoader(const BackwardArgs& args, Shared& shared) : args_(args), shared_(shared) {}
 
   __device__ __forceinline__ void run() {
-    KeyTile work;
-#pragma unroll 1
-    for (uint32_t index = blockIdx.x; index < args_.key_tiles; index = next_index()) {
-      if (!find_work<Traits>(args_, index, work)) continue;
-      work = work.uniform();
-      if (Traits::kRoundsEarly && index + gridDim.x >= args_.key_tiles)
-        arch::launch_dependents();  // it is most often this thread block's last
-      shared_.works.put(work, works_);
-      load(work);
-    }
-    work.n_block = -1;
-    shared_.works.put(work, works_);
+    if (Traits::kPairs && pair_rank<Traits>() == 1)
+      hear();
+    else
+      search();
   }
 
  private:
   __device__ __forceinline__ static bool leads() { return threadIdx.x % 32 == 0; }
 
+  __device__ __forceinline__ void search() {
+    KeyTile work;
+#pragma unroll 1
+    for (uint32_t index = blockIdx.x / Traits::kBlocks; index < args_.key_tiles; index = next_index()) {
+      if (!find_work<Traits>(args_, index, work)) continue;
+      work.last = index + gridDim.x / Traits::kBlocks >= args_.key_tiles;
+      work = work.uniform();
+      put(work);
+      load(work);
+    }
+    work.n_block = -1;
+    put(work);
+  }
+
   __device__ __forceinline__ uint32_t next_index() const {
     uint32_t taken = 0;
     if (leads()) taken = atomicAdd(args_.scratch.taken, 1u);
-    return gridDim.x + arch::uniform(taken);
+    return gridDim.x / Traits::kBlocks + arch::uniform(taken);
+  }
+
+  __device__ __forceinline__ void put(const KeyTile& work) {
+    if (Traits::kRoundsEarly && work.last) arch::launch_dependents();
+    const uint32_t place = works_.stage();
+    shared_.works.put(work, works_);
+    if constexpr (Traits::kPairs)
+      if (pair_rank<Traits>() == 0) tell(shared_.works.place[place]);
+  }
+
+  /// The second thread block of a pair, word by word, when it has taken what came before.
+  __device__ __forceinline__ void tell(const KeyTile& work) {
+    constexpr int kWords = sizeof(KeyTile) / sizeof(int);
+    static_assert(kWords <= 32, "a lane sends a word");
+    const Ring<1> told{works_.count - 1};
+    shared_.work_known.wait(told.parity() ^ 1);
+    __syncwarp();
+    const int lane = threadIdx.x % 32;
+    if (lane < kWords)
+      arch::send(reinterpret_cast<int*>(&shared_.told_work) + lane, reinterpret_cast<const int*>(&work)[lane],
+                 shared_.work_told, 1);
+  }
+
+  /// What the first thread block of a pair works on, of which this one has the keys that follow.
+  __device__ __forceinline__ void hear() {
+    if constexpr (Traits::kPairs) {
+      KeyTile work;
+#pragma unroll 1
+      do {
+        const Ring<1> told{works_.count};
+        if (leads()) shared_.work_told.arrive_expecting(sizeof(KeyTile));
+        shared_.work_told.wait(told.parity());
+        work = shared_.told_work.uniform();
+        __syncwarp();
+        if (leads()) shared_.work_known.arrive_at(0);
+        if (work.exists()) ++work.n_block;
+        put(work);
+        if (work.exists()) load(work);
+      } while (work.exists());
+    }
   }
 
   /// K and V come behind the first queries: the consumers need them for longer. A piece of work without steps has them
@@ -80,7 +126,22 @@ class BackwardLoader {
     shared_.v_empty.wait(keys.parity() ^ 1);
     load<typename Traits::TileV>(args_.v, shared_.v, key, head, batch, shared_.v_full, 0);
     shared_.k_empty.wait(keys.parity() ^ 1);
-    load<typename Traits::TileK>(args_.k, shared_.k, key, head, batch, shared_.k_full, 0);
+    load<typename Traits::TileK>(args_.k, shared_.k, key, head, batch, shared_.k_full,
+                                 Traits::kPairs ? Traits::TileOtherK::kBytes : 0);
+    if constexpr (Traits::kPairs) load_other_keys(work);
+  }
+
+  /// Of the other thread block's keys this one's columns of dQ.
+  __device__ __forceinline__ void load_other_keys(const KeyTile& work) const {
+    using Tile = typename Traits::TileOtherK;
+    const int other = work.n_block ^ 1, first_chunk = Tile::kChunks * pair_rank<Traits>();
+    if (!leads()) return;
+#pragma unroll
+    for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
+      arch::load_box(shared_.other_k + chunk * Tile::kChunkBytes, &args_.k.map,
+                     {(first_chunk + chunk) * Tile::kChunkColumns, work.k.begin + other * Traits::kTileN,
+                      work.head_kv * args_.k.head_step, work.batch * args_.k.batch_step},
+                     shared_.k_full);
   }
 
   /// A tile that begins at `row`, and announce `more` bytes beside it.
@@ -131,11 +192,9 @@ class DqAdder {
   __device__ __forceinline__ static bool leads() { return threadIdx.x % 32 == 0; }  // does all but wait
 
   __device__ __forceinline__ void add(const KeyTile& work) {
-    if (Traits::lags(consumer_)) {  // in the first step it has none yet
-      for (int part = 0; part < Traits::kDqParts; ++part) {
-        wait_for_part();
-        give_back_part();
-      }
+    for (int part = 0; part < Traits::kDqParts; ++part) {  // in the first step there is none yet
+      wait_for_part();
+      give_back_part();
     }
     const int steps = work.steps(args_.group);
     QueryStep at(work);
@@ -144,16 +203,16 @@ class DqAdder {
 #pragma unroll 1
     for (int step = 0; step < steps; ++step, at.advance(work, args_.group)) {
       const int64_t head = work.head_kv * args_.group + at.head;
-      const int64_t share =
-          (head * args_.scratch.query_tiles + work.first_tile + at.m_block) * Traits::kConsumers + consumer_;
+      const int64_t share = (head * args_.scratch.query_tiles + work.first_tile + at.m_block) * Traits::kDqShares +
+                            Traits::kConsumers * pair_rank<Traits>() + consumer_;
       float* const sums = args_.scratch.dq + share * Traits::kDqFloats;
       uint32_t* const turns = args_.scratch.dq_turns + share;
       // Before there is anything to add: both come when they come.
       uint32_t state;
       if (args_.scratch.in_order) {
-        const int first = first_key_block<Traits::kTileN>(args_.visibility, at.m_block * Traits::kTileM, work.q.length,
-                                                          work.k.length);
-        state = work.n_block - first;
+        const int first = first_key_block<Traits::kTileN * Traits::kBlocks>(
+            args_.visibility, at.m_block * Traits::kTileM, work.q.length, work.k.length);
+        state = work.n_block / Traits::kBlocks - first;
         arch::wait_for_turn(turns, state);
       } else {  // most often there is something to add to, and nothing to be claimed
         state = arch::uniform(arch::peek(turns));

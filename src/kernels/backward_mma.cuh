@@ -9,6 +9,7 @@
 #include "attention/dropout.cuh"
 #include "attention/mask.h"
 #include "attention/softmax.cuh"
+#include "kernels/backward_scores.cuh"
 #include "kernels/backward_traits.cuh"
 #include "kernels/fragment_rows.cuh"
 #include "tile/ring.cuh"
@@ -35,7 +36,7 @@ class BackwardConsumer {
   using Kept = uint32_t[kTileM / 64];  // see draw_for_keys
   // dP begins as -delta, which dS wants of it, unless dropout scales the rest of it first. Where a consumer has dP
   // alone, it waits for P meanwhile.
-  static constexpr bool kFromDelta = !kDropout && !Traits::kApart;
+  static constexpr bool kFromDelta = !kDropout && !Traits::kPairs;
   // Registers do not hold what dropout keeps beside S and dP of 128 queries.
   static constexpr bool kTogether = !kDropout || kTileM == 64;
 
@@ -47,7 +48,7 @@ class BackwardConsumer {
 #pragma unroll 1
     while (arch::uniform(shared_.works.take(works_).exists())) {
       find_place();
-      if constexpr (Traits::kApart) {
+      if constexpr (Traits::kPairs) {
         if (warpgroup_ == 0) {
           clear(dv_);
           take_steps([&](auto plain, const QueryStep& at) { values_step<plain.value>(at); });
@@ -76,20 +77,14 @@ class BackwardConsumer {
     warpgroup_ = arch::uniform(thread / 128);
     lane_ = thread % 32;
     warp_ = thread / 32 % 4;
-    k_address_ = arch::shared_address(shared_.k) >> 4;
-    v_address_ = arch::shared_address(shared_.v) >> 4;
-    q_address_ = arch::shared_address(shared_.q) >> 4;
-    dout_address_ = arch::shared_address(shared_.dout) >> 4;
-    ds_address_ = arch::shared_address(shared_.ds) >> 4;
+    k_address_ = arch::descriptor_address(shared_.k);
+    v_address_ = arch::descriptor_address(shared_.v);
+    q_address_ = arch::descriptor_address(shared_.q);
+    dout_address_ = arch::descriptor_address(shared_.dout);
+    ds_address_ = arch::descriptor_address(shared_.ds);
   }
 
-  template <int kCount>
-  __device__ __forceinline__ static void clear(float (&x)[kCount]) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) x[i] = 0.f;
-  }
-
-  /// Every step, plain or not, and the dQ that a consumer that lags still owes.
+  /// Every step, plain or not, and the last one's dQ.
   template <class Step>
   __device__ __forceinline__ void take_steps(const Step& step) {
     shared_.k_full.wait(works_.count % 2);
@@ -117,20 +112,16 @@ class BackwardConsumer {
         step(std::false_type(), at);
     }
     release(shared_.v_empty);
-    if (Traits::lags(warpgroup_)) {  // without any step, dQ of nothing
-      QueryGradient dq;
-      wait_for_last_ds();
-      wait_for_adder();
-      arch::wgmma_fence();
-      multiply_ds(dq, ring_.count - 1);
-      arch::wgmma_wait<0>();
-      arch::wgmma_wrote(dq);
-      release(shared_.k_empty);
-      if (!Traits::kApart && begun()) release(shared_.ds_empty[(ring_.count - 1) % 2]);
-      hand_over(dq);
-    } else {
-      release(shared_.k_empty);
-    }
+    QueryGradient dq;  // without any step, of nothing
+    wait_for_last_ds();
+    wait_for_adder();
+    arch::wgmma_fence();
+    multiply_ds(dq);
+    arch::wgmma_wait<0>();
+    arch::wgmma_wrote(dq);
+    release(shared_.k_empty);
+    release_last_ds();
+    hand_over(dq);
   }
 
   /// A plain one has neither mask nor softcap, and its queries are all the sequence's.
@@ -151,10 +142,10 @@ class BackwardConsumer {
     arch::wgmma_wait<kTogether ? 1 : 0>();
     arch::wgmma_wrote(s);
     make_p<kPlain>(s, at.m_block);
-    pack(s, p);
+    pack<Element>(s, p);
     arch::wgmma_reads(p);
     // Its branch also keeps ptxas from waiting for dP in the middle of the exponentials.
-    shared_.ds_empty[ring_.count % 2].wait(ring_.count / 2 % 2 ^ 1);
+    wait_for_ds_place();
     if constexpr (!kTogether) {
       arch::wgmma_fence();
       multiply_values(dp);
@@ -163,7 +154,7 @@ class BackwardConsumer {
     arch::wgmma_wrote(dp);
     if constexpr (kDropout) keep(dp, kept);
     make_ds<kPlain>(p, dp, ds, at.m_block);
-    drop(p, kept, p);
+    drop<kDropout>(p, kept, p);
     put_ds(ds);
 
     wait_for_last_ds();
@@ -171,12 +162,12 @@ class BackwardConsumer {
     arch::wgmma_reads(p);
     arch::wgmma_reads(ds);
     arch::wgmma_fence();
-    multiply_ds(dq, ring_.count - 1);  // of the step before
+    multiply_ds(dq);
     add_dv(p);
     add_dk(ds);
     arch::wgmma_wait<2>();
     arch::wgmma_wrote(dq);
-    if (begun()) release(shared_.ds_empty[(ring_.count - 1) % 2]);
+    release_last_ds();
     hand_over(dq);
     arch::wgmma_wait<0>();
     arch::wgmma_wrote(dv_);
@@ -202,18 +193,19 @@ class BackwardConsumer {
     arch::wgmma_wrote(s);
     make_p<kPlain>(s, at.m_block);
     release(shared_.q_empty[stage]);
-    pack(s, p);
+    pack<Element>(s, p);
     give_p(p, kept);
-    drop(p, kept, left);
+    drop<kDropout>(p, kept, left);
 
     wait_for_last_ds();
     wait_for_adder();
     shared_.dout_full[dout_ring().stage()].wait(dout_ring().parity());
     arch::wgmma_fence();
-    multiply_ds(dq, ring_.count - 1);  // of the step before
+    multiply_ds(dq);
     add_dv(left);
     arch::wgmma_wait<1>();
     arch::wgmma_wrote(dq);
+    release_last_ds();
     hand_over(dq);
     arch::wgmma_wait<0>();
     arch::wgmma_wrote(dv_);
@@ -239,15 +231,17 @@ class BackwardConsumer {
     if constexpr (kDropout) keep(dp, kept);
     make_ds<kPlain>(p, dp, ds, at.m_block);
     release(shared_.dout_empty[dout_ring().stage()]);
+    wait_for_ds_place();
     put_ds(ds);
 
-    wait_for_ds(ring_.count);
+    wait_for_last_ds();
     wait_for_adder();
     arch::wgmma_fence();
-    multiply_ds(dq, ring_.count);
+    multiply_ds(dq);
     add_dk(ds);
     arch::wgmma_wait<1>();
     arch::wgmma_wrote(dq);
+    release_last_ds();
     hand_over(dq);
     arch::wgmma_wait<0>();
     arch::wgmma_wrote(dk_);
@@ -289,17 +283,27 @@ class BackwardConsumer {
     arch::wgmma_commit();
   }
 
-  /// dQ of the step with this number, of this consumer's queries or columns.
-  __device__ __forceinline__ void multiply_ds(QueryGradient& dq, uint32_t step_number) const {
+  /// dQ of the step before, of this consumer's queries or columns.
+  __device__ __forceinline__ void multiply_ds(QueryGradient& dq) const {
     constexpr int kShare = Traits::kDqColumns / TileK::kChunkColumns * TileK::kChunkBytes;
-    const uint32_t ds = ds_address_ + step_number % 2 * (TileDs::kBytes >> 4) +
+    const uint32_t ds = ds_address_ + (ring_.count - 1) % 2 * (TileDs::kBytes >> 4) +
                         (Traits::kShareQueries ? warpgroup_ * (TileDs::kChunkBytes >> 4) : 0);
-    const uint32_t k = k_address_ + (Traits::kShareQueries ? 0 : warpgroup_ * (kShare >> 4));
+    const int share = Traits::kConsumers * pair_rank<Traits>() + warpgroup_;
+    const uint32_t k = k_address_ + (Traits::kShareQueries ? 0 : share * (kShare >> 4));
 #pragma unroll
     for (int step = 0; step < Traits::kTileN / 16; ++step)
       arch::WgmmaTT<Element, Traits::kDqColumns>::mma(
           dq, arch::descriptor(TileDs::kMajorRows, ds + TileDs::row_step(step)),
           arch::descriptor(TileK::kMajorRows, k + TileK::row_step(step)), step > 0);
+    if constexpr (Traits::kPairs) {  // and of the other thread block's keys
+      const uint32_t other_ds = arch::descriptor_address(shared_.other_ds);
+      const uint32_t other_k = arch::descriptor_address(shared_.other_k) + warpgroup_ * (kShare >> 4);
+#pragma unroll
+      for (int step = 0; step < Traits::kTileN / 16; ++step)
+        arch::WgmmaTT<Element, Traits::kDqColumns>::mma(
+            dq, arch::descriptor(TileDs::kMajorRows, other_ds + TileDs::row_step(step)),
+            arch::descriptor(TileK::kMajorRows, other_k + TileK::row_step(step)), true);
+    }
     arch::wgmma_commit();
   }
 
@@ -404,15 +408,6 @@ class BackwardConsumer {
       }
     }
   }
-  __device__ __forceinline__ static float slope(float tanh) {
-    tanh = fmaxf(tanh, -1.f);  // minus infinity where P is 0
-    return fmaf(-tanh, tanh, 1.f);
-  }
-
-  __device__ __forceinline__ static void pack(const Scores& x, Packed& words) {
-#pragma unroll
-    for (int i = 0; i < kTileM / 4; ++i) words[i] = arch::pack<Element>(x[2 * i], x[2 * i + 1]);
-  }
 
   // ---- dropout ----------------------------------------------------------------------------------------
 
@@ -424,19 +419,6 @@ class BackwardConsumer {
           draw_for_keys<4>(args_.dropout, philox, first_key() + 16 * warp_, at.m_block * kTileM + 64 * i, lane_);
       kept[i] = kept_of_keys(own, __shfl_xor_sync(~0u, own, 4), lane_);
     }
-  }
-
-  /// The gradient of what was dropped is 0, and that of the rest is still to be scaled.
-  __device__ __forceinline__ static void keep(Scores& dp, const Kept& kept) {
-#pragma unroll
-    for (int i = 0; i < kTileM / 2; ++i)
-      if (!is_kept(kept, i)) dp[i] = 0.f;
-  }
-
-  /// The probabilities that are left, for dV.
-  __device__ __forceinline__ static void drop(const Packed& p, const Kept& kept, Packed& left) {
-#pragma unroll
-    for (int i = 0; i < kTileM / 4; ++i) left[i] = kDropout ? p[i] & kept_halves(kept, i) : p[i];
   }
 
   // ---- masks ------------------------------------------------------------------------------------------
@@ -482,20 +464,31 @@ class BackwardConsumer {
     if (!kPlain) clear_queries(m_block);
   }
 
-  /// The whole dS of a step.
-  __device__ __forceinline__ void wait_for_ds(uint32_t step_number) const {
-    const Ring<2> step{step_number};
-    shared_.ds_full[step.stage()].wait(step.parity());
+  /// Everyone has read what was made two steps before.
+  __device__ __forceinline__ void wait_for_ds_place() const {
+    shared_.ds_empty[ring_.count % 2].wait(ring_.count / 2 % 2 ^ 1);
   }
 
-  /// Of the step before. In the first step there is none, and dQ of nothing costs less than a branch around it.
+  /// The whole dS of the step before. In the first step there is none, and dQ of nothing costs less than a branch
+  /// around it.
   __device__ __forceinline__ void wait_for_last_ds() const {
-    if (begun()) wait_for_ds(ring_.count - 1);
+    if (!begun()) return;
+    const Ring<2> last{ring_.count - 1};
+    shared_.ds_full[last.stage()].wait(last.parity());
+    if constexpr (Traits::kPairs) shared_.other_ds_full.wait(last.count % 2);
   }
 
-  /// One that lags hands over once more for each piece of work.
+  /// To whoever made it, of a pair both.
+  __device__ __forceinline__ void release_last_ds() const {
+    if (!begun()) return;
+    arch::Barrier& empty = shared_.ds_empty[(ring_.count - 1) % 2];
+    release(empty);
+    if (Traits::kPairs && lane_ == 0) empty.arrive_at(pair_rank<Traits>() ^ 1);
+  }
+
+  /// What was handed over before: once for each step, and once more for each piece of work.
   __device__ __forceinline__ void wait_for_adder(int part = 0) const {
-    const uint32_t handed = ring_.count + (Traits::lags(warpgroup_) ? works_.count : 0);
+    const uint32_t handed = ring_.count + works_.count;
     shared_.dq_empty[warpgroup_].wait((handed * Traits::kDqParts + part) % 2 ^ 1);
   }
 
@@ -541,10 +534,14 @@ class BackwardConsumer {
 
   /// Keys past the sequence's end, of this consumer's. TMA does that at the array's own end.
   __device__ __forceinline__ void clear_keys() const {
+    if (!(args_.keys.cu_seqlens || args_.keys.seqused)) return;
     const int begin = larger(work().k.length - first_key(), 0);
-    if (begin >= 64 || !(args_.keys.cu_seqlens || args_.keys.seqused)) return;
+    // Of a pair's second thread block there are fewer than of the first: what this one needs of the other's.
+    const int other_begin = Traits::kPairs ? larger(work().k.length - (work().n_block ^ 1) * 64, 0) : 64;
+    if (begin >= 64 && other_begin >= 64) return;
     clear_rows<TileK>(shared_.k, first_row() + begin, first_row() + 64);
     clear_rows<TileV>(shared_.v, first_row() + begin, first_row() + 64);
+    if constexpr (Traits::kPairs) clear_rows<typename Traits::TileOtherK>(shared_.other_k, other_begin, 64);
     arch::fence_async_proxy();
     arch::barrier_sync(own_barrier(), 128);
   }
@@ -577,8 +574,7 @@ class BackwardConsumer {
     const int first = first_key() + 16 * warp_;
     auto* const data = static_cast<uint16_t*>(array.data) + (args_.keys.ragged() ? 0 : work().batch * array.stride[0]) +
                        (int64_t{work().k.begin} + first) * array.stride[1] + work().head_kv * array.stride[2];
-    // Rows are staged where dQ was, the last of which was handed over before the step was counted, or after.
-    if (Traits::kApart) wait_for_adder(Traits::lags(warpgroup_) ? Traits::kDqParts : 0);
+    if (Traits::kPairs) wait_for_adder(Traits::kDqParts);  // rows are staged where the last dQ was
     store_fragment<Element>(shared_.staged(warpgroup_, warp_), x, scale,
                             {data, array.stride[1], work().k.length - first, columns, array.vectors}, lane_);
   }

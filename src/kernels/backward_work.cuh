@@ -13,6 +13,7 @@ struct KeyTile : QueryWalk {
   int n_block, batch, head_kv;
   Span q, k;
   int first_tile;  // the sequence's first query tile
+  bool last;       // most often nobody who works on it gets another
 
   __device__ __forceinline__ bool exists() const { return n_block >= 0; }
 
@@ -27,7 +28,8 @@ struct KeyTile : QueryWalk {
             arch::uniform(head_kv),
             {arch::uniform(q.begin), arch::uniform(q.length)},
             {arch::uniform(k.begin), arch::uniform(k.length)},
-            arch::uniform(first_tile)};
+            arch::uniform(first_tile),
+            arch::uniform(last) != 0};
   }
 };
 
@@ -35,13 +37,15 @@ struct KeyTile : QueryWalk {
 /// some.
 constexpr int kStarts = 16;
 
-/// The piece with this number, for a whole warp; all of it is uniform. False: there is none.
+/// The piece with this number, of a pair's first thread block, for a whole warp; all of it is uniform. False: there is
+/// none.
 template <class Traits>
 __device__ __forceinline__ bool find_work(const BackwardArgs& args, int index, KeyTile& work) {
-  int n_blocks;
+  constexpr int kKeys = Traits::kTileN * Traits::kBlocks;
+  int n_blocks;  // of these
   TileOrder::Tile found;
   if (!args.keys.ragged()) {
-    n_blocks = ceil_div(args.keys.rows, Traits::kTileN);
+    n_blocks = ceil_div(args.keys.rows, kKeys);
     found = args.order.at(index, args.num_heads_kv * args.batch, n_blocks);
     work.batch = found.head / args.num_heads_kv;
     work.head_kv = found.head - work.batch * args.num_heads_kv;
@@ -53,7 +57,7 @@ __device__ __forceinline__ bool find_work(const BackwardArgs& args, int index, K
       if (work.batch >= args.batch) return false;
       int blocks = 0;
       if (work.batch + lane < args.batch)
-        blocks = args.num_heads_kv * ceil_div(args.keys.span(work.batch + lane).length, Traits::kTileN);
+        blocks = args.num_heads_kv * ceil_div(args.keys.span(work.batch + lane).length, kKeys);
       int until = blocks;  // becomes the blocks of this lane's sequence and those of the group before it
 #pragma unroll
       for (int step = 1; step < 32; step *= 2) {
@@ -65,18 +69,19 @@ __device__ __forceinline__ bool find_work(const BackwardArgs& args, int index, K
       index -= __shfl_sync(~0u, reached ? until - blocks : until, owner);
       if (reached) work.batch += owner - 32;
     }
-    n_blocks = ceil_div(arch::uniform(args.keys.span(work.batch).length), Traits::kTileN);
+    n_blocks = ceil_div(arch::uniform(args.keys.span(work.batch).length), kKeys);
     found = args.order.at(index, args.num_heads_kv, n_blocks);
     work.head_kv = found.head;
   }
-  work.n_block = n_blocks - 1 - found.m_block;  // under a causal mask the first keys are seen by most
+  // Under a causal mask the first keys are seen by most.
+  work.n_block = (n_blocks - 1 - found.m_block) * Traits::kBlocks;
   const Span q = args.queries.span(work.batch), k = args.keys.span(work.batch);
   work.q = {arch::uniform(q.begin), arch::uniform(q.length)};
   work.k = {arch::uniform(k.begin), arch::uniform(k.length)};
   const int first = work.n_block * Traits::kTileN;
   if (first >= work.k.length) return false;  // past seqused_k
-  work.blocks = query_block_range<Traits::kTileM>(args.visibility, first, first + Traits::kTileN - 1, work.q.length,
-                                                  work.k.length);
+  work.blocks =
+      query_block_range<Traits::kTileM>(args.visibility, first, first + kKeys - 1, work.q.length, work.k.length);
   if (work.q.length == 0) work.blocks = {};
   // Where blocks of keys take turns, all begin with the queries that all see under a causal mask, each a step behind
   // the one before it. Begun with its first queries, a block would wait there for blocks that have to come all the way.

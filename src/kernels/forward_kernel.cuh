@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
   if constexpr (kDropout)
     if (thread == 0) shared.seed = args.dropout.seed();
   shared.wait_for_barriers();
-  if (pair.exists) meet_other();
+  if (pair.exists) arch::cluster_meet();
   if (warpgroup == Traits::kConsumers) {
     if (producer == 1) {
       if (args.pages.used())
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
       consumer.done();
     }
     consumer.finish();
-    if (pair.exists) meet_other();
+    if (pair.exists) arch::cluster_meet();
   }
 }
 

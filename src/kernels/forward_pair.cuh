@@ -25,11 +25,4 @@ struct Pair {
   __device__ __forceinline__ bool brings(int part) const { return part % 2 == rank; }
 };
 
-/// Wait for the other thread block's warps that have not ended: at the start for its barriers, at the end for its last
-/// arrivals at this one's.
-__device__ __forceinline__ void meet_other() {
-  arch::cluster_publish();
-  arch::cluster_acquire();
-}
-
 }  // namespace fa3

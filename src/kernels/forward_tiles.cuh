@@ -55,7 +55,7 @@ class Scheduler {
  private:
   __device__ __forceinline__ void meet_at_start() const {
     shared_.wait_for_made_barriers();
-    if (pair().exists) meet_other();
+    if (pair().exists) arch::cluster_meet();
   }
 
   /// V is turned for dense batches alone.
