@@ -14,6 +14,7 @@
 #include "attention/dropout.h"
 #include "attention/packing.h"
 #include "attention/splits.h"
+#include "attention/tile_scheduler.h"
 #include "latent.h"
 #include "prepare_plan.h"
 #include "status.h"
@@ -22,8 +23,10 @@
 namespace fa3 {
 namespace {
 
-// Keys and values that stay in L2 (60 MB) beside what streams through it: measured best, causal, 4,096 and 16,384 keys.
-constexpr double kSectionBytes = 32e6;
+// Keys and values that stay in L2 beside what streams through it: measured best, causal, 1,024 keys, where a quarter of
+// the time goes by at memory's rate. Twice as much costs 1 to 3% there, four times as much 16%; from 2,048 keys on the
+// differences are within 1%.
+constexpr double kSectionBytes = 16 << 20;
 // Microseconds from which a counter that hands out work balances better than dealing it out costs nothing.
 constexpr double kLongTime = 60;
 // Bytes of keys and values that come from memory in a microsecond, however many multiprocessors ask: measured,
@@ -76,6 +79,10 @@ TileCost tile_cost(const ForwardVariant& v) {
   const double wide = (v.tile_n > 64 ? 0.95 : 0.98) * turned * block;
   return {0.03 * dim, wide, wide, 1};
 }
+
+/// Tiles of a head, under a causal mask, from which on an estimate counts what the first and the last of them have
+/// idle. With three, of 512 keys, it would choose three warpgroups at head dim 80, which take 4% longer there.
+constexpr int kManyTiles = 4;
 
 /// What splitting adds, in microseconds: to each part, which it leaves in memory and counts, and to the last, whose
 /// warpgroups read their `rows` rows' parts back, a thread 8 columns of a row and 8 parts at once.
@@ -187,10 +194,18 @@ Choice estimate(const Work& work, int index, bool packed) {
     return std::max(final.end - first.begin, 0) / double(v.tile_n) + (work.equal_tiles ? 0.0 : 0.5);
   };
   const double longest = std::ceil(blocks_around(last));
-  const double mean =
-      work.visibility.window() ? blocks_of_window(work, v, packing) : std::ceil(blocks_around(last / 2));
-  const double tiles =
-      double(ceil_div(std::max(work.seqlen_q, 1), tile_queries(v, packing))) * p.batch * p.num_heads_kv * packing.tiles;
+  const int queries = tile_queries(v, packing), m_blocks = ceil_div(std::max(work.seqlen_q, 1), queries);
+  const double tiles = double(m_blocks) * p.batch * p.num_heads_kv * packing.tiles;
+  double mean = std::ceil(blocks_around(last / 2));
+  double busy = 1;  // of a head's tiles
+  if (work.visibility.window()) {
+    mean = blocks_of_window(work, v, packing);
+  } else if (work.visibility.right != Visibility::kUnbounded && m_blocks >= kManyTiles) {
+    // The first warpgroup of a tile leaves these blocks out, all of them half as many, and of that half is won.
+    mean -= 0.25 * ((queries - packing.positions) / v.tile_n);
+    // The first tile, whose keys are fewest, has the rows that the last one would have idle.
+    busy -= rows_ahead(work.seqlen_q, m_blocks, queries, packing.positions) / (double(m_blocks) * queries);
+  }
   // Keys and values come from memory at least once; each tile has its share of that. Pages are a longer way: twice as
   // many pieces as memory asks for made 16 x 4,096 keys in pages of 16 rows faster, 79 us where it was 115.
   const double read_time = p.cache.page_table ? 0
@@ -208,7 +223,7 @@ Choice estimate(const Work& work, int index, bool packed) {
     const double slowest = longest_piece + (lone ? cost.first_keys : 0);
     // Equal pieces come in whole rounds; unequal ones fill each other's gaps, up to a rest.
     const double rounds =
-        work.equal_tiles ? std::ceil(pieces / work.num_sms) : std::max(pieces / work.num_sms + 0.3, 1.0);
+        work.equal_tiles ? std::ceil(pieces / work.num_sms) : std::max(pieces * busy / work.num_sms + 0.3, 1.0);
     const double reading = pieces / parts * read_time * (cluster ? kClusterReading : 1.0);
     const double joining = parts == 1 ? 0.0
                            : cluster  ? cluster_join_time(v, parts, pieces, rows, work.num_sms)
@@ -355,17 +370,24 @@ Choice choose(const Work& work) {
   return best;
 }
 
+int64_t ceil_of(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 void plan_order(const Work& work, const Packing& packing, fa3_forward_plan& plan) {
   plan.heads_per_section = 1;
   plan.short_m_blocks = 0;
   if (work.visibility.full()) return;
   const fa3_forward_params& p = work.params;
   const double kv_bytes = double(work.seqlen_k) * (p.head_dim + p.head_dim_v) * element_bytes(p.dtype);
-  const int kv_heads = std::max(static_cast<int>(kSectionBytes / std::max(kv_bytes, 1.0)), p.head_dim > 192 ? 2 : 4);
-  const int64_t heads = int64_t{p.num_heads_kv} * packing.tiles * (p.queries.cu_seqlens ? 1 : p.batch);
-  plan.heads_per_section = static_cast<int>(std::min<int64_t>(int64_t{kv_heads} * packing.tiles, heads));
-  // 25%: simulated tails of at most 1.5% for most shapes.
-  plan.short_m_blocks = plan.num_m_blocks / (plan.paired ? 2 : 1) / 4;
+  const int most = std::max(static_cast<int>(kSectionBytes / std::max(kv_bytes, 1.0)), p.head_dim > 192 ? 2 : 4);
+  const int64_t kv_heads = int64_t{p.num_heads_kv} * (p.queries.cu_seqlens ? 1 : p.batch);
+  // A last section of few heads would end unevenly: by simulation 1 to 2%.
+  int64_t section = std::clamp<int64_t>(kv_heads, 1, most);
+  while (kv_heads % section && section > most / 2 + 1) --section;
+  if (kv_heads % section) section = ceil_of(kv_heads, ceil_of(kv_heads, most));
+  plan.heads_per_section = static_cast<int>(section * packing.tiles);
+  // By simulation any part from 10 to 25% evens the end out. Keys and values of these come from memory once more: at
+  // 1,024 keys 25% cost 1 to 2% more than 17%.
+  plan.short_m_blocks = plan.num_m_blocks / (plan.paired ? 2 : 1) / 6;
 }
 
 }  // namespace

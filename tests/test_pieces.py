@@ -192,8 +192,8 @@ def tiles_of(host, order, lengths, ragged, heads, tile_m):
 
 
 @pytest.mark.parametrize("consumers", [1, 2, 3], ids=lambda n: f"tile {64 * n}")
-@given(batches(), st.booleans(), splits_drawn, st.integers(1, 6), st.integers(0, 4))
-def test_each_row_is_computed_once_from_every_part(host, consumers, batch, packed, splits, section, short):
+@given(batches(), st.booleans(), splits_drawn, st.integers(1, 6), st.integers(0, 4), st.booleans())
+def test_each_row_is_computed_once_from_every_part(host, consumers, batch, packed, splits, section, short, causal):
     """place_of each row of each piece: every query of every head once for each part, and nothing else."""
     lengths, heads_kv, ratio, ragged = batch
     packing = packing_of(host, ratio, packed)
@@ -206,8 +206,13 @@ def test_each_row_is_computed_once_from_every_part(host, consumers, batch, packe
         m_block, head, sequence = tiles[tile]
         head_kv, first_head = head // packing.tiles, head % packing.tiles * packing.heads
         for warpgroup in range(consumers):
-            query = (m_block * consumers + warpgroup) * packing.positions + positions
-            exists = ((np.arange(ROWS) < packing.rows) & (query < lengths[sequence]) & (first_head + heads < ratio))
+            first = m_block * tile_m + warpgroup * packing.positions
+            if causal:
+                first -= host.ahead(lengths[sequence], tile_m, packing.positions)
+                assert first >= 0 or first <= -packing.positions, "a warpgroup has rows ahead of the first, and others"
+            query = first + positions
+            exists = ((np.arange(ROWS) < packing.rows) & (query >= 0) & (query < lengths[sequence])
+                      & (first_head + heads < ratio))
             places = head_kv * ratio + first_head + heads[exists], query[exists]
             assert len(set(zip(*places, strict=True))) == exists.sum(), "two rows of a tile have one place"
             parts_seen[sequence][places] += 1 / parts

@@ -362,6 +362,15 @@ def test_order_of_tiles(call):
         assert (plan["heads_per_section"], plan["short_m_blocks"]) == (1, 0), "equal tiles need no order"
 
 
+@pytest.mark.parametrize(("batch", "heads", "seqlen", "section"), [
+    (16, 16, 1024, 32), (25, 1, 1024, 25), (2, 20, 1024, 20), (1, 37, 1024, 19), (1, 16, 16384, 4), (1, 3, 16384, 3)])
+def test_sections_are_of_equal_size(batch, heads, seqlen, section):
+    """Of at most 16 MB of keys and values, but of four heads, and without a rest where their number allows it."""
+    plan = _core.plan(dtype="bfloat16", batch=batch, seqlen_q=seqlen, seqlen_k=seqlen, num_heads=heads,
+                      num_heads_kv=heads, head_dim=128, head_dim_v=128, causal=True)
+    assert plan["heads_per_section"] == section
+
+
 def test_more_tiles_than_an_index_counts():
     """The last index that a thread block asks for, up to two rounds past the tiles, must still be an int."""
     call = {"dtype": "bfloat16", "seqlen_q": 1, "seqlen_k": 1, "num_heads": 1, "num_heads_kv": 1, "head_dim": 128,

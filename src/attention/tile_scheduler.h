@@ -1,8 +1,17 @@
-// The order in which tiles are handed out.
+// Where a sequence's tiles begin, and the order in which tiles are handed out.
 #pragma once
 #include "arch/host_device.h"
 
 namespace fa3 {
+
+/// Rows of a sequence's first tile of `tile_m` queries that lie ahead of its first query, under a causal mask: the
+/// whole groups of `group` that its last tile would have idle, of up to three in a tile. A warpgroup that is alone in a
+/// tile takes some 60% of the time that three take together, and there the last tile has the most keys, the first the
+/// fewest.
+FA3_HOST_DEVICE int rows_ahead(int queries, int tiles, int tile_m, int group) {
+  const int idle = tiles * tile_m - queries;
+  return idle >= 2 * group ? 2 * group : idle >= group ? group : 0;
+}
 
 /// Tiles of `heads` heads with num_m_blocks each. Under a causal mask later m_blocks are longer, so they come first,
 /// but only inside a section of heads whose keys and values stay in L2 together; the shortest m_blocks of all heads

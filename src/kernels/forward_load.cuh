@@ -32,7 +32,7 @@ class Loader {
     while (true) {
       shared_.tile_full[tiles_.stage()].wait(tiles_.parity());
       const TileHead& work = shared_.tile[tiles_.stage()];
-      if (arch::uniform(work.m_block) == TileHead::kNone) return;
+      if (arch::uniform(work.first_query) == TileHead::kNone) return;
       load(work);
       __syncwarp();
       if (arch::leads()) shared_.tile_empty[tiles_.stage()].arrive();
@@ -70,7 +70,7 @@ class Loader {
     const uint32_t stage = ring.stage();
     const int head = arch::uniform(work.first_head), head_kv = arch::uniform(work.head_kv);
     const int batch = arch::uniform(work.batch);
-    int row = arch::uniform(work.q_begin + work.m_block * Traits::kRowGroups * args_.packing.positions);
+    int row = arch::uniform(work.q_begin + work.first_query);
 #pragma unroll 1
     for (int group = 0; group < Traits::kRowGroups; ++group) {
       arch::Barrier& full = shared_.q_full[group][stage];

@@ -77,7 +77,7 @@ class Consumer {
   __device__ __forceinline__ const Work* next() const {
     shared_.tile_full[tiles_.stage()].wait(tiles_.parity());
     const Work* work = &shared_.tile[tiles_.stage()];
-    return arch::uniform(work->m_block) == Work::kNone ? nullptr : work;
+    return arch::uniform(work->first_query) == Work::kNone ? nullptr : work;
   }
 
   /// Give the piece of work back.

@@ -8,8 +8,7 @@ namespace fa3 {
 /// The query, counted from its sequence's first, that a warpgroup's row belongs to.
 template <class Traits>
 __device__ __forceinline__ int query_of(const ForwardArgs& args, const TileHead& work, int warpgroup, int row) {
-  return (work.m_block * Traits::kRowGroups + Traits::row_group(warpgroup)) * args.packing.positions +
-         args.packing.position_of(row);
+  return work.first_query + Traits::row_group(warpgroup) * args.packing.positions + args.packing.position_of(row);
 }
 
 /// The factor of what queries are multiplied with for their fp8 scores: keys, but with qv values, to whose scale the
@@ -40,7 +39,7 @@ struct RowPlaces {
     const int first_query = query_of<Traits>(args, work, warpgroup, 0);
     return {.first_row = int64_t{work.q_begin} + first_query,
             .first_head = work.head_kv * args.packing.ratio + work.first_head,
-            .positions = smaller(args.packing.positions, work.seqlen_q - first_query),
+            .positions = first_query < 0 ? 0 : smaller(args.packing.positions, work.seqlen_q - first_query),
             .heads = smaller(args.packing.heads, args.packing.ratio - work.first_head),
             .batch = args.queries.ragged() ? 0 : work.batch};
   }

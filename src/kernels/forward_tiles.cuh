@@ -93,13 +93,13 @@ class Scheduler {
       } else {
         if (!(ragged() ? find_ragged(piece.tile, tile, q, k) : find_dense(piece.tile, tile, q, k)))
           return nothing_left(work);
-        first = tile.m_block * tile_m_;
+        first = tile.m_block * tile_m_ - ahead(q.length);
         last = smaller(first + tile_m_, q.length) - 1;
         if (last < first) continue;  // past seqused_q
-        all = range(first, last, q, k);
+        all = range(larger(first, 0), last, q, k);
       }
       if (lane_ == 0) {
-        work.m_block = tile.m_block * pair().blocks() + pair().rank;
+        work.first_query = first + pair().rank * (tile_m_ / 2);
         work.batch = tile.batch;
         work.batch_kv = Traits::kTurnedV ? tile.batch : args_.keys.entry(tile.batch);
         const int tiles = args_.packing.tiles;
@@ -130,12 +130,20 @@ class Scheduler {
       } else if (lane_ < Traits::kRowGroups) {
         const int own_first = first + pair().rank * (tile_m_ / 2) + args_.packing.positions * lane_;
         const int own_last = smaller(own_first + args_.packing.positions, q.length) - 1;
-        BlockRange own = own_last < own_first ? no_blocks(first_block) : range(own_first, own_last, q, k);
+        BlockRange own =
+            own_first < 0 || own_last < own_first ? no_blocks(first_block) : range(own_first, own_last, q, k);
         own.clip(first_block, end_block);
         work.blocks[lane_] = own;
       }
       return true;
     }
+  }
+
+  /// Rows of a sequence's first tile without a query, so that its last one has none idle.
+  __device__ __forceinline__ int ahead(int queries) const {
+    if (Traits::kRowGroups == 1 || args_.visibility.right == Visibility::kUnbounded) return 0;
+    if (queries <= tile_m_ || pair().exists) return 0;
+    return rows_ahead(queries, args_.queries_of_tile.quotient(queries - 1) + 1, tile_m_, args_.packing.positions);
   }
 
   /// What is read is all asked for before any of it is waited for.
@@ -151,7 +159,7 @@ class Scheduler {
 
   __device__ __forceinline__ bool nothing_left(TileWork<Traits::kRowGroups>& work) const {
     finish();
-    if (lane_ == 0) work.m_block = TileHead::kNone;
+    if (lane_ == 0) work.first_query = TileHead::kNone;
     return false;
   }
 

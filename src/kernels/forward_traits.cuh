@@ -142,7 +142,7 @@ struct ForwardTraits {
 
 /// A piece of work: a tile, or its part along the keys.
 struct TileHead {
-  int m_block;                   // kNone: there is no more
+  int first_query;               // of its rows; below 0 they are nobody's. kNone: there is no more
   int batch, batch_kv, head_kv;  // batch entries: of q and out, of k and v
   int first_head;                // of those that share the tile, counted from the first query head of head_kv
   int q_begin, k_begin;          // the sequence's first rows along the row axes
@@ -152,7 +152,7 @@ struct TileHead {
   // Of fp8: what the tile's first head's scores and outputs are multiplied with. Read ahead, as global memory is far.
   float score_descale, value_descale;
   float key_part_scale;  // with qv: what q k is multiplied with before qv v is added
-  static constexpr int kNone = -1;
+  static constexpr int kNone = -(1 << 30);
 };
 
 /// The same as the scheduler hands it to the consumers.

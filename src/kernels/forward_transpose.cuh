@@ -23,7 +23,7 @@ class Transposer {
     while (true) {
       shared_.tile_full[tiles_.stage()].wait(tiles_.parity());
       const TileHead& work = shared_.tile[tiles_.stage()];
-      if (work.m_block == TileHead::kNone) return;
+      if (work.first_query == TileHead::kNone) return;
       const int seqlen_k = work.seqlen_k, first_block = work.first_block;
       int n_block = work.end_block - 1;
       __syncwarp();

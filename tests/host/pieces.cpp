@@ -43,4 +43,6 @@ void tile_at(const TileOrder* order, int index, int heads, int num_m_blocks, Til
   *out = order->at(index, heads, num_m_blocks);
 }
 
+int ahead(int queries, int tile_m, int group) { return rows_ahead(queries, ceil_div(queries, tile_m), tile_m, group); }
+
 }  // extern "C"
