@@ -61,17 +61,19 @@ class ThreadBlock:
     """One thread block with its pieces of work. `counted`: their indices come from a counter. `idle_rows`: a tile has
     rows that no query is loaded to. `has_qv`: two warpgroups share their rows, read values for their scores too, and
     tell each other of these. `eight_bits`: values are turned on their way, or have been `turned` before. `third_keys`:
-    K has a stage more than V. `left_out`: the name of a wait, arrival or sync that is not there."""
+    K has a stage more than V. `values_early`: values are given back before the products are done, and asked for before
+    keys (Traits::kConsumersTell). `left_out`: the name of a wait, arrival or sync that is not there."""
 
     name = ""
     copies_of_block = 1  # of keys or values, that land each on their own
 
     def __init__(self, consumers, pieces, query_stages=1, counted=False, idle_rows=False, has_qv=False,
-                 eight_bits=False, third_keys=False, turned=False, left_out=None, events=None):
+                 eight_bits=False, third_keys=False, turned=False, values_early=False, left_out=None, events=None):
         self.events = events or Events()
         self.consumers, self.pieces, self.left_out = consumers, pieces, left_out
         self.has_qv, self.row_groups = has_qv, 1 if has_qv else consumers
         self.eight_bits, self.two_parts = eight_bits, has_qv and eight_bits
+        self.values_early = values_early
         self.takes_turns = not has_qv and not eight_bits and consumers > 1
         self.query_stages, self.counted, self.idle_rows = query_stages, counted, idle_rows
         self.ahead = TILE_SLOTS
@@ -181,6 +183,9 @@ class ThreadBlock:
         """The stage is empty here, and is to be in the other thread block, where there is one."""
         return iter(())
 
+    def tell_other(self, site, pipe, stage):
+        """A warp of consumers has given the stage back. In a pair the other thread block may have to know."""
+
     def bring(self, pipe, stage, value):
         """Ask for what was announced."""
         pipe.content[stage] = "half written"
@@ -225,11 +230,12 @@ class ThreadBlock:
             while n_block >= piece.first:
                 if n_block == nearly_last and self.counted:
                     self.arrive("loader: nearly loaded", self.nearly_loaded)
-                if self.has_qv:
+                values_first = self.has_qv or self.values_early
+                if values_first:
                     yield from load_block("v", self.loaded_v, v_ring, n_block)
                 if n_block > piece.first:
                     yield from load_k(n_block - 1)
-                if not self.has_qv:
+                if not values_first:
                     yield from load_block("v", self.loaded_v, v_ring, n_block)
                 n_block -= 1
             self.give_slot_back("loader", tiles, piece)
@@ -357,6 +363,7 @@ class ThreadBlock:
 
         def release(site, pipe, ring):
             self.arrive(site, pipe.empty[ring.stage])
+            self.tell_other(site, pipe, ring.stage)
             ring.count += 1
 
         def take(site):
@@ -431,13 +438,18 @@ class ThreadBlock:
                         yield from wait_for("consumer: v is there", self.v, v_ring)
                     yield from wait_for_value_part("consumer: part is there")
                     yield from take("consumer: turn taken")
-                    product = self.multiply(*operands(block), *(() if self.has_qv else (values(block + 1),)))
+                    early = self.multiply(values(block + 1)) if self.values_early else None
+                    together = () if self.has_qv or self.values_early else (values(block + 1),)
+                    product = self.multiply(*operands(block), *together)
                     hand_on("consumer: turn passed")
+                    if self.values_early:
+                        yield from self.product_done("consumer: product with values is done", early)
+                        release("consumer: v given back", self.v, v_ring)
                     yield from self.product_done("consumer: products are done", product)
                     release_k("consumer: k given back")
                     if self.has_qv:
                         yield from add_others(block)
-                    else:
+                    elif not self.values_early:
                         release("consumer: v given back", self.v, v_ring)
                 if self.has_qv:
                     yield from close_exchange()

@@ -37,7 +37,8 @@ def thread_blocks(draw):
     return dict(consumers=consumers, pieces=work, query_stages=1 if has_qv else draw(st.sampled_from([1, 2])),
                 counted=draw(st.booleans()), idle_rows=draw(st.booleans()), has_qv=has_qv,
                 eight_bits=eight_bits, third_keys=runs_free and draw(st.booleans()),
-                turned=runs_free and draw(st.booleans()))
+                turned=runs_free and draw(st.booleans()),
+                values_early=consumers == 2 and not has_qv and not eight_bits and draw(st.booleans()))
 
 
 @given(thread_blocks(), st.integers(0, 2**32))
@@ -80,7 +81,8 @@ def blocks_to_break():
         yield dict(consumers=consumers, pieces=work, query_stages=1 if has_qv else 1 + seed // 2 % 2,
                    counted=seed // 4 % 2 == 1, idle_rows=seed // 8 % 2 == 0, has_qv=has_qv,
                    eight_bits=eight_bits, third_keys=runs_free and seed // 64 % 2 == 0,
-                   turned=runs_free and seed % 4 == 0), choose
+                   turned=runs_free and seed % 4 == 0,
+                   values_early=consumers == 2 and not has_qv and not eight_bits and seed % 5 == 0), choose
 
 
 def names_of_sites(kind, to_break):
