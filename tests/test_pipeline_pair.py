@@ -22,10 +22,8 @@ def shares(work):
 
 @st.composite
 def pairs(draw):
-    eight_bits = draw(st.booleans())
-    return dict(works=shares(draw(st.lists(pieces(4, 4), max_size=9))), eight_bits=eight_bits,
-                third_keys=eight_bits and draw(st.booleans()), query_stages=draw(st.sampled_from([1, 2])),
-                counted=draw(st.booleans()), idle_rows=draw(st.booleans()))
+    return dict(works=shares(draw(st.lists(pieces(4, 4), max_size=9))), third_keys=draw(st.booleans()),
+                query_stages=draw(st.sampled_from([1, 2])), counted=draw(st.booleans()), idle_rows=draw(st.booleans()))
 
 
 @given(pairs(), st.integers(0, 2**32))
@@ -50,8 +48,7 @@ def pairs_to_break():
             Piece(1, 5, ((2, 3),) * 4, joiners=frozenset({1, 2})), Piece(2, 3, ((2, 3),) * 4),
             Piece(1, 1, ((1, 1),) * 4), Piece(1, 1, ((1, 1),) * 4)]
     for seed in range(300):
-        eight_bits = seed // 3 % 2 == 1
-        yield dict(works=shares(work * 2), eight_bits=eight_bits, third_keys=eight_bits and seed // 6 % 2 == 1,
+        yield dict(works=shares(work * 2), third_keys=seed // 6 % 2 == 1,
                    query_stages=1 + seed // 2 % 2, counted=seed // 12 % 2 == 0), orders(seed)
 
 

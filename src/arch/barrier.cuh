@@ -54,21 +54,6 @@ struct Barrier {
         : "memory");
   }
 
-  /// Arrive, if so, at the same barrier of the other thread block of a cluster of two. Without a branch, which would
-  /// part the exponentials around it: 5% of head dim 256.
-  __device__ __forceinline__ void arrive_at_other(bool so) {
-    asm volatile(
-        "{.reg .pred so;\n"
-        ".reg .b32 other, there;\n"
-        "setp.ne.b32 so, %1, 0;\n"
-        "mov.u32 other, %%cluster_ctarank;\n"
-        "xor.b32 other, other, 1;\n"
-        "mapa.shared::cluster.u32 there, %0, other;\n"
-        "@so mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(shared_address(&word)),
-        "r"(static_cast<uint32_t>(so))
-        : "memory");
-  }
-
   /// Arrive, and announce what the copy engine will bring.
   __device__ __forceinline__ void arrive_expecting(uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&word)), "r"(bytes)

@@ -82,7 +82,7 @@ struct ForwardArgs {
   Dropout dropout;
   bool exact_max;  // take each row's true maximum in every block (batch_invariant)
 
-  int paired;      // 1: thread blocks go in pairs, for which queries_of_tile, order, splits are: see forward_pair.cuh
+  bool paired;     // thread blocks go in pairs, for which queries_of_tile, order and splits are: see forward_pair.cuh
   int most_tiles;  // of a ragged batch: sequences that overlap would make more, and the workspace has no room for them
   TileOrder order;
   bool plain_pieces;  // every sequence is one tile of each head, and its queries see all keys, from the first row on

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
   }
   // Meanwhile: what does not need the first piece of work.
   const auto pair = Pair<Traits>::of(args);
-  if (thread < 32) shared.make_barriers(pair.exists);
+  if (thread < 32) shared.make_barriers();
   if (producer == 1) prefetch_start(args);
   if constexpr (kDropout)
     if (thread == 0) shared.seed = args.dropout.seed();

@@ -45,7 +45,7 @@ class Loader {
   using Place = typename Keys::Place;
   static constexpr int kLead = 2;  // blocks before the last when the scheduler is to find the next piece
   // Scores need them with qv; else their stage is given back first.
-  static constexpr bool kValuesFirst = Traits::kHasQv || Traits::kConsumersTell;
+  static constexpr bool kValuesFirst = Traits::kHasQv || Traits::kValuesEarly;
 
   /// Blocks come from the last to the first. K runs one block ahead of V: that is the order in which they are used.
   /// Where a block is, which memory may have to say, is asked once for both, before the wait for K's stage.
@@ -100,7 +100,7 @@ class Loader {
 
   __device__ __forceinline__ void load_k(const Source& k, int n_block, Place place) {
     wait_until_empty(shared_.k_empty, k_ring_);
-    if constexpr (Traits::kPairs && !Traits::kConsumersTell) wait_for_other(shared_.pair.both_k_empty, k_ring_);
+    if constexpr (Traits::kPairs) wait_for_other(shared_.pair.both_k_empty, k_ring_);
     load_block<typename Traits::TileK>(k, args_.head_dim, n_block, place, shared_.k, shared_.k_full, k_ring_);
   }
   __device__ __forceinline__ void load_v(const Source& v, const TileHead& work, int n_block, Place place) {
@@ -108,7 +108,7 @@ class Loader {
       wait_until_empty(shared_.loaded_v_empty, v_ring_);
     else
       wait_until_empty(shared_.v_empty, v_ring_);
-    if constexpr (Traits::kPairs && !Traits::kConsumersTell) wait_for_other(shared_.pair.both_v_empty, v_ring_);
+    if constexpr (Traits::kPairs) wait_for_other(shared_.pair.both_v_empty, v_ring_);
     if constexpr (Traits::kTurnedV)
       load_turned_v(work, n_block);
     else if constexpr (Traits::kTurnsV)

@@ -127,7 +127,7 @@ class Consumer {
         if (!promoted && !Traits::kHasQv) add_values(o, p);
         multiply_keys(s);
         turns_.pass();
-        if constexpr (Traits::kConsumersTell) {  // V is asked for while the scores are still made
+        if constexpr (Traits::kValuesEarly) {  // V is asked for while the scores are still made
           arch::wgmma_wait<1>();
           release_v();
         }
@@ -135,7 +135,7 @@ class Consumer {
         arch::wgmma_wrote(o);
         arch::wgmma_wrote(s);
         release_k();
-        if constexpr (!Traits::kHasQv && !Traits::kConsumersTell) release_v();
+        if constexpr (!Traits::kHasQv && !Traits::kValuesEarly) release_v();
         if constexpr (Traits::kRunsFree) {
           const bool k_here = shared_.k_full[k_ring_.stage()].is_over(k_ring_.parity());
           const bool v_here = shared_.v_full[v_ring_.stage()].is_over(v_ring_.parity());
@@ -207,7 +207,7 @@ class Consumer {
           }
         }
         if constexpr (Traits::kHasQv) exchange_.close();
-        release(shared_.q_empty[row_group()][q_ring().stage()]);
+        release_q();
 
         shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());
         if (promoted) {
@@ -231,7 +231,7 @@ class Consumer {
       }
     } else {
       meanwhile();
-      release(shared_.q_empty[row_group()][q_ring().stage()]);
+      release_q();
     }
     skip_blocks(blocks.begin - work.first_block, false);
   }
@@ -493,18 +493,18 @@ class Consumer {
     __syncwarp();
     if (lane_ == 0) empty.arrive();
   }
-  /// A stage of keys or values, of which the other thread block of a pair may have to know.
-  __device__ __forceinline__ void release_stage(arch::Barrier& empty) const {
-    release(empty);
-    if constexpr (Traits::kConsumersTell) empty.arrive_at_other(lane_ < args_.paired);
+  /// The row group is found anew, or ptxas keeps an address through all of a tile, in a register that it lacks.
+  __device__ __forceinline__ void release_q() const {
+    const int group = Traits::row_group(arch::uniform(arch::thread_anew() / 128));
+    release(shared_.q_empty[group][q_ring().stage()]);
   }
   __device__ __forceinline__ void release_k() {
     if constexpr (Traits::kTwoParts) release(shared_.loaded_v_empty[k_ring_.stage()]);
-    release_stage(shared_.k_empty[k_ring_.stage()]);
+    release(shared_.k_empty[k_ring_.stage()]);
     k_ring_.advance();
   }
   __device__ __forceinline__ void release_v() {
-    release_stage(shared_.v_empty[v_ring_.stage()]);
+    release(shared_.v_empty[v_ring_.stage()]);
     v_ring_.advance();
   }
 

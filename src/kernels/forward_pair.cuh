@@ -6,7 +6,7 @@
 namespace fa3 {
 
 /// A thread block's part in its pair. To the scheduler, a pair's tiles are one of twice as many rows. Both load the
-/// same blocks of keys, those that any of these rows sees, and go on when a stage is empty in both: see kConsumersTell.
+/// same blocks of keys, those that any of these rows sees, and go on when a stage is empty in both.
 template <class Traits>
 struct Pair {
   bool exists;

@@ -15,6 +15,8 @@ namespace fa3 {
 /// each has its own rows of it.
 template <class Traits>
 class Scheduler {
+  static constexpr bool kLooksAhead = Traits::kProducerRegisters > 24;  // where there are registers for it
+
  public:
   __device__ __forceinline__ Scheduler(const ForwardArgs& args, ForwardShared<Traits>& shared)
       : args_(args),
@@ -282,11 +284,11 @@ class Scheduler {
 
   __device__ __forceinline__ void next_group() {
     group_ += 32;
-    bounds_ = group_ == next_group_ ? next_bounds_ : read_bounds(group_);
+    bounds_ = kLooksAhead && group_ == next_group_ ? next_bounds_ : read_bounds(group_);
   }
 
   __device__ __forceinline__ void look_ahead() {
-    if (Traits::kPairs || !ragged() || next_group_ > group_) return;  // pairs took the registers
+    if (!kLooksAhead || !ragged() || next_group_ > group_) return;
     next_group_ = group_ + 32;
     next_bounds_ = read_bounds(next_group_);
   }

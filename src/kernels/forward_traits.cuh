@@ -100,13 +100,10 @@ struct ForwardTraits {
       return TileV::kMajorRows;
   }();
   static constexpr int kTransposers = kTurnsV ? 2 : 0;  // warps: those of the producers without another role
-  // Tiles of 128 rows read twice as much of wide keys and values as of narrow ones, for as many products. Two thread
-  // blocks that share what they read save the power for it: see forward_pair.cuh.
-  static constexpr bool kPairs =
-      kEightBits ? kTurnedV && kHeadDimV >= 128 : !kHasQv && kConsumers == 2 && kHeadDim >= 160;
-  // Whether consumers tell the other thread block that a stage is empty, in place of the loader, and give V back before
-  // their scores are done. At head dim 256 in 16 bits a pair then takes 5% less, of 8 bits 2% more.
-  static constexpr bool kConsumersTell = kPairs && kTakesTurns;
+  // Two thread blocks that share what they read save the power for it: see forward_pair.cuh. In 16 bits that gained
+  // less than V given back while the block's scores are still made, and asked for before K: 0 to 3% at head dim 256.
+  static constexpr bool kPairs = kTurnedV && kHeadDimV >= 128;
+  static constexpr bool kValuesEarly = kTakesTurns && kConsumers == 2 && kHeadDim >= 160;
 
   using Staging = StagedColumns<kHasQv ? 32 : 64>;  // beside two blocks of 512 columns there is no room for more
   static constexpr int kSharedLimit = 228 * 1024 / kBlocksPerSm - 1024;
@@ -210,7 +207,7 @@ struct PairBarriers {
 
 template <class Traits>
 struct PairBarriers<Traits, true> {
-  // Unless its consumers tell: the other's loader arrives when its stage is empty too.
+  // The other's loader arrives when its stage is empty too.
   arch::Barrier both_k_empty[Traits::kKeyStages], both_v_empty[Traits::kStages];
   int piece;            // that the first one took from the counter, on its way to the second
   arch::Barrier told;   // of the second: its scheduler announces what the first's sends
@@ -267,7 +264,7 @@ struct ForwardShared : LoadedValues<Traits>,
   typename Traits::Staging staging[4 * Traits::kConsumers];  // each consumer warp's own
 
   // full: the loader announces bytes, the copy engine delivers them; of a turned V, each transposing warp arrives once.
-  // empty: each consumer warp arrives once, and of a pair whose consumers tell the other's too.
+  // empty: each consumer warp arrives once.
   arch::Barrier q_full[Traits::kRowGroups][Traits::kQueryStages];
   arch::Barrier q_empty[Traits::kRowGroups][Traits::kQueryStages];  // the warps arrive that have these rows
   arch::Barrier k_full[Traits::kKeyStages], k_empty[Traits::kKeyStages];
@@ -280,9 +277,8 @@ struct ForwardShared : LoadedValues<Traits>,
   uint64_t seed;  // of dropout
   [[no_unique_address]] PairBarriers<Traits> pair;
 
-  __device__ void init_barriers(bool paired) {
+  __device__ void init_barriers() {
     constexpr int kWarps = 4 * Traits::kConsumers;
-    const int readers = Traits::kConsumersTell && paired ? 2 * kWarps : kWarps;
     LoadedValues<Traits>::init_barriers();
     TileScales<Traits>::init_barriers();
     pair.init_barriers();
@@ -294,11 +290,11 @@ struct ForwardShared : LoadedValues<Traits>,
     }
     for (int stage = 0; stage < Traits::kKeyStages; ++stage) {
       k_full[stage].init(1);
-      k_empty[stage].init(readers);
+      k_empty[stage].init(kWarps);
     }
     for (int stage = 0; stage < Traits::kStages; ++stage) {
       v_full[stage].init(larger(Traits::kTransposers, 1));
-      v_empty[stage].init(readers);
+      v_empty[stage].init(kWarps);
     }
     tile_nearly_loaded.init(1);
     for (int slot = 0; slot < kTileSlots; ++slot) {
@@ -309,9 +305,9 @@ struct ForwardShared : LoadedValues<Traits>,
 
   /// A warp of consumers makes the barriers. The scheduler waits for that when it has the first piece, all others at
   /// once.
-  __device__ __forceinline__ void make_barriers(bool paired) {
+  __device__ __forceinline__ void make_barriers() {
     if (arch::leads()) {
-      init_barriers(paired);
+      init_barriers();
       arch::publish_barriers();
     }
     __syncwarp();
