@@ -18,15 +18,12 @@ class BackwardLoader {
   __device__ __forceinline__ BackwardLoader(const BackwardArgs& args, Shared& shared) : args_(args), shared_(shared) {}
 
   __device__ __forceinline__ void run() {
-    if (Traits::kPairs && pair_rank<Traits>() == 1)
-      hear();
-    else
-      search();
+    if constexpr (Traits::kPairs)
+      if (pair_rank<Traits>() == 1) return hear();
+    search();
   }
 
  private:
-  __device__ __forceinline__ static bool leads() { return threadIdx.x % 32 == 0; }
-
   __device__ __forceinline__ void search() {
     KeyTile work;
 #pragma unroll 1
@@ -43,7 +40,7 @@ class BackwardLoader {
 
   __device__ __forceinline__ uint32_t next_index() const {
     uint32_t taken = 0;
-    if (leads()) taken = atomicAdd(args_.scratch.taken, 1u);
+    if (arch::leads()) taken = atomicAdd(args_.scratch.taken, 1u);
     return gridDim.x / Traits::kBlocks + arch::uniform(taken);
   }
 
@@ -70,21 +67,19 @@ class BackwardLoader {
 
   /// What the first thread block of a pair works on, of which this one has the keys that follow.
   __device__ __forceinline__ void hear() {
-    if constexpr (Traits::kPairs) {
-      KeyTile work;
+    KeyTile work;
 #pragma unroll 1
-      do {
-        const Ring<1> told{works_.count};
-        if (leads()) shared_.work_told.arrive_expecting(sizeof(KeyTile));
-        shared_.work_told.wait(told.parity());
-        work = shared_.told_work.uniform();
-        __syncwarp();
-        if (leads()) shared_.work_known.arrive_at(0);
-        if (work.exists()) ++work.n_block;
-        put(work);
-        if (work.exists()) load(work);
-      } while (work.exists());
-    }
+    do {
+      const Ring<1> told{works_.count};
+      if (arch::leads()) shared_.work_told.arrive_expecting(sizeof(KeyTile));
+      shared_.work_told.wait(told.parity());
+      work = shared_.told_work.uniform();
+      __syncwarp();
+      if (arch::leads()) shared_.work_known.arrive_at(0);
+      if (work.exists()) ++work.n_block;
+      put(work);
+      if (work.exists()) load(work);
+    } while (work.exists());
   }
 
   /// K and V come behind the first queries: the consumers need them for longer. A piece of work without steps has them
@@ -112,11 +107,11 @@ class BackwardLoader {
         args_.scratch.stats + (head * args_.scratch.query_tiles + work.first_tile + at.m_block) * (2 * Traits::kTileM);
     shared_.q_empty[stage].wait(ring_.parity() ^ 1);
     load<typename Traits::TileQ>(args_.q, shared_.q[stage], row, head, batch, shared_.q_full[stage], kStatBytes);
-    if (leads()) arch::load_bytes(shared_.lse[stage], stats, kStatBytes, shared_.q_full[stage]);
+    if (arch::leads()) arch::load_bytes(shared_.lse[stage], stats, kStatBytes, shared_.q_full[stage]);
     arch::Barrier& dout_full = shared_.dout_full[dout.stage()];
     shared_.dout_empty[dout.stage()].wait(dout.parity() ^ 1);
     load<typename Traits::TileDo>(args_.dout, shared_.dout[dout.stage()], row, head, batch, dout_full, kStatBytes);
-    if (leads()) arch::load_bytes(shared_.delta[dout.stage()], stats + Traits::kTileM, kStatBytes, dout_full);
+    if (arch::leads()) arch::load_bytes(shared_.delta[dout.stage()], stats + Traits::kTileM, kStatBytes, dout_full);
     ring_.advance();
   }
 
@@ -135,7 +130,7 @@ class BackwardLoader {
   __device__ __forceinline__ void load_other_keys(const KeyTile& work) const {
     using Tile = typename Traits::TileOtherK;
     const int other = work.n_block ^ 1, first_chunk = Tile::kChunks * pair_rank<Traits>();
-    if (!leads()) return;
+    if (!arch::leads()) return;
 #pragma unroll
     for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
       arch::load_box(shared_.other_k + chunk * Tile::kChunkBytes, &args_.k.map,
@@ -148,7 +143,7 @@ class BackwardLoader {
   template <class Tile>
   __device__ __forceinline__ void load(const TmaOperand& from, uint8_t* to, int row, int head, int batch,
                                        arch::Barrier& full, uint32_t more) const {
-    if (!leads()) return;
+    if (!arch::leads()) return;
     full.arrive_expecting(Tile::kBytes + more);
 #pragma unroll
     for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
@@ -189,8 +184,6 @@ class DqAdder {
   }
 
  private:
-  __device__ __forceinline__ static bool leads() { return threadIdx.x % 32 == 0; }  // does all but wait
-
   __device__ __forceinline__ void add(const KeyTile& work) {
     for (int part = 0; part < Traits::kDqParts; ++part) {  // in the first step there is none yet
       wait_for_part();
@@ -222,7 +215,7 @@ class DqAdder {
       for (int part = 0; part < Traits::kDqParts; ++part) {
         wait_for_part();
         if (part == 0 && !args_.scratch.in_order && state != BackwardScratch::kBegun) state = claim(turns);
-        if (leads()) {
+        if (arch::leads()) {
           if (state == 0)
             arch::store_floats(sums + part * kPartFloats, given_, kPartFloats * sizeof(float));
           else
@@ -230,23 +223,23 @@ class DqAdder {
           arch::wait_until_read();
         }
         give_back_part();
-        if (Traits::kDqParts > 1 && part == 0 && late && leads()) {
+        if (Traits::kDqParts > 1 && part == 0 && late && arch::leads()) {
           arch::wait_until_added<1>();
           arch::pass_turn(late);
         }
       }
       if (passes_late) {
         late = turns;
-      } else if ((args_.scratch.in_order || state == 0) && leads()) {
+      } else if ((args_.scratch.in_order || state == 0) && arch::leads()) {
         arch::wait_until_added();
         arch::pass_turn(turns);
       }
     }
-    if (late && leads()) {
+    if (late && arch::leads()) {
       arch::wait_until_added();
       arch::pass_turn(late);
     }
-    if (Traits::kRoundsEarly && leads()) {  // for whoever rounds dQ
+    if (Traits::kRoundsEarly && arch::leads()) {  // for whoever rounds dQ
       arch::wait_until_added();
       arch::pass_turn(args_.scratch.added + work.batch * args_.num_heads_kv + work.head_kv);
     }
@@ -254,7 +247,7 @@ class DqAdder {
 
   /// 0: this warp is the first. Otherwise what the first one stored is there.
   __device__ __forceinline__ static uint32_t claim(uint32_t* turns) {
-    const uint32_t state = arch::uniform(leads() ? arch::claim(turns) : 0);
+    const uint32_t state = arch::uniform(arch::leads() ? arch::claim(turns) : 0);
     if (state == BackwardScratch::kClaimed) arch::wait_for_turn(turns, BackwardScratch::kBegun);
     arch::fence_async_proxy_global();
     return state;
@@ -262,7 +255,7 @@ class DqAdder {
 
   __device__ __forceinline__ void wait_for_part() const { shared_.dq_full[consumer_].wait(ring_.parity()); }
   __device__ __forceinline__ void give_back_part() {
-    if (leads()) shared_.dq_empty[consumer_].arrive();
+    if (arch::leads()) shared_.dq_empty[consumer_].arrive();
     ring_.advance();
   }
 
