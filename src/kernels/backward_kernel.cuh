@@ -4,6 +4,7 @@
 #include "arch/dependents.cuh"
 #include "kernels/backward_load.cuh"
 #include "kernels/backward_mma.cuh"
+#include "kernels/shared_limit.h"
 #include "variants.h"
 
 namespace fa3 {
@@ -103,14 +104,8 @@ template <class Traits, bool kDropout>
 cudaError_t launch_backward(const BackwardArgs& args, int grid, int device, cudaStream_t stream) {
   constexpr int kSharedBytes = sizeof(BackwardShared<Traits>);
   static_assert(kSharedBytes <= 227 * 1024, "a thread block has at most 227 KB of shared memory");
-  static uint64_t raised;  // a bit for each of the first 64 devices
-  const uint64_t mine = device < 64 ? uint64_t{1} << device : 0;
-  if (!(__atomic_load_n(&raised, __ATOMIC_RELAXED) & mine)) {
-    const cudaError_t error = cudaFuncSetAttribute(backward_kernel<Traits, kDropout>,
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-    if (error != cudaSuccess) return error;
-    __atomic_fetch_or(&raised, mine, __ATOMIC_RELAXED);
-  }
+  if (const cudaError_t error = raise_shared_limit<backward_kernel<Traits, kDropout>>(kSharedBytes, device))
+    return error;
   cudaLaunchAttribute pair{};
   pair.id = cudaLaunchAttributeClusterDimension;
   pair.val.clusterDim = {Traits::kBlocks, 1, 1};

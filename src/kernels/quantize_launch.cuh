@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels/quantize_args.h"
+#include "kernels/shared_limit.h"
 
 namespace fa3 {
 
@@ -10,13 +11,7 @@ namespace fa3 {
 template <void (*kKernel)(QuantizeArgs), int kMostBytes>
 cudaError_t launch_quantize_kernel(const QuantizeArgs& args, int threads, size_t bytes, int device,
                                    cudaStream_t stream) {
-  constexpr int kRemembered = 64;      // devices; those past it are told each time
-  static uint8_t raised[kRemembered];  // what the kernel may ask for
-  if (device >= kRemembered || !__atomic_load_n(&raised[device], __ATOMIC_RELAXED)) {
-    const cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostBytes);
-    if (error != cudaSuccess) return error;
-    if (device < kRemembered) __atomic_store_n(&raised[device], uint8_t{1}, __ATOMIC_RELAXED);
-  }
+  if (const cudaError_t error = raise_shared_limit<kKernel>(kMostBytes, device)) return error;
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(args.groups) * args.blocks_per_group;
   config.blockDim = threads;
