@@ -8,7 +8,7 @@ namespace fa3 {
 struct BackwardPlan {
   int variant;          // of backward_variants()
   int64_t query_tiles;  // of a head: see QueryTiles
-  int key_tiles;        // pieces of the main kernel's work, one for each block of keys of a KV head
+  int key_tiles;        // pieces of the main kernel's work, one for each block of keys of a KV head, or pair of them
   TileOrder order;
   bool copy_q, copy_k, copy_v, copy_dout;                 // to the workspace first, because TMA cannot address it
   int64_t counts;                                         // words: see BackwardScratch

@@ -17,8 +17,8 @@ struct RowArray {
 struct BackwardScratch {
   float* stats;  // (head, query tile, 2, tile_m): lse in base 2, infinite where nothing is seen; delta
   float* dq;     // (head, query tile, tile_m * head dim of the variant), in the order of wgmma's accumulators
-  // (head, query tile, consumer): 0 where no key block has come yet. In one order how many have; else kClaimed, and
-  // kBegun when what the first one stores is there to be added to.
+  // (head, query tile, share of its dq): 0 where no key block has come yet. In one order how many have; else kClaimed,
+  // and kBegun when what the first one stores is there to be added to.
   uint32_t* dq_turns;
   static constexpr uint32_t kClaimed = 1, kBegun = 2;
   float* sink_parts;    // (head, query tile), or null

@@ -56,9 +56,9 @@ __device__ __forceinline__ bool is_added(const ConvertArgs& args, int batch, int
   return arch::peek(args.scratch.added + batch * args.num_heads_kv + head_kv) == static_cast<uint32_t>(adding);
 }
 
-/// Sums of dQ to rows: a warp has 16 rows of a share of a query tile. Early: from when the main kernel's
-/// thread blocks have their last pieces of work, on multiprocessors that have none left, in the order of that work.
-/// Otherwise what the main kernel had last comes first: it is in L2.
+/// Sums of dQ to rows: a warp has 16 rows of a share of a query tile. Early: from when the main kernel's thread blocks
+/// have their last pieces of work, on multiprocessors that have none left, in the order of that work. Otherwise what
+/// the main kernel had last comes first: it is in L2.
 template <class Traits>
 __global__ void __launch_bounds__(128) convert_dq_kernel(const __grid_constant__ ConvertArgs args) {
   __shared__ StagedRows staging[4];

@@ -126,17 +126,13 @@ class BackwardLoader {
     if constexpr (Traits::kPairs) load_other_keys(work);
   }
 
-  /// Of the other thread block's keys this one's columns of dQ.
+  /// Of the other thread block's keys this one's columns of dQ. They were announced with its own.
   __device__ __forceinline__ void load_other_keys(const KeyTile& work) const {
     using Tile = typename Traits::TileOtherK;
-    const int other = work.n_block ^ 1, first_chunk = Tile::kChunks * pair_rank<Traits>();
-    if (!arch::leads()) return;
-#pragma unroll
-    for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
-      arch::load_box(shared_.other_k + chunk * Tile::kChunkBytes, &args_.k.map,
-                     {(first_chunk + chunk) * Tile::kChunkColumns, work.k.begin + other * Traits::kTileN,
-                      work.head_kv * args_.k.head_step, work.batch * args_.k.batch_step},
-                     shared_.k_full);
+    const int key = work.k.begin + (work.n_block ^ 1) * Traits::kTileN;
+    if (arch::leads())
+      load_chunks<Tile>(args_.k, shared_.other_k, Tile::kChunks * pair_rank<Traits>(), key, work.head_kv, work.batch,
+                        shared_.k_full);
   }
 
   /// A tile that begins at `row`, and announce `more` bytes beside it.
@@ -145,10 +141,17 @@ class BackwardLoader {
                                        arch::Barrier& full, uint32_t more) const {
     if (!arch::leads()) return;
     full.arrive_expecting(Tile::kBytes + more);
+    load_chunks<Tile>(from, to, 0, row, head, batch, full);
+  }
+
+  template <class Tile>
+  __device__ __forceinline__ static void load_chunks(const TmaOperand& from, uint8_t* to, int first, int row, int head,
+                                                     int batch, arch::Barrier& full) {
 #pragma unroll
     for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
       arch::load_box(to + chunk * Tile::kChunkBytes, &from.map,
-                     {chunk * Tile::kChunkColumns, row, head * from.head_step, batch * from.batch_step}, full);
+                     {(first + chunk) * Tile::kChunkColumns, row, head * from.head_step, batch * from.batch_step},
+                     full);
   }
 
   const BackwardArgs& args_;

@@ -290,21 +290,21 @@ class BackwardConsumer {
                         (Traits::kShareQueries ? warpgroup_ * (TileDs::kChunkBytes >> 4) : 0);
     const int share = Traits::kConsumers * pair_rank<Traits>() + warpgroup_;
     const uint32_t k = k_address_ + (Traits::kShareQueries ? 0 : share * (kShare >> 4));
+    add_ds<false>(dq, ds, k);
+    if constexpr (Traits::kPairs)  // and of the other thread block's keys
+      add_ds<true>(dq, arch::descriptor_address(shared_.other_ds),
+                   arch::descriptor_address(shared_.other_k) + warpgroup_ * (kShare >> 4));
+    arch::wgmma_commit();
+  }
+
+  /// The products of a block of keys with its dS, to what `dq` holds or in its place.
+  template <bool kAdds>
+  __device__ __forceinline__ static void add_ds(QueryGradient& dq, uint32_t ds, uint32_t k) {
 #pragma unroll
     for (int step = 0; step < Traits::kTileN / 16; ++step)
       arch::WgmmaTT<Element, Traits::kDqColumns>::mma(
           dq, arch::descriptor(TileDs::kMajorRows, ds + TileDs::row_step(step)),
-          arch::descriptor(TileK::kMajorRows, k + TileK::row_step(step)), step > 0);
-    if constexpr (Traits::kPairs) {  // and of the other thread block's keys
-      const uint32_t other_ds = arch::descriptor_address(shared_.other_ds);
-      const uint32_t other_k = arch::descriptor_address(shared_.other_k) + warpgroup_ * (kShare >> 4);
-#pragma unroll
-      for (int step = 0; step < Traits::kTileN / 16; ++step)
-        arch::WgmmaTT<Element, Traits::kDqColumns>::mma(
-            dq, arch::descriptor(TileDs::kMajorRows, other_ds + TileDs::row_step(step)),
-            arch::descriptor(TileK::kMajorRows, other_k + TileK::row_step(step)), true);
-    }
-    arch::wgmma_commit();
+          arch::descriptor(TileK::kMajorRows, k + TileK::row_step(step)), kAdds || step > 0);
   }
 
   __device__ __forceinline__ void add_dv(const Packed& p) {

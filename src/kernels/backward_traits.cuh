@@ -10,7 +10,9 @@
 namespace fa3 {
 
 /// Bytes of the widest chunks of which so many columns are a whole number.
-FA3_HOST_DEVICE constexpr int swizzle_for(int columns) { return columns % 64 == 0 ? 128 : columns % 32 == 0 ? 64 : 32; }
+FA3_HOST_DEVICE constexpr int swizzle_of_whole(int columns) {
+  return columns % 64 == 0 ? 128 : columns % 32 == 0 ? 64 : 32;
+}
 
 /// A block of 128 keys: consumers share them out, 64 each, for S^T, dP^T, dK and dV; for dQ they share out its queries
 /// where a tile has 64 for each, else its columns. A block of 64, for head dims of which registers hold only one of dK
@@ -37,7 +39,7 @@ struct BackwardTraits {
   static constexpr int kDqFloats = 128 * kDqCount;                                    // of a consumer
   static constexpr int kDqParts = kHeadDim > 192 ? 2 : 1;  // in which they are handed over: shared memory is full
 
-  static constexpr int kSwizzleQK = swizzle_for(kDqColumns), kSwizzleV = swizzle_for(kHeadDimV);
+  static constexpr int kSwizzleQK = swizzle_of_whole(kDqColumns), kSwizzleV = swizzle_of_whole(kHeadDimV);
   using TileQ = SharedTile<kTileM, kHeadDim, kSwizzleQK>;
   using TileDo = SharedTile<kTileM, kHeadDimV, kSwizzleV>;
   using TileK = SharedTile<kTileN, kHeadDim, kSwizzleQK>;
