@@ -289,10 +289,12 @@ WIDE = {"dtype": FP8, "batch": 4, "seqlen_q": 4096, "seqlen_k": 4096, "num_heads
 
 
 @pytest.mark.skipif(MINIMAL, reason="a minimal build has no wide head dims")
-@given(calls(seqlen_k=4096, head_dim=256, head_dim_v=256, dtype=FP8), st.booleans())
-def test_pairs_are_of_whole_tiles(call, is_long):
-    """Two thread blocks have neighbouring tiles of one head, or parts of them, and none is without the other."""
-    call |= {"seqlen_k": 16384} if is_long else {}
+@given(calls(head_dim=256, head_dim_v=256, dtype=FP8, batch_invariant=False), st.integers(8, 80),
+       st.integers(0, 130), st.sampled_from([4096, 16384]), st.sampled_from([0, 0, 1, 20]))
+def test_pairs_are_of_whole_tiles(call, tiles, missing, seqlen_k, sm_margin):
+    """Two thread blocks have neighbouring tiles of one head, or parts of them, and none is without the other. One call
+    in eight that are drawn has pairs."""
+    call |= {"seqlen_q": 256 * tiles - missing, "seqlen_k": seqlen_k, "sm_margin": sm_margin}
     plan = _core.plan(**call)
     work = Work(call, plan)
     if not plan["paired"]:
