@@ -79,20 +79,21 @@ struct Launch {
 
   fa3_status fill(ForwardArgs& args) {
     const fa3_forward_params& p = params;
-    args.packing = packing_of(p, plan.pack_gqa > 1);
-    args.heads = Divisor::of(p.num_heads_kv * args.packing.tiles);
+    ForwardExtras& extras = args.extras;
+    const Packing& packing = extras.packing = packing_of(p, plan.pack_gqa > 1);
+    args.heads = Divisor::of(p.num_heads_kv * packing.tiles);
     const int sharing = plan.paired ? 2 : 1;
-    args.paired = plan.paired;
-    args.queries_of_tile = Divisor::of(variant.row_groups * args.packing.positions * sharing);
+    extras.paired = plan.paired;
+    args.queries_of_tile = Divisor::of(variant.row_groups * packing.positions * sharing);
     const OperandShape q{.head_dim = p.head_dim,
                          .heads = p.num_heads,
-                         .group = args.packing.ratio,
-                         .box_group = args.packing.heads,
-                         .box_rows = args.packing.positions,
+                         .group = packing.ratio,
+                         .box_group = packing.heads,
+                         .box_rows = packing.positions,
                          .swizzle = variant.swizzle_q_k};
-    if (p.cache.page_table) args.pages = {cache_rows(p), page_box_rows(p, variant)};
-    const int box_rows = args.pages.box_rows > 0 ? args.pages.box_rows : plan.tile_n;
-    const bool read_once = plan.num_m_blocks == 1 && args.packing.tiles == 1;
+    if (p.cache.page_table) extras.pages = {cache_rows(p), page_box_rows(p, variant)};
+    const int box_rows = extras.pages.box_rows > 0 ? extras.pages.box_rows : plan.tile_n;
+    const bool read_once = plan.num_m_blocks == 1 && packing.tiles == 1;
     const OperandShape k{.head_dim = p.head_dim,
                          .heads = p.num_heads_kv,
                          .box_rows = box_rows,
@@ -118,11 +119,10 @@ struct Launch {
     args.out = p.out.data;
     args.out_float16 = p.out_dtype == FA3_FLOAT16;
     args.lse = static_cast<float*>(p.lse.data);
-    args.out_vectors = reinterpret_cast<uintptr_t>(p.out.data) % 16 == 0;
+    extras.odd_out = odd_out(p);
     for (int axis = 0; axis < 3; ++axis) {
       args.out_stride[axis] = p.out.stride[axis];
       args.lse_stride[axis] = p.lse.stride[axis];
-      args.out_vectors &= p.out.stride[axis] % 8 == 0;
     }
     args.queries = {p.queries.rows, p.queries.cu_seqlens, p.queries.seqused};
     args.keys = {{p.keys.rows, p.keys.cu_seqlens, seqlens_k ? seqlens_k : p.keys.seqused},
@@ -142,17 +142,17 @@ struct Launch {
     // A zero scale would make minus infinity, the masked score, NaN; this one makes every visible score 0 all the same.
     const float scale = p.softmax_scale == 0 ? 1e-30f : p.softmax_scale;
     args.score_scale_log2 = (p.softcap > 0 ? p.softcap : scale) * kLog2e;
-    args.softcap_scale = p.softcap > 0 ? scale / p.softcap : 0;
+    extras.softcap_scale = p.softcap > 0 ? scale / p.softcap : 0;
+    extras.plain_blocks = p.softcap == 0;
     args.hidden = args.score_scale_log2 < 0 ? INFINITY : -INFINITY;
-    args.sinks = p.sinks;
+    extras.sinks = p.sinks;
+    extras.exact_max = p.batch_invariant;
     args.dropout = dropout_of(p.dropout);
-    args.plain_blocks = p.softcap == 0;
-    args.exact_max = p.batch_invariant;
     args.most_tiles = static_cast<int>(most_tiles(p, plan));
     args.order = {plan.heads_per_section, plan.short_m_blocks};
     args.plain_pieces = !p.queries.cu_seqlens && !p.queries.seqused && plan.num_m_blocks == 1 && !args.piece_counter &&
                         args.visibility.full() && !p.keys.cu_seqlens && !p.cache.cache_leftpad;
-    args.splits = Splits::of(plan.whole_tiles / sharing, plan.num_splits);
+    extras.splits = Splits::of(plan.whole_tiles / sharing, plan.num_splits);
     return FA3_OK;
   }
 
@@ -175,7 +175,9 @@ struct Launch {
     if (auto status = prepare()) return status;
     if (params.queries.rows == 0) return FA3_OK;  // only the cache was written
     if (auto status = fill(args)) return status;
-    const auto launch = args.dropout.active ? variant.launch_dropout : variant.launch;
+    const auto launch = args.dropout.active ? variant.launch_dropout
+                        : plan.plain        ? variant.launch_plain
+                                            : variant.launch;
     const cudaError_t error = launch(args, plan.grid, plan.cluster, params.device, stream);
     if (auto status = check_cuda(error, variant.name, cudaGetErrorString(error))) return status;
     return sizes.parts && variant.joins_apart() ? join(args) : FA3_OK;

@@ -368,6 +368,13 @@ Choice choose(const Work& work) {
   return best;
 }
 
+/// Whether a call has nothing that its tile's plain kernel leaves out: see kernels/forward_args.h.
+bool plain(const fa3_forward_params& p, const ForwardVariant& variant, const fa3_forward_plan& plan) {
+  return variant.launch_plain && plan.pack_gqa == 1 && (plan.num_splits == 1 || variant.consumers > 1) &&
+         !plan.paired && !p.cache.page_table && p.softcap == 0 && !p.sinks && !p.batch_invariant && p.dropout.p == 0 &&
+         !odd_out(p);
+}
+
 int64_t ceil_of(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 void plan_order(const Work& work, const Packing& packing, fa3_forward_plan& plan) {
@@ -434,6 +441,11 @@ Dropout dropout_of(const fa3_dropout& given) {
           .number = given.seed,
           .seed_array = given.seed_data,
           .seed_type = kTypes[given.seed_type]};
+}
+
+bool odd_out(const fa3_forward_params& p) {
+  const int64_t* const stride = p.out.stride;
+  return reinterpret_cast<uintptr_t>(p.out.data) % 16 || stride[0] % 8 || stride[1] % 8 || stride[2] % 8;
 }
 
 Packing packing_of(const fa3_forward_params& params, bool packed) {
@@ -514,6 +526,7 @@ fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_pl
                 static_cast<long long>(pieces), plan.tile_m);
   const bool joins = choice.cluster && may_join_in_cluster(variant, choice.splits, static_cast<double>(pieces), slots);
   plan.cluster = plan.paired ? 2 : joins ? plan.num_splits : 1;
+  plan.plain = plain(p, variant, plan);
   plan.dynamic = pieces > plan.grid && pieces <= kMostCounted && !work.equal_tiles && choice.time > kLongTime;
 
   const WorkspaceSizes sizes = workspace_sizes(p, plan);
@@ -544,16 +557,16 @@ fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_pl
 void log_plan(const fa3_forward_params& p, const fa3_forward_plan& plan) {
   const char* wanted = std::getenv("FA3_LOG");
   if (!wanted || std::strcmp(wanted, "plan")) return;
-  std::fprintf(
-      stderr,
-      "fa3 forward: batch %d, heads %d on %d, head_dim %d and %d, rows %d on %d%s: %s, tile %d x %d, %d heads a tile, "
-      "%d splits after %d tiles, grid %d in clusters of %d%s%s, sections of %d heads, %d short m_blocks, copies q %d k "
-      "%d v %d qv %d, fp32 after %d blocks, workspace %zu bytes\n",
-      p.batch, p.num_heads, p.num_heads_kv, p.head_dim, p.head_dim_v, p.queries.rows, p.keys.rows,
-      p.queries.cu_seqlens ? " (ragged)" : "", forward_variants()[plan.variant].name, plan.tile_m, plan.tile_n,
-      plan.pack_gqa, plan.num_splits, plan.num_splits > 1 ? plan.whole_tiles : 0, plan.grid, plan.cluster,
-      plan.paired ? " (pairs)" : "", plan.dynamic ? " (dynamic)" : "", plan.heads_per_section, plan.short_m_blocks,
-      plan.copy_q, plan.copy_k, plan.copy_v, plan.copy_qv, plan.accumulate_blocks, plan.workspace);
+  std::fprintf(stderr,
+               "fa3 forward: batch %d, heads %d on %d, head_dim %d and %d, rows %d on %d%s: %s%s, tile %d x %d, "
+               "%d heads a tile, %d splits after %d tiles, grid %d in clusters of %d%s%s, sections of %d heads, "
+               "%d short m_blocks, copies q %d k %d v %d qv %d, fp32 after %d blocks, workspace %zu bytes\n",
+               p.batch, p.num_heads, p.num_heads_kv, p.head_dim, p.head_dim_v, p.queries.rows, p.keys.rows,
+               p.queries.cu_seqlens ? " (ragged)" : "", forward_variants()[plan.variant].name,
+               plan.plain ? " (plain)" : "", plan.tile_m, plan.tile_n, plan.pack_gqa, plan.num_splits,
+               plan.num_splits > 1 ? plan.whole_tiles : 0, plan.grid, plan.cluster, plan.paired ? " (pairs)" : "",
+               plan.dynamic ? " (dynamic)" : "", plan.heads_per_section, plan.short_m_blocks, plan.copy_q, plan.copy_k,
+               plan.copy_v, plan.copy_qv, plan.accumulate_blocks, plan.workspace);
 }
 
 }  // namespace fa3

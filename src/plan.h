@@ -55,6 +55,9 @@ WorkspaceSizes workspace_sizes(const fa3_forward_params& params, const fa3_forwa
 /// Tiles of all queries: exact for dense batches, an upper bound for ragged ones whose sequences do not overlap.
 int64_t most_tiles(const fa3_forward_params& params, const fa3_forward_plan& plan);
 
+/// Whether rows of out are stored element by element: 16 bytes at a time do not fit every address and stride.
+bool odd_out(const fa3_forward_params& params);
+
 /// Bytes of an element of q, k and v.
 inline int element_bytes(int dtype) { return dtype == FA3_FLOAT8_E4M3 ? 1 : 2; }
 

@@ -22,9 +22,10 @@ struct ForwardVariant {
   int part_bytes;              // of workspace, for each part of a split tile; 0: see joins_apart()
   bool joins_in_cluster;       // a part fits into shared memory, where the other blocks of a cluster can read it
   int swizzle_q_k, swizzle_v;  // bytes: the width of a shared memory chunk, and of a TMA box
-  // cluster: thread blocks of one, 1: none; device: the current. launch_dropout may be null: see
-  // ForwardTraits::kHasDropout.
+  // cluster: thread blocks of one, 1: none; device: the current. Two may be null: see ForwardTraits::kHasPlain and
+  // kHasDropout.
   cudaError_t (*launch)(const ForwardArgs& args, int grid, int cluster, int device, cudaStream_t stream);
+  cudaError_t (*launch_plain)(const ForwardArgs& args, int grid, int cluster, int device, cudaStream_t stream);
   cudaError_t (*launch_dropout)(const ForwardArgs& args, int grid, int cluster, int device, cudaStream_t stream);
 
   int tile_m() const { return 64 * row_groups; }

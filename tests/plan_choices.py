@@ -11,7 +11,7 @@ from pathlib import Path
 
 FILE = Path(__file__).with_name("plan_choices.csv")
 NUM_SMS = 132
-COLUMNS = ("tile_m", "tile_n", "pack_gqa", "num_splits", "whole_tiles", "grid", "cluster", "paired",
+COLUMNS = ("tile_m", "tile_n", "pack_gqa", "num_splits", "whole_tiles", "grid", "cluster", "paired", "plain",
            "dynamic", "heads_per_section", "short_m_blocks", "workspace")
 
 

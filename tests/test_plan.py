@@ -557,7 +557,7 @@ def test_the_plan_is_logged_in_one_line(host, capfd, monkeypatch):
     assert host.plan_and_log(3, 500, 4) == 0
     line, nothing = capfd.readouterr().err.split("\n")
     assert nothing == ""
-    for part in ("fa3 forward: batch 3, heads 4 on 4", "rows 500 on 500", "small, tile 128 x 128", "grid 48"):
+    for part in ("fa3 forward: batch 3, heads 4 on 4", "rows 500 on 500", "small (plain), tile 128 x 128", "grid 48"):
         assert part in line
 
 

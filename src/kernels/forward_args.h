@@ -46,6 +46,20 @@ struct Descale {
 #endif
 };
 
+/// What most calls do without.
+struct ForwardExtras {
+  Packing packing;      // of the query heads of each KV head
+  Splits splits;        // along the keys
+  KeyPages pages;       // that the keys lie in
+  float softcap_scale;  // softmax_scale / softcap, or 0: no softcap
+  bool plain_blocks;    // no softcap: a block without a mask takes the short way
+  const float* sinks;   // (num_heads), or null
+  bool exact_max;       // take each row's true maximum in every block (batch_invariant)
+  bool odd_out;         // 16-byte stores do not fit every address and stride of out
+  bool paired;  // thread blocks go in pairs, for which queries_of_tile, order and splits are: see forward_pair.cuh
+};
+
+/// Kernels ask by functions for what may be known when they are compiled: see PlainArgs.
 struct ForwardArgs {
   TmaOperand q, k, v;
   TmaOperand qv;            // as q, for kernels whose scores add qv v
@@ -54,18 +68,15 @@ struct ForwardArgs {
 
   void* out;
   int64_t out_stride[3];  // elements: batch, row, head
-  bool out_vectors;       // 16-byte stores fit every address and stride
   bool out_float16;       // of fp8 operands: out is float16, not bfloat16
   float* lse;             // or null
   int64_t lse_stride[3];  // elements: batch, head, row
 
   Lengths queries;
   KeyRows keys;
-  KeyPages pages;
   Visibility visibility;
   int batch, num_heads_kv, head_dim, head_dim_v;
-  Packing packing;  // of the query heads of each KV head
-  Divisor heads;    // tiles side by side of a sequence: num_heads_kv * packing.tiles
+  Divisor heads;  // tiles side by side of a sequence: num_heads_kv * packing.tiles
   Divisor queries_of_tile;
 
   Descale q_descale, k_descale, v_descale;  // of fp8 operands
@@ -76,23 +87,50 @@ struct ForwardArgs {
 
   float score_scale_log2;  // exponent = score * score_scale_log2 - max
   float hidden;            // what a masked score becomes: minus infinity once scaled
-  float softcap_scale;     // softmax_scale / softcap, or 0: no softcap
-  const float* sinks;      // (num_heads), or null
-  bool plain_blocks;       // no softcap: a block without a mask takes the short way
   Dropout dropout;
-  bool exact_max;  // take each row's true maximum in every block (batch_invariant)
 
-  bool paired;     // thread blocks go in pairs, for which queries_of_tile, order and splits are: see forward_pair.cuh
   int most_tiles;  // of a ragged batch: sequences that overlap would make more, and the workspace has no room for them
   TileOrder order;
   bool plain_pieces;  // every sequence is one tile of each head, and its queries see all keys, from the first row on
-  Splits splits;
-  uint64_t ticket;          // this call's, for its counters
+  uint64_t ticket;    // this call's, for its counters
   uint64_t* piece_counter;  // of the pieces of work handed out, or null: they are dealt out in turn
   float* parts;             // results of split tiles' parts: see forward_split.cuh, or leave_rows()
   uint64_t* parts_done;     // a counter for each warpgroup of a split tile
   float* parts_lse;         // of leave_rows(): (part, row, head)
   int64_t part_rows;        // of all heads, in each of them
+
+  ForwardExtras extras;
+  FA3_HOST_DEVICE const Packing& packing() const { return extras.packing; }
+  static constexpr bool kMaySplit = true;
+  FA3_HOST_DEVICE Splits::Piece piece(int index) const { return extras.splits.at(index); }
+  FA3_HOST_DEVICE bool paged() const { return extras.pages.used(); }
+  FA3_HOST_DEVICE bool has_softcap() const { return extras.softcap_scale != 0; }
+  FA3_HOST_DEVICE bool plain_blocks() const { return extras.plain_blocks; }
+  FA3_HOST_DEVICE bool has_sinks() const { return extras.sinks != nullptr; }
+  FA3_HOST_DEVICE bool exact_max() const { return extras.exact_max; }
+  FA3_HOST_DEVICE bool odd_out() const { return extras.odd_out; }
+  FA3_HOST_DEVICE bool paired() const { return extras.paired; }
+  FA3_HOST_DEVICE float kept_scale() const { return dropout.scale; }
+};
+
+/// A call without extras, and without dropout. Its kernel has half as many instructions: what is jumped over costs time
+/// too, 1 to 12% of rows up to 4,096 keys. With more than one warpgroup the last round's tiles may be split all the
+/// same.
+template <bool kMaySplit_>
+struct PlainArgs : ForwardArgs {
+  static constexpr bool kMaySplit = kMaySplit_;
+  FA3_HOST_DEVICE Splits::Piece piece(int index) const {
+    return kMaySplit ? extras.splits.at(index) : Splits::Piece{index, 0, 1};
+  }
+  FA3_HOST_DEVICE Packing packing() const { return Packing::of(extras.packing.ratio, false); }
+  FA3_HOST_DEVICE static constexpr bool paged() { return false; }
+  FA3_HOST_DEVICE static constexpr bool has_softcap() { return false; }
+  FA3_HOST_DEVICE static constexpr bool plain_blocks() { return true; }
+  FA3_HOST_DEVICE static constexpr bool has_sinks() { return false; }
+  FA3_HOST_DEVICE static constexpr bool exact_max() { return false; }
+  FA3_HOST_DEVICE static constexpr bool odd_out() { return false; }
+  FA3_HOST_DEVICE static constexpr bool paired() { return false; }
+  FA3_HOST_DEVICE static constexpr float kept_scale() { return 1; }
 };
 
 }  // namespace fa3

@@ -23,17 +23,18 @@ struct RowScales {
 
 /// The rows' denominators, and their lse to memory.
 template <class Traits, class Softmax>
-__device__ __forceinline__ RowScales finish_rows(const ForwardArgs& args, const TileHead& work, uint32_t thread,
-                                                 const Softmax& softmax) {
+__device__ __forceinline__ RowScales finish_rows(const typename Traits::Args& args, const TileHead& work,
+                                                 uint32_t thread, const Softmax& softmax) {
   const RowPlaces places = RowPlaces::of<Traits>(args, work, thread / 128);
   RowScales scales;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = thread % 128 / 32 * 16 + thread % 32 / 4 + 8 * r;
-    const int position = args.packing.position_of(row), head = args.packing.head_of(row);
+    const int position = args.packing().position_of(row), head = args.packing().head_of(row);
     const bool exists = places.exist(position, head);
-    const auto result = softmax.finish(r, args.sinks && exists ? args.sinks[places.first_head + head] : -INFINITY);
-    scales.scale[r] = result.scale * args.dropout.scale;
+    const auto result =
+        softmax.finish(r, args.has_sinks() && exists ? args.extras.sinks[places.first_head + head] : -INFINITY);
+    scales.scale[r] = result.scale * args.kept_scale();
     if (args.lse && exists && thread % 4 == 0 && Traits::first_column(thread / 128) == 0)
       args.lse[places.batch * args.lse_stride[0] + (places.first_head + head) * args.lse_stride[1] +
                (places.first_row + position) * args.lse_stride[2]] = result.lse;
@@ -43,7 +44,7 @@ __device__ __forceinline__ RowScales finish_rows(const ForwardArgs& args, const 
 
 /// Two numbers of output.
 template <class Traits>
-__device__ __forceinline__ uint32_t pack_output(const ForwardArgs& args, float low, float high) {
+__device__ __forceinline__ uint32_t pack_output(const typename Traits::Args& args, float low, float high) {
   if constexpr (Traits::kEightBits)
     return args.out_float16 ? arch::pack<Float16>(low, high) : arch::pack<BFloat16>(low, high);
   else
@@ -74,7 +75,7 @@ class RowWriter {
  public:
   static constexpr int kPairs = Traits::kColumnsO / 16;  // of 8 columns each
 
-  __device__ __forceinline__ RowWriter(const ForwardArgs& args, const TileHead& work, uint32_t thread,
+  __device__ __forceinline__ RowWriter(const typename Traits::Args& args, const TileHead& work, uint32_t thread,
                                        const RowScales& scales, Staging* staging)
       : args_(args),
         places_(RowPlaces::of<Traits>(args, work, thread / 128)),
@@ -90,7 +91,7 @@ class RowWriter {
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
       const int row = first_row_ + kRowsAtOnce * turn + lane_ / Staging::kVectors;
-      const int position = args_.packing.position_of(row), head = args_.packing.head_of(row);
+      const int position = args_.packing().position_of(row), head = args_.packing().head_of(row);
       exists_[turn] = places_.exist(position, head);
       to_[turn] = first + position * args_.out_stride[1] + head * args_.out_stride[2];
     }
@@ -113,7 +114,7 @@ class RowWriter {
     __syncwarp();
     const int offset = 8 * Staging::kVectors * group;
     const bool exists = first_column_ + offset + 8 * static_cast<int>(lane_ % Staging::kVectors) < args_.head_dim_v;
-    if (args_.out_vectors) {
+    if (!args_.odd_out()) {
 #pragma unroll
       for (int turn = 0; turn < kTurns; ++turn)
         if (exists && exists_[turn]) *reinterpret_cast<uint4*>(to_[turn] + offset) = *staged(turn);
@@ -129,7 +130,7 @@ class RowWriter {
     return staging_.at(kRowsAtOnce * turn + lane_ / Staging::kVectors, lane_ % Staging::kVectors);
   }
 
-  const ForwardArgs& args_;
+  const typename Traits::Args& args_;
   const RowPlaces places_;
   const uint32_t lane_, first_row_;
   const int first_column_;
@@ -157,20 +158,20 @@ __device__ __forceinline__ void store_rows(const RowWriter<Traits>& writer, cons
 /// The rows of a part for another kernel to join: in fp32 (part, row, head, column), as if there were no other keys. A
 /// sink belongs to the first part.
 template <class Traits, class Softmax>
-__device__ __forceinline__ void leave_rows(const ForwardArgs& args, const TileHead& work, uint32_t thread,
+__device__ __forceinline__ void leave_rows(const typename Traits::Args& args, const TileHead& work, uint32_t thread,
                                            const float (&o)[Traits::kColumnsO / 2], const Softmax& softmax) {
   const RowPlaces places = RowPlaces::of<Traits>(args, work, thread / 128);
   const int first_column = Traits::first_column(thread / 128) + 2 * (thread % 4);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = thread % 128 / 32 * 16 + thread % 32 / 4 + 8 * r;
-    const int position = args.packing.position_of(row), head = args.packing.head_of(row);
-    const bool exists = places.exist(position, head), has_sink = args.sinks && work.part == 0 && exists;
-    const auto result = softmax.finish(r, has_sink ? args.sinks[places.first_head + head] : -INFINITY);
+    const int position = args.packing().position_of(row), head = args.packing().head_of(row);
+    const bool exists = places.exist(position, head), has_sink = args.has_sinks() && work.part == 0 && exists;
+    const auto result = softmax.finish(r, has_sink ? args.extras.sinks[places.first_head + head] : -INFINITY);
     if (!exists) continue;
     const int64_t query = places.batch * args.queries.rows + places.first_row + position;
     const int64_t index =
-        work.part * args.part_rows + query * args.num_heads_kv * args.packing.ratio + places.first_head + head;
+        work.part * args.part_rows + query * args.num_heads_kv * args.packing().ratio + places.first_head + head;
     if (first_column == 0) args.parts_lse[index] = result.lse;
     float* const to = args.parts + index * args.head_dim_v + first_column;
     const bool empty = result.scale < 0;  // then o holds anything

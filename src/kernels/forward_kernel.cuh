@@ -14,7 +14,7 @@ namespace fa3 {
 
 template <class Traits, bool kDropout>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
-    forward_kernel(const __grid_constant__ ForwardArgs args) {
+    forward_kernel(const __grid_constant__ typename Traits::Args args) {
   using Shared = ForwardShared<Traits>;
   extern __shared__ __align__(1024) uint8_t dynamic_shared[];
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
@@ -31,14 +31,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
   // Meanwhile: what does not need the first piece of work.
   const auto pair = Pair<Traits>::of(args);
   if (thread < 32) shared.make_barriers();
-  if (producer == 1) prefetch_start(args);
+  if (producer == 1) prefetch_start<Traits>(args);
   if constexpr (kDropout)
     if (thread == 0) shared.seed = args.dropout.seed();
   shared.wait_for_barriers();
   if (pair.exists) arch::cluster_meet();
   if (warpgroup == Traits::kConsumers) {
     if (producer == 1) {
-      if (args.pages.used())
+      if (args.paged())
         Loader<Traits, PagedKeys<Traits>>(args, shared).run();
       else
         Loader<Traits, ContiguousKeys<Traits>>(args, shared).run();
@@ -50,19 +50,21 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     Consumer<Traits, kDropout> consumer(args, shared, warpgroup);
     typename Consumer<Traits, kDropout>::Output o;
     while (const auto* work = consumer.next()) {
-      if constexpr (!Traits::kJoinsApart) PartRows<Traits>(args, shared, *work, arch::thread_anew()).expect();
+      const auto whole = [&] { return !Traits::Args::kMaySplit || arch::uniform(work->parts) == 1; };
+      if constexpr (!Traits::kJoinsApart)
+        if (!whole()) PartRows<Traits>(args, shared, *work, arch::thread_anew()).expect();
       RowScales scales;
       consumer.attend(*work, o, [&] {
-        if (work->parts == 1) scales = finish_rows<Traits>(args, *work, arch::thread_anew(), consumer.softmax());
+        if (whole()) scales = finish_rows<Traits>(args, *work, arch::thread_anew(), consumer.softmax());
       });
       const uint32_t thread = arch::thread_anew();
-      const PartRows<Traits> parts(args, shared, *work, thread);
-      if (parts.all_here()) {
+      if (whole()) {
         store_rows(RowWriter<Traits>(args, *work, thread, scales, shared.staging), scales, o);
       } else if constexpr (Traits::kJoinsApart) {
         leave_rows<Traits>(args, *work, thread, o, consumer.softmax());
-      } else if (parts.leave(o, consumer.softmax())) {
-        parts.join();
+      } else {
+        const PartRows<Traits> parts(args, shared, *work, thread);
+        if (parts.leave(o, consumer.softmax())) parts.join();
       }
       consumer.done();
     }
@@ -99,8 +101,8 @@ cudaError_t launch_forward(const ForwardArgs& args, int grid, int cluster, int d
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   config.attrs = &attribute;
-  config.numAttrs = args.paired || (cluster > 1 && cluster <= largest);
-  return cudaLaunchKernelEx(&config, kernel, args);
+  config.numAttrs = args.extras.paired || (cluster > 1 && cluster <= largest);
+  return cudaLaunchKernelEx(&config, kernel, typename Traits::Args{args});
 }
 
 template <class Traits>
@@ -124,6 +126,12 @@ ForwardVariant describe_forward(const char* name, int dtype) {
           Traits::kSwizzleQK,
           Traits::kSwizzleV,
           launch_forward<Traits, false>,
+          [] {
+            if constexpr (Traits::kHasPlain)
+              return launch_forward<PlainTraits<Traits>, false>;
+            else
+              return nullptr;
+          }(),
           [] {
             if constexpr (Traits::kHasDropout)
               return launch_forward<Traits, true>;

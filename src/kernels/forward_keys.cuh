@@ -18,7 +18,7 @@ struct ContiguousKeys {
     Pair<Traits> pair;
   };
 
-  __device__ __forceinline__ static Source source(const ForwardArgs& args, const TmaOperand& operand,
+  __device__ __forceinline__ static Source source(const typename Traits::Args& args, const TmaOperand& operand,
                                                   const TileHead& work) {
     return {&operand.map, arch::uniform(work.k_begin), arch::uniform(work.head_kv) * operand.head_step,
             arch::uniform(work.batch_kv) * operand.batch_step, Pair<Traits>::of(args)};
@@ -69,9 +69,9 @@ struct PagedKeys {
 
   __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
 
-  __device__ __forceinline__ static Source source(const ForwardArgs& args, const TmaOperand& operand,
+  __device__ __forceinline__ static Source source(const typename Traits::Args& args, const TmaOperand& operand,
                                                   const TileHead& work) {
-    return {args.pages, operand, work};
+    return {args.extras.pages, operand, work};
   }
 
   using Place = int;  // the page of this lane's box, if there is such a page

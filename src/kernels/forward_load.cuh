@@ -11,7 +11,8 @@ namespace fa3 {
 
 /// The loader's warp, before there is anything to load: what memory is asked for next is on its way. Lengths are the
 /// scheduler's.
-__device__ __forceinline__ void prefetch_start(const ForwardArgs& args) {
+template <class Traits>
+__device__ __forceinline__ void prefetch_start(const typename Traits::Args& args) {
   if (arch::leads()) {
     arch::prefetch_map(&args.q.map);
     arch::prefetch_map(&args.k.map);
@@ -25,7 +26,7 @@ __device__ __forceinline__ void prefetch_start(const ForwardArgs& args) {
 template <class Traits, class Keys>
 class Loader {
  public:
-  __device__ __forceinline__ Loader(const ForwardArgs& args, ForwardShared<Traits>& shared)
+  __device__ __forceinline__ Loader(const typename Traits::Args& args, ForwardShared<Traits>& shared)
       : args_(args), shared_(shared) {}
 
   __device__ __forceinline__ void run() {
@@ -67,7 +68,7 @@ class Loader {
   }
 
   __device__ __forceinline__ void load_q(const TileHead& work) {
-    const uint32_t bytes = args_.packing.rows * (Traits::kQueryBytes / Traits::kTileM);
+    const uint32_t bytes = args_.packing().rows * (Traits::kQueryBytes / Traits::kTileM);
     const Ring<Traits::kQueryStages> ring{tiles_.count};
     const uint32_t stage = ring.stage();
     const int head = arch::uniform(work.first_head), head_kv = arch::uniform(work.head_kv);
@@ -83,7 +84,7 @@ class Loader {
         if constexpr (Traits::kHasQv)
           load_rows<typename Traits::TileQV>(args_.qv, head, row, head_kv, batch, shared_.qv[group][stage], full);
       }
-      row += args_.packing.positions;
+      row += args_.packing().positions;
     }
   }
 
@@ -161,7 +162,7 @@ class Loader {
     ring.advance();
   }
 
-  const ForwardArgs& args_;
+  const typename Traits::Args& args_;
   ForwardShared<Traits>& shared_;
   Ring<Traits::kKeyStages> k_ring_;
   Ring<Traits::kStages> v_ring_;

@@ -57,7 +57,7 @@ class Consumer {
  public:
   using Output = float[Traits::kColumnsO / 2];
 
-  __device__ __forceinline__ Consumer(const ForwardArgs& args, Shared& shared, int warpgroup)
+  __device__ __forceinline__ Consumer(const typename Traits::Args& args, Shared& shared, int warpgroup)
       : args_(args),
         shared_(shared),
         warpgroup_(warpgroup),
@@ -70,7 +70,7 @@ class Consumer {
         exchange_(shared),
         totals_(args, shared) {
     if constexpr (!Traits::kEightBits) softmax_.scale_log2[0] = args.score_scale_log2;
-    if (args.packing.rows < 64) clear_idle_queries();
+    if (args.packing().rows < 64) clear_idle_queries();
   }
 
   /// The next piece of work, or null. It stays in shared memory, where it costs no registers, until done().
@@ -104,7 +104,7 @@ class Consumer {
       load_queries();
       if constexpr (Traits::kHasQv) exchange_.open();
       // Of dropout, which comes to tiles of one head alone.
-      const Philox philox(shared_.seed, work.head_kv * args_.packing.ratio + work.first_head, work.batch);
+      const Philox philox(shared_.seed, work.head_kv * args_.packing().ratio + work.first_head, work.batch);
       const int first_query = query_of<Traits>(args_, work, warpgroup_, 16 * warp_);
 
       bool here = false;  // the next block, as was seen when there was time to look
@@ -143,7 +143,7 @@ class Consumer {
         }
         if constexpr (Traits::kHasQv) exchange_.add_others(s);
         if (!plain) shape_scores(s, work, n_block, n_block >= blocks.settled || n_block < blocks.plain_begin);
-        const bool exact = args_.exact_max || (!plain && softmax_.met_no_key());
+        const bool exact = args_.exact_max() || (!plain && softmax_.met_no_key());
         if constexpr (Traits::kRunsFree) return softmax_.attempt(s, p, exact);
         softmax_.update(s, p, exact, o);
         take_dropped(p, philox, first_query, n_block);
@@ -165,7 +165,7 @@ class Consumer {
       release_k();
       if constexpr (Traits::kHasQv) exchange_.add_others(s);
       shape_scores(s, work, n_block, blocks.needs_mask(n_block));
-      softmax_.first(s, p, args_.exact_max);
+      softmax_.first(s, p, args_.exact_max());
       take_dropped(p, philox, first_query, n_block);
       if constexpr (!Traits::kEightBits) clear_values_past(work.seqlen_k - n_block * kTileN);  // else when turned
 
@@ -181,7 +181,7 @@ class Consumer {
         while (--n_block >= blocks.begin) {
           if constexpr (Traits::kRunsFree) {
             bool safe;
-            if (n_block < blocks.settled && n_block >= blocks.plain_begin && args_.plain_blocks) {
+            if (n_block < blocks.settled && n_block >= blocks.plain_begin && args_.plain_blocks()) {
               // Plain blocks, down to one that needs more: a loop with no jump but its own.
               const int last = larger(larger(blocks.plain_begin, blocks.begin), next_move);
               ++n_block;
@@ -194,7 +194,7 @@ class Consumer {
               safe = step(n_block, false, promoted);
             }
             if (!safe) softmax_.redo(s, p, o);
-          } else if (n_block < blocks.settled && n_block >= blocks.plain_begin && args_.plain_blocks) {
+          } else if (n_block < blocks.settled && n_block >= blocks.plain_begin && args_.plain_blocks()) {
             step(n_block, true, promoted);
           } else {
             step(n_block, false, promoted);
@@ -243,8 +243,8 @@ class Consumer {
  private:
   /// The factor of row r's scores. Rows that stand idle have that of a head that exists.
   __device__ __forceinline__ float descale(const Work& work, int r) const {
-    if (args_.packing.heads == 1) return work.score_descale;
-    const int head = smaller(work.first_head + args_.packing.head_of(row(r)), args_.packing.ratio - 1);
+    if (args_.packing().heads == 1) return work.score_descale;
+    const int head = smaller(work.first_head + args_.packing().head_of(row(r)), args_.packing().ratio - 1);
     return score_descale<Traits>(args_, work, head);
   }
 
@@ -253,7 +253,7 @@ class Consumer {
     shared_.tile_scaled[tiles_.stage()].wait(tiles_.parity());
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float scale = args_.score_scale_log2 * (args_.softcap_scale == 0 ? descale(work, r) : 1.f);
+      const float scale = args_.score_scale_log2 * (args_.has_softcap() ? 1.f : descale(work, r));
       softmax_.scale_log2[r] = scale == 0 ? 1e-30f : scale;  // see fill() in api.cpp
     }
   }
@@ -279,9 +279,9 @@ class Consumer {
   /// Rows that no query is ever loaded to are zeros: the softmax of a warp must not depend on what memory held before.
   __device__ __forceinline__ void clear_idle_queries() const {
     if constexpr (Traits::kHasQv)  // those of Q are left out by load_queries()
-      clear_rows<TileQV, Traits::kQueryStages>(shared_.qv[row_group()][0], args_.packing.rows);
+      clear_rows<TileQV, Traits::kQueryStages>(shared_.qv[row_group()][0], args_.packing().rows);
     else
-      clear_rows<TileQ, Traits::kQueryStages>(shared_.q[row_group()][0], args_.packing.rows);
+      clear_rows<TileQ, Traits::kQueryStages>(shared_.q[row_group()][0], args_.packing().rows);
     arch::fence_async_proxy();
     arch::barrier_sync(own_barrier(), 128);
   }
@@ -322,7 +322,7 @@ class Consumer {
       if constexpr (Traits::kHasQv) {  // rows that stand idle hold what was exchanged
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          if (row(i % 2) >= args_.packing.rows) queries_[step][i] = 0;
+          if (row(i % 2) >= args_.packing().rows) queries_[step][i] = 0;
       }
     }
   }
@@ -453,7 +453,7 @@ class Consumer {
   /// is NaN: what follows, another sequence or unused rows, becomes 0 too. TMA does that at the array's own end. Every
   /// warpgroup clears the whole rest for itself, which spares them waiting for each other.
   __device__ __forceinline__ void clear_values_past(int rows) const {
-    if (rows >= kTileN || !(args_.keys.cu_seqlens || args_.keys.seqused || args_.pages.used())) return;
+    if (rows >= kTileN || !(args_.keys.cu_seqlens || args_.keys.seqused || args_.paged())) return;
     shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());
     clear_rows<TileV, 1>(shared_.v[v_ring_.stage()], rows);
     arch::fence_async_proxy();
@@ -462,8 +462,8 @@ class Consumer {
 
   /// Softcap and mask.
   __device__ __forceinline__ void shape_scores(Scores& s, const Work& work, int n_block, bool masked) const {
-    if (args_.softcap_scale != 0) {
-      float scale[RowSoftmax::kScales] = {args_.softcap_scale};
+    if (args_.has_softcap()) {
+      float scale[RowSoftmax::kScales] = {args_.extras.softcap_scale};
       if constexpr (Traits::kEightBits) {
         scale[1] = scale[0] * descale(work, 1);
         scale[0] *= descale(work, 0);
@@ -508,7 +508,7 @@ class Consumer {
     v_ring_.advance();
   }
 
-  const ForwardArgs& args_;
+  const typename Traits::Args& args_;
   Shared& shared_;
   const int warpgroup_, lane_, warp_;
   const Turns<Traits::kConsumers, Traits::kTakesTurns> turns_;

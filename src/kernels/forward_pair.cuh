@@ -12,9 +12,9 @@ struct Pair {
   bool exists;
   int rank;
 
-  __device__ __forceinline__ static Pair of(const ForwardArgs& args) {
+  __device__ __forceinline__ static Pair of(const typename Traits::Args& args) {
     if constexpr (Traits::kPairs)
-      return {args.paired, args.paired ? static_cast<int>(blockIdx.x % 2) : 0};
+      return {args.paired(), args.paired() ? static_cast<int>(blockIdx.x % 2) : 0};
     else
       return {false, 0};
   }

@@ -24,7 +24,8 @@ class PartRows {
   /// A part lies over Q, K and V, which nobody needs any more.
   static constexpr bool kFitsShared = kBytes <= sizeof(Shared::q) + sizeof(Shared::k) + sizeof(Shared::v);
 
-  __device__ __forceinline__ PartRows(const ForwardArgs& args, Shared& shared, const TileHead& work, uint32_t thread)
+  __device__ __forceinline__ PartRows(const typename Traits::Args& args, Shared& shared, const TileHead& work,
+                                      uint32_t thread)
       : args_(args),
         shared_(shared),
         work_(work),
@@ -33,12 +34,9 @@ class PartRows {
         places_(RowPlaces::of<Traits>(args, work, warpgroup_)),
         parts_(arch::uniform(work.parts)) {}
 
-  /// The tile is not split.
-  __device__ __forceinline__ bool all_here() const { return parts_ == 1; }
-
   /// Begin to count the parts that are there: early, since memory takes its time to answer.
   __device__ __forceinline__ void expect() const {
-    if (parts_ > 1 && !in_cluster() && has_rows() && thread_ == 0) counter().open();
+    if (!in_cluster() && has_rows() && thread_ == 0) counter().open();
   }
 
   /// Leave this part; true, for all of the warpgroup: join() is to follow.
@@ -62,7 +60,7 @@ class PartRows {
   /// Join the parts and write the rows, or this block's share of them. Which sums are made does not depend on who was
   /// last, so the bits do not either.
   __device__ __forceinline__ void join() const {
-    const uint32_t vectors = arch::uniform(larger(places_.positions, 0) * args_.packing.heads * kVectors);
+    const uint32_t vectors = arch::uniform(larger(places_.positions, 0) * args_.packing().heads * kVectors);
     if (in_cluster())
       join_share(vectors);
     else
@@ -94,8 +92,8 @@ class PartRows {
 
   __device__ __forceinline__ Place place(uint32_t i, uint32_t end) const {
     Place at{i / kVectors % 64, i % kVectors * 4};
-    at.position = args_.packing.position_of(at.row);
-    at.head = args_.packing.head_of(at.row);
+    at.position = args_.packing().position_of(at.row);
+    at.head = args_.packing().head_of(at.row);
     at.exists = i < end && places_.exist(at.position, at.head);
     return at;
   }
@@ -113,7 +111,7 @@ class PartRows {
   /// In a cluster: a lane reads a part of a vector, and 2, 4, 8 or 16 lanes add up in a tree. Where the first vector
   /// goes is worked out before the parts are waited for.
   __device__ __forceinline__ void join_share(uint32_t end) const {
-    const uint32_t share = args_.splits.count.quotient(end + parts_ - 1), part = arch::uniform(work_.part);
+    const uint32_t share = args_.extras.splits.count.quotient(end + parts_ - 1), part = arch::uniform(work_.part);
     const uint32_t lanes = 2u << (31 - __clz(parts_ - 1)), mine = thread_ % 32 & (lanes - 1);
     end = smaller((part + 1) * share, end);
     const float* const from = arch::in_block(own_part(), smaller(mine, parts_ - 1));
@@ -176,14 +174,14 @@ class PartRows {
       const int64_t* const stride = args_.lse_stride;
       to.lse = args_.lse + places_.batch * stride[0] + query_head * stride[1] + query * stride[2];
     }
-    if (args_.sinks && at.exists) to.sink = args_.sinks[query_head];
+    if (args_.has_sinks() && at.exists) to.sink = args_.extras.sinks[query_head];
     return to;
   }
 
   __device__ __forceinline__ void store(const Destination& to, const Joined& joined) const {
     const auto result = RowSoftmax::result(joined.max, joined.sum, to.sink);
     if (to.lse) *to.lse = result.lse;
-    float scale = result.scale < 0 ? 0.f : result.scale * args_.dropout.scale;
+    float scale = result.scale < 0 ? 0.f : result.scale * args_.kept_scale();
     if constexpr (RowSoftmax::kEightBits) scale *= work_.value_descale;
 #pragma unroll
     for (uint32_t half = 0; half < 2; ++half) {
@@ -254,15 +252,15 @@ class PartRows {
   __device__ __forceinline__ void store_columns(uint16_t* to, const float4& x, float scale) const {
     const uint2 words = make_uint2(pack_output<Traits>(args_, x.x * scale, x.y * scale),
                                    pack_output<Traits>(args_, x.z * scale, x.w * scale));
-    if (args_.out_vectors)
-      *reinterpret_cast<uint2*>(to) = words;
-    else
+    if (args_.odd_out())
       store_elements(to, words);
+    else
+      *reinterpret_cast<uint2*>(to) = words;
   }
 
   __device__ __forceinline__ bool has_rows() const { return arch::uniform(places_.positions) > 0; }
   __device__ __forceinline__ bool exists(uint32_t row) const {
-    return places_.exist(args_.packing.position_of(row), args_.packing.head_of(row));
+    return places_.exist(args_.packing().position_of(row), args_.packing().head_of(row));
   }
 
   /// The warpgroup's own barrier, as the consumer's.
@@ -274,7 +272,7 @@ class PartRows {
 
   /// The tile's parts are those of a cluster's blocks: the launch says so. A pair's have parts of two tiles.
   __device__ __forceinline__ bool in_cluster() const {
-    return kFitsShared && arch::cluster_size() > 1 && !(Traits::kPairs && args_.paired);
+    return kFitsShared && arch::cluster_size() > 1 && !(Traits::kPairs && args_.paired());
   }
 
   __device__ __forceinline__ float* own_part() const {
@@ -284,7 +282,7 @@ class PartRows {
     return args_.parts + ((int64_t{work_.place} * parts_ + n) * Traits::kConsumers + warpgroup_) * kFloats;
   }
 
-  const ForwardArgs& args_;
+  const typename Traits::Args& args_;
   Shared& shared_;
   const TileHead& work_;
   const uint32_t thread_;  // of the warpgroup's 128

@@ -18,7 +18,7 @@ class Scheduler {
   static constexpr bool kLooksAhead = Traits::kProducerRegisters > 24;  // where there are registers for it
 
  public:
-  __device__ __forceinline__ Scheduler(const ForwardArgs& args, ForwardShared<Traits>& shared)
+  __device__ __forceinline__ Scheduler(const typename Traits::Args& args, ForwardShared<Traits>& shared)
       : args_(args),
         shared_(shared),
         lane_(threadIdx.x % 32),
@@ -44,8 +44,8 @@ class Scheduler {
         __syncwarp();
       if (lane_ == 0) {
         shared_.tile_full[tiles_.stage()].arrive();
-        if constexpr (Traits::kEightBits) {
-          if (found) find_descales(work);
+        if constexpr (Traits::kTurnedV) {
+          if (found) find_descales<Traits>(args_, work);
           shared_.tile_scaled[tiles_.stage()].arrive();
         }
       }
@@ -75,7 +75,7 @@ class Scheduler {
   /// Describe the next piece that has queries in `work`, in shared memory; false: there is none.
   __device__ __forceinline__ bool describe(TileWork<Traits::kRowGroups>& work) {
     for (;; take_index()) {
-      const Splits::Piece piece = args_.splits.at(index_);
+      const Splits::Piece piece = args_.piece(index_);
       Tile tile;
       Span q, k;
       BlockRange all;
@@ -104,21 +104,21 @@ class Scheduler {
         work.first_query = first + pair().rank * (tile_m_ / 2);
         work.batch = tile.batch;
         work.batch_kv = Traits::kTurnedV ? tile.batch : args_.keys.entry(tile.batch);
-        const int tiles = args_.packing.tiles;
+        const int tiles = args_.packing().tiles;
         work.head_kv = tiles == 1 ? tile.head : tile.head / tiles;
-        work.first_head = (tile.head - work.head_kv * tiles) * args_.packing.heads;
+        work.first_head = (tile.head - work.head_kv * tiles) * args_.packing().heads;
         work.q_begin = q.begin;
         work.k_begin = k.begin;
         work.seqlen_q = q.length;
         work.seqlen_k = k.length;
-        work.place = (piece.tile - args_.splits.whole_tiles) * pair().blocks() + pair().rank;
+        work.place = (piece.tile - args_.extras.splits.whole_tiles) * pair().blocks() + pair().rank;
         work.part = piece.part;
         work.parts = piece.parts;
       }
       int first_block = all.begin, end_block = all.end;
       if (piece.parts > 1) {
-        first_block += args_.splits.boundary(all.count(), piece.part);
-        end_block = all.begin + args_.splits.boundary(all.count(), piece.part + 1);
+        first_block += args_.extras.splits.boundary(all.count(), piece.part);
+        end_block = all.begin + args_.extras.splits.boundary(all.count(), piece.part + 1);
       }
       if (lane_ == 0) {
         work.first_block = first_block;
@@ -130,8 +130,8 @@ class Scheduler {
           work.blocks[0] = all;
         }
       } else if (lane_ < Traits::kRowGroups) {
-        const int own_first = first + pair().rank * (tile_m_ / 2) + args_.packing.positions * lane_;
-        const int own_last = smaller(own_first + args_.packing.positions, q.length) - 1;
+        const int own_first = first + pair().rank * (tile_m_ / 2) + args_.packing().positions * lane_;
+        const int own_last = smaller(own_first + args_.packing().positions, q.length) - 1;
         BlockRange own =
             own_first < 0 || own_last < own_first ? no_blocks(first_block) : range(own_first, own_last, q, k);
         own.clip(first_block, end_block);
@@ -145,18 +145,7 @@ class Scheduler {
   __device__ __forceinline__ int ahead(int queries) const {
     if (Traits::kRowGroups == 1 || args_.visibility.right == Visibility::kUnbounded) return 0;
     if (queries <= tile_m_ || pair().exists) return 0;
-    return rows_ahead(queries, args_.queries_of_tile.quotient(queries - 1) + 1, tile_m_, args_.packing.positions);
-  }
-
-  /// What is read is all asked for before any of it is waited for.
-  __device__ __forceinline__ void find_descales(TileHead& work) const {
-    const float score = score_descale<Traits>(args_, work, work.first_head);
-    const float value = args_.v_descale.at(work.batch, work.head_kv);
-    work.score_descale = score;
-    work.value_descale = value;
-    if constexpr (Traits::kHasQv)
-      work.key_part_scale =
-          args_.absorbed ? 1.f : args_.k_descale.at(work.batch, work.head_kv) / key_descale<Traits>(args_, work);
+    return rows_ahead(queries, args_.queries_of_tile.quotient(queries - 1) + 1, tile_m_, args_.packing().positions);
   }
 
   __device__ __forceinline__ bool nothing_left(TileWork<Traits::kRowGroups>& work) const {
@@ -214,7 +203,7 @@ class Scheduler {
   __device__ __forceinline__ void finish() const {
     if (!args_.piece_counter || index_ == number() || pair().rank != 0) return;
     const int64_t tiles = ragged() ? group_first_ : int64_t{heads_} * args_.batch * m_blocks();
-    if (lane_ == 0 && index_ + 1 == count() + args_.splits.pieces(tiles)) counter().close();
+    if (lane_ == 0 && index_ + 1 == count() + args_.extras.splits.pieces(tiles)) counter().close();
   }
 
   __device__ __forceinline__ arch::Counter counter() const { return {args_.piece_counter, args_.ticket}; }
@@ -303,7 +292,7 @@ class Scheduler {
     return false;
   }
 
-  const ForwardArgs& args_;
+  const typename Traits::Args& args_;
   ForwardShared<Traits>& shared_;
   const int lane_;
   const int heads_;   // tiles side by side of a sequence

@@ -21,7 +21,7 @@ class Totals {
   static constexpr float kMostGrowth = 1073741824.f;
 
  public:
-  __device__ __forceinline__ Totals(const ForwardArgs& args, ForwardShared<Traits>& shared)
+  __device__ __forceinline__ Totals(const typename Traits::Args& args, ForwardShared<Traits>& shared)
       : args_(args), shared_(shared) {}
 
   /// Move o, which no product is under way to, to the totals, `again` with what is there, and begin anew.
@@ -124,7 +124,7 @@ class Totals {
     return RowSoftmax::weight(max_[r], row_max[r]);
   }
 
-  const ForwardArgs& args_;
+  const typename Traits::Args& args_;
   ForwardShared<Traits>& shared_;
   float max_[2];  // what the totals are relative to
 };

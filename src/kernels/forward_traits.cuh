@@ -6,6 +6,7 @@
 #include "arch/convert.cuh"
 #include "arch/warpgroup.cuh"
 #include "attention/block_range.h"
+#include "kernels/forward_args.h"
 #include "tile/shared_tile.cuh"
 #include "tile/staged_rows.cuh"
 #include "tile/transpose.h"
@@ -62,6 +63,10 @@ struct ForwardTraits {
   // Dropout is for training, whose rows are long: the largest tile of each pair of head dims has a kernel with it.
   static constexpr bool kHasDropout =
       !kEightBits && !kHasQv && (kHeadDim > 128 ? kConsumers == 2 : kConsumers == 3 && kTileN > 64);
+
+  // Calls without extras have a kernel of their own where that is faster: above head dim 128 it is not.
+  using Args = ForwardArgs;
+  static constexpr bool kHasPlain = !kHasQv && !kTurnedV && kHeadDim <= 128;
 
   // A thread block starts with kThreads times the registers that kThreads of them can have each; setmaxnreg deals that
   // pool out anew, and waits forever for more than there is.
@@ -140,6 +145,12 @@ struct ForwardTraits {
   FA3_HOST_DEVICE static constexpr int first_column(int warpgroup) { return column_group(warpgroup) * kColumnsO; }
 };
 
+/// The same kernel for calls without extras.
+template <class Traits>
+struct PlainTraits : Traits {
+  using Args = PlainArgs<(Traits::kConsumers > 1)>;
+};
+
 /// A piece of work: a tile, or its part along the keys.
 struct TileHead {
   int first_query;               // of its rows; below 0 they are nobody's. kNone: there is no more
@@ -192,7 +203,7 @@ struct TileScales {
 
 template <class Traits>
 struct TileScales<Traits, true> {
-  arch::Barrier tile_scaled[kTileSlots];  // the scheduler arrives
+  arch::Barrier tile_scaled[kTileSlots];  // a transposing warp arrives, or where there is none the scheduler
 
   __device__ void init_barriers() {
     for (arch::Barrier& scaled : tile_scaled) scaled.init(1);

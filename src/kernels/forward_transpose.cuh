@@ -3,6 +3,7 @@
 #include "arch/fragments.cuh"
 #include "arch/warpgroup.cuh"
 #include "kernels/forward_args.h"
+#include "kernels/forward_rows.cuh"
 #include "kernels/forward_traits.cuh"
 #include "tile/ring.cuh"
 #include "tile/turn.cuh"
@@ -16,14 +17,19 @@ class Transposer {
   using To = typename Traits::TileV;
 
  public:
-  __device__ __forceinline__ Transposer(const ForwardArgs& args, ForwardShared<Traits>& shared, int warp)
+  __device__ __forceinline__ Transposer(const typename Traits::Args& args, ForwardShared<Traits>& shared, int warp)
       : args_(args), shared_(shared), warp_(warp), lane_(threadIdx.x % 32, Traits::kSwizzleV) {}
 
   __device__ __forceinline__ void run() {
     while (true) {
       shared_.tile_full[tiles_.stage()].wait(tiles_.parity());
-      const TileHead& work = shared_.tile[tiles_.stage()];
+      TileHead& work = shared_.tile[tiles_.stage()];
       if (work.first_query == TileHead::kNone) return;
+      // Memory is far, and the scheduler would describe the next piece only then.
+      if (warp_ == 0 && arch::leads()) {
+        find_descales<Traits>(args_, work);
+        shared_.tile_scaled[tiles_.stage()].arrive();
+      }
       const int seqlen_k = work.seqlen_k, first_block = work.first_block;
       int n_block = work.end_block - 1;
       __syncwarp();
@@ -82,7 +88,7 @@ class Transposer {
     __syncwarp();
   }
 
-  const ForwardArgs& args_;
+  const typename Traits::Args& args_;
   ForwardShared<Traits>& shared_;
   const int warp_;
   const TurningLane lane_;

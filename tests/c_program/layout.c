@@ -154,6 +154,7 @@ int main(void) {
   FIELD(fa3_forward_plan, grid)
   FIELD(fa3_forward_plan, cluster)
   FIELD(fa3_forward_plan, paired)
+  FIELD(fa3_forward_plan, plain)
   FIELD(fa3_forward_plan, dynamic)
   FIELD(fa3_forward_plan, heads_per_section)
   FIELD(fa3_forward_plan, short_m_blocks)

@@ -6,12 +6,14 @@
 
 namespace fa3 {
 
+static cudaError_t any_launch(const ForwardArgs&, int, int, int, cudaStream_t) { return cudaError_t(); }
+
 std::span<const ForwardVariant> forward_variants() {
   static const ForwardVariant table[] = {
-      {"large", FA3_BFLOAT16, 128,   128,  false, 3,   3,   80,      512,    0, 1,
-       0,       false,        false, 3000, true,  128, 128, nullptr, nullptr},
-      {"small", FA3_BFLOAT16, 128,   128,  false, 2,   2,   128,     384,    0, 1,
-       0,       false,        false, 2000, true,  128, 128, nullptr, nullptr},
+      {"large", FA3_BFLOAT16, 128,   128,  false, 3,   3,   80,      512,     0,      1,
+       0,       false,        false, 3000, true,  128, 128, nullptr, nullptr, nullptr},
+      {"small", FA3_BFLOAT16, 128,   128,  false, 2,   2,   128,     384,        0,      1,
+       0,       false,        false, 2000, true,  128, 128, nullptr, any_launch, nullptr},
   };
   return table;
 }
