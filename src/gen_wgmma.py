@@ -73,7 +73,9 @@ def wrapper(shape):
 def main():
     output, *shapes = sys.argv[1:]
     text = HEADER + "".join(wrapper(shape) for shape in sorted(set(shapes))) + "}  // namespace fa3::arch\n"
-    Path(output).write_text(text)
+    path = Path(output)
+    if not path.exists() or path.read_text() != text:  # every kernel depends on it, and would be compiled again
+        path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -299,8 +299,8 @@ bool all_dense(const fa3_forward_params& p) {
 
 /// Whether a kernel may have V turned once before it, which takes a launch, and V read and written: some 15 us for 33
 /// MB. Measured: at head dim 256 it saves 17% where 32 tiles see each block and 7% where 16 do (causal), at 128 3% with
-/// 22 and 5% with 86, at 64 1 to 3% and 8%, at 192 7% with 128. Other than dense calls stay with the tiles, and those
-/// whose bits must not depend on the batch.
+/// 22 and 5% with 86, at 64 1 to 3% and 8%, at 80 4% with 22, at 192 7% with 128. Other than dense calls stay with the
+/// tiles, and those whose bits must not depend on the batch.
 bool may_turn_values(const Work& work, const ForwardVariant& variant, const Packing& packing) {
   const int least_tiles = variant.head_dim_v > 192 ? 16 : variant.head_dim_v > 128 ? 48 : 20;  // that see a block
   const fa3_forward_params& p = work.params;

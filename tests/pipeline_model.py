@@ -160,10 +160,14 @@ class ThreadBlock:
                 yield from self.sync("scheduler: barriers are made", self.made)
                 yield from self.meet("the other's barriers are made")
             self.arrive("scheduler: slot filled", self.slots.full[slot])
-            if self.eight_bits:
-                yield lambda: True  # memory answers late
-                self.scales[slot] = count
-                self.arrive("scheduler: slot scaled", self.scaled[slot])
+            if self.eight_bits and not self.transposers:
+                yield from self.find_descales("scheduler", count)
+
+    def find_descales(self, who, count):
+        yield lambda: True  # memory answers late
+        slot = Ring(TILE_SLOTS, count).stage
+        self.scales[slot] = count
+        self.arrive(f"{who}: slot scaled", self.scaled[slot])
 
     def next_piece(self, who, tiles):
         yield from self.wait(f"{who}: slot filled", self.slots.full[tiles.stage], tiles.parity)
@@ -242,6 +246,8 @@ class ThreadBlock:
         yield from self.begin()
         while (piece := (yield from self.next_piece("transposer", tiles))) is not None:
             count = tiles.count
+            if number == 0:
+                yield from self.find_descales("transposer", count)
             self.give_slot_back("transposer", tiles, piece)
             for block in range(piece.end - 1, piece.first - 1, -1):
                 yield from self.wait("transposer: v is loaded", self.loaded_v.full[ring.stage], ring.parity)

@@ -13,7 +13,7 @@ from fa3 import _core
 COMPILED = {v["head_dim_v"] for v in _core.variants() if v["dtype"] == "float8_e4m3fn" and not v["has_qv"]}
 MINIMAL = not {192, 256} <= COMPILED
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(MINIMAL, reason="a minimal build has one head dim")]
-DIMS = [256, 240, 192, 176, 128, 112, 64, 48]
+DIMS = [256, 240, 192, 176, 128, 112, 80, 64, 48]
 QUERIES = 12350  # enough for causal calls too, and no multiple of a tile
 
 

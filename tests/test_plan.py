@@ -490,7 +490,8 @@ def test_long_fp8_sums_move_on_to_the_workspace_where_totals_have_no_room(change
     ({"head_dim": 128, "head_dim_v": 128, "batch": 8}, True),
     ({"seqlen_q": 3839, "head_dim": 128, "head_dim_v": 128, "batch": 8}, False),
     ({"head_dim": 64, "head_dim_v": 64}, True),
-    ({"head_dim": 80, "head_dim_v": 80}, False), ({"head_dim": 192, "head_dim_v": 128}, False),
+    ({"head_dim": 80, "head_dim_v": 80}, True), ({"head_dim": 96, "head_dim_v": 96}, False),
+    ({"head_dim": 192, "head_dim_v": 128}, False),
     ({"seqlen_q": 1536, "num_heads": 16, "pack_gqa": 1}, True), ({"window_left": 500, "causal": True}, False),
     ({"attention_chunk": 500}, False), ({"seqlen_k": 0}, False),
     ({"seqlen_k": 1}, False),  # a block of 128 keys, where tiles that turn V have one of 96

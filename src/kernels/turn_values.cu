@@ -60,6 +60,7 @@ cudaError_t turn_values(const ValuesToTurn& values, int dims, int block_keys, vo
   const int steps = ceil_div(values.rows, block_keys) * (block_keys / 32);
   const int64_t units = int64_t{values.batch} * values.heads * steps;
   const auto kernel = dims == 64    ? turn_values_kernel<64>
+                      : dims == 80  ? turn_values_kernel<80>
                       : dims == 128 ? turn_values_kernel<128>
                       : dims == 192 ? turn_values_kernel<192>
                       : dims == 256 ? turn_values_kernel<256>
