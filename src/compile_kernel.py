@@ -4,8 +4,8 @@ ptxas tells the two worst faults of a Hopper kernel, serialised wgmma and an ign
 exit code 0. Here any C75xx message fails the build, and so do spills and local memory that resources.csv does not list.
 
     compile_kernel.py compile RESOURCES.csv OBJECT nvcc ARGUMENTS...    one file; writes OBJECT.resources beside it,
-                                                                        with a line for each kernel of the forward
-                                                                        and of quantisation in it
+                                                                        with a line for each tile and each kernel
+                                                                        of quantisation in it
     compile_kernel.py check RESOURCES.csv BUILD_FOLDER                  the table is what was built: CI's question
     compile_kernel.py update RESOURCES.csv BUILD_FOLDER                 write the table anew, reasons kept
 
@@ -21,6 +21,7 @@ from pathlib import Path
 
 MEASURED = ["kernel", "registers", "stack", "spill_stores", "spill_loads"]
 LIMITS = MEASURED[2:]
+DTYPES = {"Float16": "fp16", "BFloat16": "bf16", "Float8E4M3": "e4m3"}
 COLUMNS = [*MEASURED, "shared_memory", "reason"]
 
 
@@ -30,19 +31,27 @@ def read_table(path):
 
 
 def by_kernel(report, file):
-    """The report cut up by kernel, and each one's name in the table: a file's, and what sets it apart in there."""
+    """The report cut up by kernel, and each one's name in the table. Kernels of a tile share one: the worst counts."""
     parts = {}
     for part in re.split(r"(?=.*Compiling entry function)", report):
         entry = re.search(r"Compiling entry function '(\w+)'", part)
-        kernel = file + apart(entry[1] if entry else "")
+        kernel = name_of(entry[1] if entry else "", file)
         parts[kernel] = parts.get(kernel, "") + part
     return {kernel: part for kernel, part in parts.items() if "Used " in part}
 
 
+def name_of(entry, file):
+    """A kernel's name, from its mangled one: a tile's, whatever file it is in, or the file's and a shape's."""
+    tile = re.search(r"(For|Back)wardTraitsINS_\d+(\w+?)ELi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)E(?:Lb(\d)ELb(\d)E)?", entry)
+    if tile:
+        way, element, head_dim, head_dim_v, rows, keys, has_qv, turned = tile.groups()
+        kind = "_qv" if has_qv == "1" else "_turned" if turned == "1" else ""
+        return f"{way.lower()}ward_{DTYPES[element]}_d{head_dim}x{head_dim_v}{kind}_{rows}x{keys}"
+    return file + apart(entry)
+
+
 def apart(entry):
-    """The end of a kernel's name, from its mangled one: a tile of the forward, a shape of quantisation, or nothing."""
-    if tile := re.search(r"ForwardTraits\w+?Li\d+ELi\d+ELi(\d+)ELi(\d+)E", entry):
-        return f"_{tile[1]}x{tile[2]}"
+    """What sets a kernel apart from others of its file: a shape of quantisation, or nothing."""
     if shape := re.search(r"QuantizeTraitsI\w+?Lb(\d)ELi(\d+)ELi(\d+)E", entry):
         return f"{'_hadamard' if shape[1] == '1' else ''}_{shape[2]}x{shape[3]}"
     if rows := re.search(r"RowsTraitsI\w+?Li(\d+)E", entry):

@@ -134,15 +134,33 @@ def test_a_spill_of_any_function(compile_kernel):
     assert compile_kernel(helper + PTXAS.format(**CLEAN)).returncode == 1
 
 
-def test_each_forward_kernel_of_a_file_has_a_line(compile_kernel):
-    entry = "_ZN3fa314forward_kernelINS_13ForwardTraitsINS_7Float16ELi64ELi64ELi{}ELi{}EEEEEvNS_11ForwardArgsE"
+def test_each_tile_of_a_file_has_a_line(compile_kernel):
+    """Under the name of its variant. Its plain kernel is in there, if it has one."""
+    plain = "INS_11PlainTraitsINS_13ForwardTraitsINS_8BFloat16ELi80ELi80ELi1ELi64ELb0ELb0EEEEELb0EEEvNT_4ArgsE"
+    names = {plain: "forward_bf16_d80x80_1x64", plain.replace("INS_11PlainTraits", ""): "forward_bf16_d80x80_1x64",
+             "INS_13ForwardTraitsINS_10Float8E4M3ELi64ELi512ELi2ELi64ELb1ELb0EEELb0EEEvNT_4ArgsE":
+             "forward_e4m3_d64x512_qv_2x64",
+             "INS_13ForwardTraitsINS_10Float8E4M3ELi256ELi256ELi2ELi128ELb0ELb1EEELb0EEEvNT_4ArgsE":
+             "forward_e4m3_d256x256_turned_2x128",
+             "INS_14BackwardTraitsINS_7Float16ELi128ELi128ELi64ELi128EEELb1EEEvNS_12BackwardArgsE":
+             "backward_fp16_d128x128_64x128"}
+    reports = [PTXAS.format(**CLEAN | {"registers": 100 + i}).replace("'kernel'", f"'_ZN3fa36kernel{entry}'")
+               for i, entry in enumerate(names)]
+    lines = compile_kernel("".join(reports)).resources.splitlines()
+    assert [line.split(",")[0] for line in lines] == list(dict.fromkeys(names.values()))
+    assert [line.split(",")[1] for line in lines] == ["101", "102", "103", "104"], "the worst of a tile's"
+
+
+def test_a_spill_of_one_tile_of_a_file(compile_kernel):
+    entry = "_ZN3fa314forward_kernelINS_13ForwardTraitsINS_7Float16ELi64ELi64ELi{}ELi{}EEELb0EEEvNT_4ArgsE"
     one, three = (PTXAS.replace("'kernel'", f"'{entry.format(*tile)}'") for tile in ((1, 64), (3, 128)))
+    name = "forward_fp16_d64x64"
     done = compile_kernel(one.format(**CLEAN) + three.format(**CLEAN | {"registers": 128}))
-    assert (done.returncode, done.resources) == (0, "some_kernel_1x64,168,0,0,0\nsome_kernel_3x128,128,0,0,0\n")
+    assert (done.returncode, done.resources) == (0, f"{name}_1x64,168,0,0,0\n{name}_3x128,128,0,0,0\n")
     spilling = one.format(**CLEAN) + three.format(**SPILLED)
-    assert compile_kernel(spilling, HEADER + "some_kernel_1x64,168,16,24,32,0,of another\n").returncode == 1
-    done = compile_kernel(spilling, HEADER + "some_kernel_3x128,168,16,24,32,0,a reason\n")
-    assert (done.returncode, done.resources) == (0, "some_kernel_1x64,168,0,0,0\nsome_kernel_3x128,168,16,24,32\n")
+    assert compile_kernel(spilling, HEADER + f"{name}_1x64,168,16,24,32,0,of another\n").returncode == 1
+    done = compile_kernel(spilling, HEADER + f"{name}_3x128,168,16,24,32,0,a reason\n")
+    assert (done.returncode, done.resources) == (0, f"{name}_1x64,168,0,0,0\n{name}_3x128,168,16,24,32\n")
 
 
 def test_each_kernel_of_quantisation_has_a_line(compile_kernel):
