@@ -66,9 +66,9 @@ struct ForwardTraits {
                                       (kHeadDim > 128 ? kConsumers == 2 : kConsumers == 3 && kTileN > 64);
 
   // Calls without extras have a kernel of their own where that is faster: above head dim 128 it is not. Few heads have
-  // 32 dims.
+  // 32 dims or 112.
   using Args = ForwardArgs;
-  static constexpr bool kHasPlain = !kHasQv && !kTurnedV && kHeadDim > 32 && kHeadDim <= 128;
+  static constexpr bool kHasPlain = !kHasQv && !kTurnedV && kHeadDim > 32 && kHeadDim <= 128 && kHeadDim != 112;
 
   // A thread block starts with kThreads times the registers that kThreads of them can have each; setmaxnreg deals that
   // pool out anew, and waits forever for more than there is.
