@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "alignment.h"
 #include "backward_plan.h"
 #include "device.h"
 #include "fa3.h"
@@ -20,10 +21,7 @@ namespace {
 constexpr float kLog2e = 1.4426950408889634f;
 
 RowArray row_array(const fa3_array& array) {
-  RowArray rows{array.data, {array.stride[0], array.stride[1], array.stride[2]}, true};
-  rows.vectors = reinterpret_cast<uintptr_t>(array.data) % 16 == 0;
-  for (int64_t stride : rows.stride) rows.vectors &= stride % 8 == 0;
-  return rows;
+  return {array.data, {array.stride[0], array.stride[1], array.stride[2]}, aligned(array, 2, 16)};
 }
 
 Lengths lengths_of(const fa3_lengths& lengths) { return {lengths.rows, lengths.cu_seqlens, lengths.seqused}; }

@@ -2,18 +2,13 @@
 #include "combine_plan.h"
 
 #include <algorithm>
-#include <initializer_list>
+
+#include "alignment.h"
 
 namespace fa3 {
 namespace {
 
 constexpr int kColumns = 4;  // of a vector
-
-bool steps_fit(std::initializer_list<int64_t> steps) {
-  return std::all_of(steps.begin(), steps.end(), [](int64_t step) { return step % kColumns == 0; });
-}
-
-bool aligned(const void* address, size_t bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }
 
 }  // namespace
 
@@ -34,11 +29,10 @@ CombineArgs plan_combine(const fa3_combine_params& p) {
   args.num_heads = p.num_heads;
   args.head_dim_v = p.head_dim_v;
   args.count = int64_t{p.batch} * p.rows * p.num_heads;
-  const int64_t* from = p.out_partial.stride;
-  args.part_vectors = from[3] == 1 && aligned(p.out_partial.data, kColumns * sizeof(float)) &&
-                      steps_fit({p.out_partial_step, from[0], from[1], from[2]});
-  args.out_vectors = aligned(p.out.data, kColumns * (p.out_dtype == FA3_FLOAT32 ? 4 : 2)) &&
-                     steps_fit({p.out.stride[0], p.out.stride[1], p.out.stride[2]});
+  args.part_vectors = p.out_partial.stride[3] == 1 && p.out_partial_step % kColumns == 0 &&
+                      aligned(p.out_partial, sizeof(float), kColumns * sizeof(float));
+  const int itemsize = p.out_dtype == FA3_FLOAT32 ? 4 : 2;
+  args.out_vectors = aligned(p.out, itemsize, kColumns * itemsize);
   return args;
 }
 

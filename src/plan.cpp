@@ -10,6 +10,7 @@
 #include <numeric>
 #include <utility>
 
+#include "alignment.h"
 #include "attention/block_range.h"
 #include "attention/dropout.h"
 #include "attention/packing.h"
@@ -370,7 +371,7 @@ Choice choose(const Work& work) {
 
 /// Whether a call has nothing that its tile's plain kernel leaves out: see kernels/forward_args.h.
 bool plain(const fa3_forward_params& p, const ForwardVariant& variant, const fa3_forward_plan& plan) {
-  return variant.launch_plain && plan.pack_gqa == 1 && (plan.num_splits == 1 || variant.consumers > 1) &&
+  return variant.launch_plain && plan.pack_gqa == 1 && (plan.num_splits == 1 || plain_may_split(variant.consumers)) &&
          !plan.paired && !p.cache.page_table && p.softcap == 0 && !p.sinks && !p.batch_invariant && p.dropout.p == 0 &&
          !odd_out(p);
 }
@@ -443,10 +444,7 @@ Dropout dropout_of(const fa3_dropout& given) {
           .seed_type = kTypes[given.seed_type]};
 }
 
-bool odd_out(const fa3_forward_params& p) {
-  const int64_t* const stride = p.out.stride;
-  return reinterpret_cast<uintptr_t>(p.out.data) % 16 || stride[0] % 8 || stride[1] % 8 || stride[2] % 8;
-}
+bool odd_out(const fa3_forward_params& p) { return !aligned(p.out, 2, 16); }
 
 Packing packing_of(const fa3_forward_params& params, bool packed) {
   return Packing::of(params.num_heads / params.num_heads_kv, packed);

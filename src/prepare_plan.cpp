@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "alignment.h"
 #include "plan.h"
 
 namespace fa3 {
@@ -10,15 +11,10 @@ namespace {
 
 constexpr int kVector = 8;  // elements
 
-bool aligned(const void* address, int bytes) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }
-
 StridedRows rows_of(const fa3_array& array, int dtype) {
-  StridedRows rows{array.data, {}, aligned(array.data, kVector * element_bytes(dtype))};
-  for (int axis = 0; axis < 3; ++axis) {
-    rows.stride[axis] = array.stride[axis];
-    rows.vectors &= array.stride[axis] % kVector == 0;
-  }
-  return rows;
+  const int itemsize = element_bytes(dtype);
+  return {
+      array.data, {array.stride[0], array.stride[1], array.stride[2]}, aligned(array, itemsize, kVector * itemsize)};
 }
 
 /// Small rows share a thread block, large ones have one each.

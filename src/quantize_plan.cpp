@@ -5,6 +5,8 @@
 #include <cstdlib>
 #include <limits>
 
+#include "alignment.h"
+
 namespace fa3 {
 namespace {
 
@@ -51,12 +53,6 @@ void describe_rows(const fa3_quantize_params& p, QuantizeArgs& args) {
   if (per_head) args.x_unit[1] = heads.x, args.out_unit[1] = heads.out, args.descale_stride[1] = p.descale_stride[1];
 }
 
-bool multiples_of(int64_t alignment, const fa3_array& array, int64_t itemsize) {
-  auto remainder = reinterpret_cast<uintptr_t>(array.data) % alignment;
-  for (int axis = 0; axis < 3; ++axis) remainder |= array.stride[axis] * itemsize % alignment != 0;
-  return remainder == 0;
-}
-
 int64_t ceil_quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 QuantizeKind kind_of(const fa3_quantize_params& p, bool large) {
@@ -84,8 +80,7 @@ int64_t cut_steps(const QuantizeKind& kind, int64_t rows, QuantizeArgs& args) {
 bool rows_are_plain(const fa3_quantize_params& p, const QuantizeArgs& args) {
   constexpr int64_t kMostStride = INT32_MAX / 64;  // of 32 rows, in bytes
   return p.hadamard && p.dtype != FA3_FLOAT32 && RowTile::fits(p.head_dim) && args.plain && !args.cu_seqlens &&
-         multiples_of(16, p.out, 1) && std::abs(args.rows.x[0]) < kMostStride &&
-         std::abs(args.rows.out[0]) < kMostStride;
+         aligned(p.out, 1, 16) && std::abs(args.rows.x[0]) < kMostStride && std::abs(args.rows.out[0]) < kMostStride;
 }
 
 /// A thread a row. Where all blocks hold a unit at once, each has a step of it, and as many groups as there is room for
@@ -152,8 +147,8 @@ QuantizePlan plan_quantize(const fa3_quantize_params& p, int num_sms) {
   args.cu_seqlens = p.cu_seqlens;
   args.head_dim = p.head_dim;
   args.limit = p.hadamard ? kRotatedLimit : std::numeric_limits<float>::max();
-  args.x_vectors = multiples_of(16, p.x, p.dtype == FA3_FLOAT32 ? 4 : 2);
-  args.out_vectors = multiples_of(8, p.out, 1);
+  args.x_vectors = aligned(p.x, p.dtype == FA3_FLOAT32 ? 4 : 2, 16);
+  args.out_vectors = aligned(p.out, 1, 8);
   describe_rows(p, args);
   args.plain = args.x_vectors && args.out_vectors && args.rows.count == 1;
   // How long sequences are only the device knows: cut up as if they were equal, and every block copes with any length.

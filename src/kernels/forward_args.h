@@ -113,9 +113,11 @@ struct ForwardArgs {
   FA3_HOST_DEVICE float kept_scale() const { return dropout.scale; }
 };
 
+/// Large tiles of the last round may be split all the same.
+constexpr bool plain_may_split(int consumers) { return consumers > 1; }
+
 /// A call without extras, and without dropout. Its kernel has half as many instructions: what is jumped over costs time
-/// too, 1 to 12% of rows up to 4,096 keys. With more than one warpgroup the last round's tiles may be split all the
-/// same.
+/// too, 1 to 12% of rows up to 4,096 keys.
 template <bool kMaySplit_>
 struct PlainArgs : ForwardArgs {
   static constexpr bool kMaySplit = kMaySplit_;

@@ -150,7 +150,7 @@ struct ForwardTraits {
 /// The same kernel for calls without extras.
 template <class Traits>
 struct PlainTraits : Traits {
-  using Args = PlainArgs<(Traits::kConsumers > 1)>;
+  using Args = PlainArgs<plain_may_split(Traits::kConsumers)>;
 };
 
 /// A piece of work: a tile, or its part along the keys.
