@@ -56,8 +56,8 @@ bool equal_lengths(const fa3_lengths& lengths, int batch) {
 }
 
 /// What a variant's tile costs an SM, in microseconds: its prologue and epilogue, and each block of keys. The constants
-/// fit a sweep on an H200 over head dims 64, 80, 128, lengths 64 to 4,096, full and causal, one to three consumer
-/// warpgroups.
+/// fit `python -m bench tiles` on an H200: head dims 64 to 256, lengths 64 to 16,384, full and causal, one to three
+/// consumer warpgroups.
 struct TileCost {
   double tile, block;
   // Where queries are many and no multiprocessor has two tiles: a small one goes as fast as its latencies allow, and a
@@ -73,17 +73,21 @@ TileCost tile_cost(const ForwardVariant& v) {
   const double block = score * v.tile_m() * v.tile_n;
   if (v.has_qv) return {2.5, 1.35 * block, 1.35 * block, 0};  // its two warpgroups do everything at the same time
   // Two or three share an SM: half of what each takes.
-  if (v.consumers == 1) return {1.2, std::max(1.15 * block, 0.53), std::max(1.84 * block, 0.6), 0};
+  if (v.consumers == 1) {
+    const double slower = dim > 128 ? 1.15 : 1;
+    return {1.2, slower * std::max(1.15 * block, 0.53), slower * std::max(1.84 * block, 0.6), 0};
+  }
   const double turned = v.turned_v ? 0.93 : 1;  // 3 to 8% less than to turn V
   if (v.consumers == 2) return {1.8, 1.07 * turned * block, 1.07 * turned * block, 1};
-  // Products of 64 keys take all that shared memory gives: 3% slower, at 16,384 keys.
-  const double wide = (v.tile_n > 64 ? 0.95 : 0.98) * turned * block;
-  return {0.03 * dim, wide, wide, 1};
+  // Products of 64 keys take all that shared memory gives, but the first ones come sooner.
+  const bool narrow = v.tile_n <= 64;
+  const double wide = (narrow ? 1.01 : 0.93) * (v.dtype == FA3_FLOAT8_E4M3 ? 0.81 : 1) * turned * block;
+  return {(narrow ? 0.023 : 0.038) * dim, wide, wide, 1};
 }
 
 /// Tiles of a head, under a causal mask, from which on an estimate counts what the first and the last of them have
-/// idle. With three, of 512 keys, it would choose three warpgroups at head dim 80, which take 4% longer there.
-constexpr int kManyTiles = 4;
+/// idle.
+constexpr int kManyTiles = 3;
 
 /// What splitting adds, in microseconds: to each part, which it leaves in memory and counts, and to the last, whose
 /// warpgroups read their `rows` rows' parts back, a thread 8 columns of a row and 8 parts at once.
@@ -106,6 +110,8 @@ bool may_join_in_cluster(const ForwardVariant& v, const Splits& splits, double p
 /// multiprocessors, though others are idle; and how much slower keys and values come. Measured, decoding; what a round
 /// of joining takes, and what a block's further warpgroups add to it, at 512 rows of 8 heads.
 constexpr double kClusterPartTime = 0.4, kCrowdedTime = 1.8, kClusterReading = 1.12;
+/// The same for each part of a small tile that is full of one head's rows, 512 to 2,048 keys, 2 and 4 heads.
+constexpr double kFullPartTime = 0.4;
 double cluster_join_time(const ForwardVariant& v, int parts, double pieces, int rows, int num_sms) {
   const bool crowded = parts > 8 && pieces > 0.85 * num_sms;
   const double round = 0.35 * (v.consumers + 1) / 2;
@@ -201,7 +207,8 @@ Choice estimate(const Work& work, int index, bool packed) {
   double busy = 1;  // of a head's tiles
   if (work.visibility.window()) {
     mean = blocks_of_window(work, v, packing);
-  } else if (work.visibility.right != Visibility::kUnbounded && m_blocks >= kManyTiles) {
+  } else if (work.visibility.right != Visibility::kUnbounded && m_blocks >= kManyTiles &&
+             2 * work.seqlen_q >= work.seqlen_k) {
     // The first warpgroup of a tile leaves these blocks out, all of them half as many, and of that half is won.
     mean -= 0.25 * ((queries - packing.positions) / v.tile_n);
     // The first tile, whose keys are fewest, has the rows that the last one would have idle.
@@ -249,7 +256,11 @@ Choice estimate(const Work& work, int index, bool packed) {
   };
   auto consider = [&](int whole_tiles, int parts) {
     const Choice found = choose_join(Splits::of(whole_tiles, parts));
-    if (found.time < choice.time && bytes_of_parts(p, v, packing, found.splits) <= kMostPartBytes) choice = found;
+    // Split, a small tile has no plain kernel; and what joining many rows takes grows with the parts.
+    const bool was_plain = v.launch_plain && !plain_may_split(v.consumers) && packing.heads == 1;
+    const double more = was_plain && work.seqlen_q >= v.tile_m() ? kFullPartTime * parts : 0;
+    if (found.time + more < choice.time && bytes_of_parts(p, v, packing, found.splits) <= kMostPartBytes)
+      choice = found;
   };
   const int key_blocks = std::max(ceil_div(p.keys.rows, v.tile_n), 1);  // a part without one has nothing to do
   if (p.num_splits > 0 || p.batch_invariant) {
