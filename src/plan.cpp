@@ -81,8 +81,8 @@ TileCost tile_cost(const ForwardVariant& v) {
   if (v.consumers == 2) return {1.8, 1.07 * turned * block, 1.07 * turned * block, 1};
   // Products of 64 keys take all that shared memory gives, but the first ones come sooner.
   const bool narrow = v.tile_n <= 64;
-  const double wide = (narrow ? 1.01 : 0.93) * (v.dtype == FA3_FLOAT8_E4M3 ? 0.81 : 1) * turned * block;
-  return {(narrow ? 0.023 : 0.038) * dim, wide, wide, 1};
+  const double wide = (narrow ? 1.01 : 0.93) * (v.dtype == FA3_FLOAT8_E4M3 ? 0.8 : 1) * turned * block;
+  return {(narrow ? 0.023 : 0.0375) * dim, wide, wide, 1};
 }
 
 /// Tiles of a head, under a causal mask, from which on an estimate counts what the first and the last of them have
