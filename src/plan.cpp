@@ -82,7 +82,7 @@ TileCost tile_cost(const ForwardVariant& v) {
   // Products of 64 keys take all that shared memory gives, but the first ones come sooner.
   const bool narrow = v.tile_n <= 64;
   const double wide = (narrow ? 1.01 : 0.93) * (v.dtype == FA3_FLOAT8_E4M3 ? 0.8 : 1) * turned * block;
-  return {(narrow ? 0.023 : 0.0375) * dim, wide, wide, 1};
+  return {(narrow ? 0.023 : 0.038) * dim, wide, wide, 1};
 }
 
 /// Tiles of a head, under a causal mask, from which on an estimate counts what the first and the last of them have
@@ -110,7 +110,8 @@ bool may_join_in_cluster(const ForwardVariant& v, const Splits& splits, double p
 /// multiprocessors, though others are idle; and how much slower keys and values come. Measured, decoding; what a round
 /// of joining takes, and what a block's further warpgroups add to it, at 512 rows of 8 heads.
 constexpr double kClusterPartTime = 0.4, kCrowdedTime = 1.8, kClusterReading = 1.12;
-/// The same for each part of a small tile that is full of one head's rows, 512 to 2,048 keys, 2 and 4 heads.
+/// And beside it to each part of a small tile that is full of one head's rows, and whose plain kernel has no parts.
+/// Measured: 2 and 4 heads of 512 to 2,048.
 constexpr double kFullPartTime = 0.4;
 double cluster_join_time(const ForwardVariant& v, int parts, double pieces, int rows, int num_sms) {
   const bool crowded = parts > 8 && pieces > 0.85 * num_sms;
@@ -252,15 +253,13 @@ Choice estimate(const Work& work, int index, bool packed) {
       const double time = time_of(tiles * parts, parts, true);
       if (time < found.time) found.cluster = true, found.time = time;
     }
+    const bool was_plain = v.launch_plain && !plain_may_split(v.consumers) && packing.heads == 1;
+    if (was_plain && work.seqlen_q >= v.tile_m()) found.time += kFullPartTime * parts;
     return found;
   };
   auto consider = [&](int whole_tiles, int parts) {
     const Choice found = choose_join(Splits::of(whole_tiles, parts));
-    // Split, a small tile has no plain kernel; and what joining many rows takes grows with the parts.
-    const bool was_plain = v.launch_plain && !plain_may_split(v.consumers) && packing.heads == 1;
-    const double more = was_plain && work.seqlen_q >= v.tile_m() ? kFullPartTime * parts : 0;
-    if (found.time + more < choice.time && bytes_of_parts(p, v, packing, found.splits) <= kMostPartBytes)
-      choice = found;
+    if (found.time < choice.time && bytes_of_parts(p, v, packing, found.splits) <= kMostPartBytes) choice = found;
   };
   const int key_blocks = std::max(ceil_div(p.keys.rows, v.tile_n), 1);  // a part without one has nothing to do
   if (p.num_splits > 0 || p.batch_invariant) {
