@@ -74,7 +74,7 @@ TileCost tile_cost(const ForwardVariant& v) {
   if (v.has_qv) return {2.5, 1.35 * block, 1.35 * block, 0};  // its two warpgroups do everything at the same time
   // Two or three share an SM: half of what each takes.
   if (v.consumers == 1) {
-    const double slower = dim > 128 ? 1.15 : 1;
+    const double slower = dim > 128 ? 1.15 : 1;  // fitted, as what three warpgroups take in fp8 below
     return {1.2, slower * std::max(1.15 * block, 0.53), slower * std::max(1.84 * block, 0.6), 0};
   }
   const double turned = v.turned_v ? 0.93 : 1;  // 3 to 8% less than to turn V
@@ -86,7 +86,7 @@ TileCost tile_cost(const ForwardVariant& v) {
 }
 
 /// Tiles of a head, under a causal mask, from which on an estimate counts what the first and the last of them have
-/// idle.
+/// idle. Where keys are many more than queries, the first has as many as the last.
 constexpr int kManyTiles = 3;
 
 /// What splitting adds, in microseconds: to each part, which it leaves in memory and counts, and to the last, whose
