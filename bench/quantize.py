@@ -61,7 +61,7 @@ def copy(torch, row, device="cuda"):
 
 
 def check(torch, row, x, codes, descale):
-    """Compare the result with PyTorch's rounding, or, where it is rotated, rows' lengths with those before.
+    """Compare the result with PyTorch's arithmetic, or, where it is rotated, rows' lengths with those before.
 
     Raises
     ------
@@ -74,8 +74,8 @@ def check(torch, row, x, codes, descale):
         worst = (after / before - 1).abs().max().item()
         if not worst <= LENGTH_ERROR * (128 / row.head_dim) ** 0.5:
             raise WrongAnswerError(f"WRONG: a rotated row's length is off by {100 * worst:.2g} %")
-    elif not torch.equal(codes.view(torch.uint8), (x.float() / factor).to(codes.dtype).view(torch.uint8)):
-        raise WrongAnswerError("WRONG: codes differ from x / descale rounded by PyTorch")
+    elif not torch.equal(codes.view(torch.uint8), (x.float() * (1 / factor)).to(codes.dtype).view(torch.uint8)):
+        raise WrongAnswerError("WRONG: codes differ from x (1 / descale) rounded by PyTorch")
 
 
 def record(row, times: dict[str, float], device: str, commit: str) -> dict:

@@ -11,7 +11,7 @@ from fa3._dtypes import FP8, numpy_dtype
 from fa3._numpy_cache import cumulated
 
 MAX_E4M3 = np.float32(448)
-# A smaller descale would leave the remainder of a quotient no room among fp32's exponents.
+# So that a descale has an inverse, and norms over it are finite.
 MIN_DESCALE = np.float32(2.0**-90)
 # What is larger counts as infinite. With a rotation, sums of up to 1,024 inputs clipped to HUGE are finite, and one
 # such input leaves its whole block above LIMIT.
@@ -63,11 +63,11 @@ def quantize(x, codes, descale, cu_seqlens, hadamard):
         for factor, (rows, rounded) in zip(of_sequence, sequences, strict=True):
             for chunk in _chunks(rows):
                 if hadamard:
-                    quotient = rotation(rows[chunk]) * (rotation.norms / factor[:, None])
+                    scaled = rotation(rows[chunk]) * (rotation.norms / factor[:, None])
                 else:
-                    quotient = _widened(rows[chunk]) / factor[:, None]
-                np.clip(quotient, -MAX_E4M3, MAX_E4M3, out=quotient)  # e4m3 has no inf: past 448 a cast gives NaN
-                rounded[chunk] = quotient.astype(numpy_dtype(FP8))
+                    scaled = _widened(rows[chunk]) * (1 / factor[:, None])
+                np.clip(scaled, -MAX_E4M3, MAX_E4M3, out=scaled)  # e4m3 has no inf: past 448 a cast gives NaN
+                rounded[chunk] = scaled.astype(numpy_dtype(FP8))
 
 
 def _descale(amax):

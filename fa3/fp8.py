@@ -54,8 +54,9 @@ def quantize_fp8(x, *, granularity="head", hadamard=False, cu_seqlens=None, stre
 
     Notes
     -----
-    *Rounding.* The codes are x / descale, computed in fp32 and rounded to nearest even. Both backends give the same
-    bits, rotated or not. Where all is 0 (or nothing is there), descale is 1. It is never less than 2^-90.
+    *Rounding.* The codes are x·(1 / descale), the inverse and the product in fp32, rounded to nearest even. Both
+    backends give the same bits, rotated or not. Where all is 0 (or nothing is there), descale is 1. It is never less
+    than 2^-90.
 
     *NaN and infinity.* Neither counts for amax. NaN stays NaN, and infinity becomes ±448: nothing overflows to NaN.
     With `hadamard` an infinite value saturates the block that it is rotated with, and a NaN makes that block NaN;

@@ -53,7 +53,7 @@ def name_of(entry, file):
 def apart(entry):
     """What sets a kernel apart from others of its file: a shape of quantisation, or nothing."""
     if shape := re.search(r"QuantizeTraitsI\w+?Lb(\d)ELi(\d+)ELi(\d+)E", entry):
-        return f"{'_hadamard' if shape[1] == '1' else ''}_{shape[2]}x{shape[3]}"
+        return f"{'_hadamard' * (shape[1] == '1')}{'_stream' * ('stream' in entry)}_{shape[2]}x{shape[3]}"
     if rows := re.search(r"RowsTraitsI\w+?Li(\d+)E", entry):
         return f"_{rows[1]}"
     return ""

@@ -30,8 +30,8 @@ fa3_status quantize(const fa3_quantize_params* params, void* workspace, cudaStre
     return fail(FA3_ERROR_WORKSPACE, "workspace: null, but %zu bytes are needed", plan.workspace);
   if (auto status = slow_checks(*params, stream)) return status;
   plan.args.ticket = draw_ticket();
-  plan.args.arrivals = static_cast<uint64_t*>(workspace);
-  plan.args.parts = plan.args.arrivals + kQuantizeHeader;
+  plan.args.parts = static_cast<uint64_t*>(workspace);
+  plan.args.departures = plan.args.parts + plan.part_words();
   const cudaError_t error = launch_quantize(plan, params->device, stream);
   return check_cuda(error, "quantize", cudaGetErrorString(error));
 }

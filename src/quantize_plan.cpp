@@ -154,9 +154,7 @@ QuantizePlan plan_quantize(const fa3_quantize_params& p, int num_sms) {
   // How long sequences are only the device knows: cut up as if they were equal, and every block copes with any length.
   const int64_t rows = p.cu_seqlens && p.batch ? ceil_quotient(args.unit_rows, p.batch) : args.unit_rows;
   share_units(p, rows, num_sms, plan);
-  if (args.blocks_per_group > 1) {
-    plan.workspace = (kQuantizeHeader + size_t(args.units) * args.blocks_per_group) * sizeof(uint64_t);
-  }
+  if (plan.has_parts()) plan.workspace = (plan.part_words() + args.groups) * sizeof(uint64_t);
   return plan;
 }
 

@@ -70,6 +70,11 @@ struct QuantizePlan {
   int row_dim;  // head dim of the kernel whose threads have rows, or 0: it is the one of `kind`
   QuantizeArgs args;
   size_t workspace;  // bytes
+
+  /// Of the workspace, in front of its counters.
+  constexpr size_t part_words() const { return size_t(args.units) * args.blocks_per_group * kPartWords; }
+  /// Whether blocks leave parts, for each other or for a warp of their own.
+  constexpr bool has_parts() const { return args.blocks_per_group > 1 || args.unit_steps > 0; }
 };
 QuantizePlan plan_quantize(const fa3_quantize_params& params, int num_sms);
 

@@ -2,7 +2,7 @@
 
 Counter (src/arch/counter.cuh), Scheduler::take_index and finish (src/kernels/forward_tiles.cuh), PartRows
 (src/kernels/forward_split.cuh), DqAdder (src/kernels/backward_load.cuh), convert_dq_kernel
-(src/kernels/backward_kernel.cuh) and Meeting (src/kernels/quantize_meeting.cuh), one atomic access at a time. Global
+(src/kernels/backward_kernel.cuh) and Parts (src/kernels/quantize_parts.cuh), one atomic access at a time. Global
 memory keeps what it held: nobody zeroes it, but for the turns and counts of the backward. Shared memory, in which the
 blocks of a cluster leave their parts, ends with its block.
 """
@@ -334,29 +334,28 @@ class Meeting:
     left_out: str | None = None
 
     def block(self, rank):
-        counter = Counter(self.memory, "arrivals", self.ticket, None)
-        for unit in range(self.units):
-            if self.left_out != "clear":
-                self.memory["part", unit, rank] = None
-            yield
-        yield from counter.open()
-        yield
-        if counter.add() + 1 == self.blocks:
-            yield
-            counter.close()
+        departures = Counter(self.memory, "departures", self.ticket, None)
         for unit in range(self.units):
             yield
-            self.memory["part", unit, rank] = self.values[unit, rank]
-            yield
-            word = self.memory["arrivals"]
-            while self.left_out != "wait" and word >> COUNT_BITS == self.ticket and word % 2**COUNT_BITS < self.blocks:
-                yield
-                word = self.memory["arrivals"]
+            self.memory["part", unit, rank] = self.ticket, self.values[unit, rank]
+            if unit == 0:
+                yield from departures.open()
             for other in range(self.blocks):
-                while self.memory["part", unit, other] is None:
+                while not self.is_there(self.memory["part", unit, other]):
                     yield
-                assert self.memory["part", unit, other] == self.values[unit, other], "a part of another launch"
+                assert self.memory["part", unit, other][1] == self.values[unit, other], "a part of another launch"
                 yield
+        early = self.left_out == "count"  # whoever comes first
+        if departures.add() + 1 == (1 if early else self.blocks):
+            for unit, other in itertools.product(range(self.units), range(self.blocks)):
+                yield
+                if self.left_out != "clear":
+                    self.memory["part", unit, other] = None
+            departures.close()
+
+    def is_there(self, part):
+        """Of this launch, or of a replay of it before."""
+        return isinstance(part, tuple) and (self.left_out == "ticket" or part[0] == self.ticket)
 
     def run(self, choose):
         for _ in take_turns([self.block(rank) for rank in range(self.blocks)], choose):

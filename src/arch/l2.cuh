@@ -1,7 +1,9 @@
-// What goes by way of L2: four floats in memory that one thread alone writes and reads, as sums are added there and L1
-// would not know; and what will be read soon.
+// What goes by way of L2, as others write it there and L1 would not know: four floats that one thread alone stores and
+// reads, and pairs of words that thread blocks leave for each other; and what will be read soon.
 #pragma once
 #include <cuda_runtime.h>
+
+#include <cstdint>
 
 namespace fa3::arch {
 
@@ -24,6 +26,15 @@ __device__ __forceinline__ float4 load_from_l2(const float4* from) {
                : "l"(from)
                : "memory");
   return x;
+}
+
+/// Two words side by side, at 16 bytes. Each is stored and loaded whole; both together only most often.
+__device__ __forceinline__ void store_pair_to_l2(uint64_t* to, uint64_t first, uint64_t second) {
+  asm volatile("st.relaxed.gpu.global.v2.u64 [%0], {%1, %2};" ::"l"(to), "l"(first), "l"(second) : "memory");
+}
+
+__device__ __forceinline__ void load_pair_from_l2(uint64_t* from, uint64_t& first, uint64_t& second) {
+  asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(first), "=l"(second) : "l"(from) : "memory");
 }
 
 /// The line of L2 in which `at` lies is on its way: nobody waits.

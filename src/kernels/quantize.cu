@@ -9,81 +9,10 @@
 #include "kernels/quantize_launch.cuh"
 #include "kernels/quantize_meeting.cuh"
 #include "kernels/quantize_share.cuh"
+#include "kernels/quantize_stream.cuh"
 
 namespace fa3 {
 namespace {
-
-/// A thread block's way through the steps of its group's units, of which each block of the group has every nth. A unit
-/// has at least as many as the group has blocks.
-template <class T>
-struct Cursor {
-  const QuantizeArgs& args;
-  Unit<T> rows;
-  int batch = 0, head, round = 0, step, place = 0;
-
-  __device__ __forceinline__ Cursor(const QuantizeArgs& args, int group, int rank)
-      : args(args), rows(args), head(group), step(rank) {
-    settle();
-  }
-  __device__ __forceinline__ void advance() {
-    step += args.blocks_per_group;
-    if (++place == args.places) place = 0;
-    if (step < args.unit_steps) return;
-    step -= args.unit_steps;
-    ++round;
-    head += args.groups;
-    settle();
-  }
-  __device__ __forceinline__ bool first() const { return step < args.blocks_per_group; }  // of this block in the unit
-  __device__ __forceinline__ bool last() const { return step + args.blocks_per_group >= args.unit_steps; }
-  __device__ __forceinline__ int unit() const { return batch * args.unit_heads + head; }
-
- private:
-  __device__ __forceinline__ void settle() {
-    for (; head >= args.unit_heads; head -= args.unit_heads) ++batch;
-    rows.move(args, batch, head);
-  }
-};
-
-/// Units that a group can hold: one stream of steps, which are written as late as their places are needed for others.
-/// So a unit's amax has time to come together, and reading, writing and waiting go on beside each other.
-template <class T>
-__device__ __forceinline__ void stream(const QuantizeArgs& args, Share<T>& share, int group, int rank,
-                                       Meeting& meeting) {
-  constexpr int kRing = T::kRing;
-  const int all = (args.units - group + args.groups - 1) / args.groups * args.unit_steps;
-  const int steps = max((all - rank + args.blocks_per_group - 1) / args.blocks_per_group, 0);
-  const int lag = args.places - kRing;
-  Cursor<T> loads(args, group, rank), scans(args, group, rank), writes(args, group, rank);
-  const auto load = [&](int step) {
-    if (step < steps) share.load(loads.rows, loads.step, loads.place), loads.advance();
-    __pipeline_commit();  // empty or not: the waits count commits
-  };
-  for (int step = 0; step < kRing; ++step) load(step);
-  float amax = 0;
-  Scale<T> scale(share.lane(), 0);
-  for (int step = 0; step < steps + lag; ++step) {
-    if (step >= lag && step - lag < steps) {
-      if (writes.first()) {
-        scale = Scale<T>(share.lane(), meeting.take(writes.unit(), writes.round));
-        if (writes.step == 0 && threadIdx.x == 0) keep_descale(args, writes.batch, writes.head, scale.descale);
-      }
-      share.write(writes.rows, writes.step, writes.place, false, scale);
-      writes.advance();
-      if (writes.first() && step - lag + 1 < steps) meeting.ask(writes.unit());
-    }
-    load(step + kRing);
-    if (step < steps) {
-      __pipeline_wait_prior(kRing);
-      amax = fmaxf(amax, share.scan(scans.rows, scans.step, scans.place));
-      if (scans.last()) {
-        meeting.leave(scans.unit(), scans.round, rank, amax);
-        amax = 0;
-      }
-      scans.advance();
-    }
-  }
-}
 
 /// Units of any size, one after the other: what does not fit is loaded twice.
 template <class T>
@@ -102,14 +31,16 @@ __device__ __forceinline__ void unit_by_unit(const QuantizeArgs& args, Share<T>&
       if (step < steps) load(step);
       __pipeline_commit();
     }
+    if (round == 0) meeting.begin();
     for (int step = 0; step < steps; ++step) {
       __pipeline_wait_prior(kRing - 1);
       amax = fmaxf(amax, share.scan(rows, first + step, places.of(step)));
       if (step + kRing < steps) load(step + kRing);
       __pipeline_commit();
     }
-    meeting.leave(unit, round, rank, amax);
-    const Scale<T> scale(share.lane(), meeting.take(unit, round));
+    meeting.leave(unit, round, amax);
+    const Scale<T> scale(share.lane(), descale_of(meeting.take(unit, round)));
+    if (unit + args.groups >= args.units) meeting.depart();
     if (rank == 0 && threadIdx.x == 0)
       keep_descale(args, unit / args.unit_heads, unit % args.unit_heads, scale.descale);
     for (int step = steps - 1; step >= 0; --step) {
@@ -125,21 +56,34 @@ __device__ __forceinline__ void unit_by_unit(const QuantizeArgs& args, Share<T>&
 template <class T>
 __global__ void __launch_bounds__(T::kKind.max_threads(), 1)
     quantize_kernel(const __grid_constant__ QuantizeArgs args) {
-  extern __shared__ uint4 memory[];
+  extern __shared__ __align__(128) uint4 memory[];  // asynchronous copies write whole lines
   const Lane<T> lane(args.head_dim, args.row_lanes);
   const int group = blockIdx.x % args.groups, rank = blockIdx.x / args.groups;
   Share<T> share(args, lane, memory);
   Meeting meeting(args, group, rank);
-  if constexpr (T::kStreams)
-    if (args.unit_steps) return stream<T>(args, share, group, rank, meeting);
   unit_by_unit<T>(args, share, group, rank, meeting);
 }
 
 template <class T>
+__global__ void __launch_bounds__(T::kThreads + 32, 1)
+    quantize_stream_kernel(const __grid_constant__ QuantizeArgs args) {
+  extern __shared__ __align__(128) uint4 memory[];  // asynchronous copies write whole lines
+  const Lane<T> lane(args.head_dim, args.row_lanes);
+  const int group = blockIdx.x % args.groups, rank = blockIdx.x / args.groups;
+  Share<T> share(args, lane, memory);
+  stream<T>(args, share, group, rank);
+}
+
+template <class T>
 cudaError_t launch(const QuantizePlan& plan, int device, cudaStream_t stream) {
-  constexpr int kThreads = T::kKind.threads();
-  const size_t bytes = static_cast<size_t>(plan.args.places) * T::kKind.place_bytes(kThreads);
-  return launch_quantize_kernel<quantize_kernel<T>, kMaxPlacesBytes>(plan.args, kThreads, bytes, device, stream);
+  const size_t bytes = static_cast<size_t>(plan.args.places) * T::kKind.place_bytes(T::kThreads);
+  if constexpr (T::kStreams) {
+    constexpr int kThreads = T::kThreads + 32;  // a warp that gathers
+    if (plan.args.unit_steps)
+      return launch_quantize_kernel<quantize_stream_kernel<T>, kMaxPlacesBytes>(plan.args, kThreads, bytes, device,
+                                                                                stream);
+  }
+  return launch_quantize_kernel<quantize_kernel<T>, kMaxPlacesBytes>(plan.args, T::kThreads, bytes, device, stream);
 }
 
 template <class Element, bool kHadamard>

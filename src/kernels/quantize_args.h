@@ -38,7 +38,7 @@ struct RowAxes {
 /// With a rotation, inputs are clipped to kHuge, so that no sum of up to 1,024 of them is infinite, and what is larger
 /// than kRotatedLimit after it counts as infinite: a clipped input leaves every element of its block above that.
 inline constexpr float kHuge = 0x1p116f, kRotatedLimit = 0x1p111f;
-/// A smaller descale would leave the remainder of a quotient no room among fp32's exponents.
+/// So that a descale has an inverse, and norms over it are finite.
 inline constexpr float kMinDescale = 0x1p-90f;
 inline constexpr float kMaxE4m3 = 448;
 
@@ -58,8 +58,8 @@ struct Places {
   FA3_HOST_DEVICE bool lost(int step) const { return step >= kept && step < steps - ring; }
 };
 
-/// 8-byte words of the workspace in front of the parts: a counter of the blocks that have begun.
-inline constexpr int kQuantizeHeader = 1;
+/// 8-byte words that a part has in the workspace.
+inline constexpr int kPartWords = 2;
 
 struct QuantizeArgs {
   const void* x;
@@ -84,9 +84,9 @@ struct QuantizeArgs {
   bool x_vectors, out_vectors;  // addresses and strides are multiples of 16 and 8 bytes
   bool plain;                   // vectors, rows along one axis: a whole step needs no tests
 
-  uint64_t ticket;     // what the counter counts for: see arch/counter.cuh
-  uint64_t* arrivals;  // the workspace's header
-  uint64_t* parts;     // (units, blocks_per_group): each block's amax, once it is there
+  uint64_t ticket;       // whose the words of the workspace are
+  uint64_t* parts;       // (units, blocks_per_group, kPartWords): each block's amax, once it is there
+  uint64_t* departures;  // (groups): counters of the blocks that need no part any more
 };
 
 }  // namespace fa3

@@ -32,7 +32,7 @@ struct QuantizeTraits {
                                                                     : FA3_FLOAT32;
   static constexpr QuantizeKind kKind{kDtype, kHadamard, kColumns_, kRows};
   static constexpr int kColumns = kKind.columns, kSlots = kKind.slots();
-  static constexpr int kRing = kKind.ring();
+  static constexpr int kRing = kKind.ring(), kThreads = kKind.threads();
   static constexpr bool kStreams = kKind.streams();
   static constexpr int kLoadedWords = kGroup * sizeof(Element) / sizeof(uint4);
   static constexpr int kWords = kKind.group_bytes() / sizeof(uint4);

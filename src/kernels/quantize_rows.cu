@@ -28,6 +28,7 @@ __device__ __forceinline__ void step_by_step(const QuantizeArgs& args, Rows<T>& 
   const int units = (args.units - group + args.groups - 1) / args.groups;
   int unit = group, before = group;
   rows.load(RowSpan<T>(args, unit, rank));
+  meeting.begin();
   for (int round = 0; round <= units; ++round, before = unit, unit += args.groups) {
     float v[T::kPart], amax = 0;
     if (round < units) {
@@ -37,9 +38,10 @@ __device__ __forceinline__ void step_by_step(const QuantizeArgs& args, Rows<T>& 
       amax = rows.scan(v, unit, rank);
     }
     if (round == 0) {
-      meeting.leave(unit, round, rank, amax);
+      meeting.leave(unit, round, amax);
     } else {
-      amax = round < units ? meeting.leave_and_take(unit, round, rank, amax, before) : meeting.take(before, round - 1);
+      amax = round < units ? meeting.leave_and_take(unit, round, amax, before) : meeting.take(before, round - 1);
+      if (round == units) meeting.depart();
       rows.write(RowSpan<T>(args, before, rank), scale_of<T>(args, before, rank, amax));
     }
     if (round < units) rows.hold(v);
@@ -56,14 +58,16 @@ __device__ __forceinline__ void unit_by_unit(const QuantizeArgs& args, Rows<T>& 
     const int first = rank * each, end = min(first + each, all);
     float v[T::kPart], amax = 0;
     if (first < end) rows.load(RowSpan<T>(args, unit, first));
+    if (round == 0) meeting.begin();
     for (int step = first; step < end; ++step) {
       rows.take(v);
       // The second pass begins with the last step, too.
       rows.load(RowSpan<T>(args, unit, min(step + 1, end - 1)));
       amax = fmaxf(amax, rows.scan(v, unit, step));
     }
-    meeting.leave(unit, round, rank, amax);
+    meeting.leave(unit, round, amax);
     const RowScale<T> scale = scale_of<T>(args, unit, rank, meeting.take(unit, round));
+    if (unit + args.groups >= args.units) meeting.depart();
     for (int step = end - 1; step >= first; --step) {
       rows.take(v);
       if (step > first) rows.load(RowSpan<T>(args, unit, step - 1));
@@ -77,7 +81,7 @@ __device__ __forceinline__ void unit_by_unit(const QuantizeArgs& args, Rows<T>& 
 template <class T>
 __global__ void __launch_bounds__(T::kTile.threads(), RowTile::kBlocks)
     quantize_rows_kernel(const __grid_constant__ QuantizeArgs args) {
-  extern __shared__ uint4 memory[];
+  extern __shared__ __align__(128) uint4 memory[];  // asynchronous copies write whole lines
   // Of two groups a multiprocessor has blocks of both, and one computes while the other waits.
   const int group = blockIdx.x / args.blocks_per_group, rank = blockIdx.x % args.blocks_per_group;
   Rows<T> rows(args, memory);

@@ -7,20 +7,22 @@
 
 namespace fa3 {
 
-/// The scale of a unit with this amax, and what codes are made with.
+/// The scale of a unit, and what each of a thread's columns is multiplied with: its inverse, or of a rotation's sums
+/// the norm over it.
 template <class T>
 struct Scale {
-  float descale, inverse;
-  float factor[T::kColumns];  // rotation only: of the sums
+  float descale;
+  float factor[T::kHadamard ? T::kColumns : 1];
 
-  __device__ __forceinline__ Scale(const Lane<T>& lane, float amax) {
-    descale = descale_of(amax);
-    inverse = __frcp_rn(descale);
+  __device__ __forceinline__ Scale(const Lane<T>& lane, float descale) : descale(descale) {
     if constexpr (T::kHadamard) {
 #pragma unroll
       for (int column = 0; column < T::kColumns; ++column) factor[column] = __fdiv_rn(lane.norm[column], descale);
+    } else {
+      factor[0] = __frcp_rn(descale);
     }
   }
+  __device__ __forceinline__ float of(int column) const { return factor[T::kHadamard ? column : 0]; }
 };
 
 /// The rows that share a scale. All of it is the same for all threads.
@@ -121,7 +123,7 @@ class Share {
     for (;; wild = true) {
       if (!T::kPairs || wild) unpack<kWhole>(v, unit, step, place);
       if constexpr (T::kHadamard) {
-        if (wild) clip(v, kHuge, kHuge);
+        if (wild) clip(v);
         rotate<T>(v, lane_);
       }
       if (wild) {
@@ -158,20 +160,17 @@ class Share {
     } else {
       unpack<kWhole>(v, unit, step, place);
       if constexpr (T::kHadamard) {
-        if (wild_) clip(v, kHuge, kHuge);
+        if (wild_) clip(v);
         rotate<T>(v, lane_);
       }
     }
-    // In the rotation's product infinity saturates by itself; in the quotient's remainder it would be NaN.
-    if (!T::kHadamard && wild_) clip(v, args_.limit, kMaxE4m3 * scale.descale);
     uint8_t* whole = unit.out + first_row(unit, step) * args_.rows.out[0] + out_offset_;
 #pragma unroll
     for (int slot = 0; slot < T::kSlots; ++slot) {
       if (!kWhole && !has(unit, step, slot)) continue;
       uint32_t codes[kGroup / 4];
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i)
-        v[slot][i] = T::kHadamard ? v[slot][i] * scale.factor[slot % T::kColumns] : quotient(v[slot][i], scale);
+      for (int i = 0; i < kGroup; ++i) v[slot][i] *= scale.of(slot % T::kColumns);
 #pragma unroll
       for (int i = 0; i < kGroup; i += 4)
         codes[i / 4] = arch::pack_e4m3(v[slot][i], v[slot][i + 1], v[slot][i + 2], v[slot][i + 3]);
@@ -203,7 +202,7 @@ class Share {
 
   /// A warp's words lie side by side: no two lanes share a bank.
   __device__ __forceinline__ uint4* word(int place, int slot, int w) const {
-    return memory_ + ((place * T::kSlots + slot) * T::kWords + w) * blockDim.x;
+    return memory_ + ((place * T::kSlots + slot) * T::kWords + w) * T::kThreads;
   }
 
   static __device__ __forceinline__ uint4 as_word(const float* v) {
@@ -262,13 +261,13 @@ class Share {
     }
   }
 
-  /// What is above `limit` becomes `bound`, of the same sign; NaN stays.
-  static __device__ __forceinline__ void clip(Values<T>& v, float limit, float bound) {
+  /// NaN stays.
+  static __device__ __forceinline__ void clip(Values<T>& v) {
 #pragma unroll
     for (int slot = 0; slot < T::kSlots; ++slot)
 #pragma unroll
       for (int i = 0; i < kGroup; ++i)
-        if (fabsf(v[slot][i]) > limit) v[slot][i] = copysignf(bound, v[slot][i]);
+        if (fabsf(v[slot][i]) > kHuge) v[slot][i] = copysignf(kHuge, v[slot][i]);
   }
 
   /// amax; NaN where an element is. What a lane without elements has got from others is none of a row's.
@@ -303,12 +302,6 @@ class Share {
     }
     wild_ |= __any_sync(kAllLanes, infinite);
     return largest;
-  }
-
-  /// value / descale, correctly rounded: a product with the inverse, and a step of Newton's. Zeros keep their sign.
-  static __device__ __forceinline__ float quotient(float value, const Scale<T>& scale) {
-    const float estimate = value * scale.inverse;
-    return fmaf(-fmaf(estimate, scale.descale, -value), scale.inverse, estimate);
   }
 
   const QuantizeArgs& args_;

@@ -4,7 +4,7 @@
 
 namespace fa3 {
 namespace {
-thread_local uint4 memory[kMaxPlacesBytes / sizeof(uint4)];  // a block's dynamic shared memory
+thread_local __align__(128) uint4 memory[kMaxPlacesBytes / sizeof(uint4)];  // a block's dynamic shared memory
 }
 }  // namespace fa3
 
@@ -26,8 +26,8 @@ int quantize_emulated(const fa3_quantize_params* params, int num_sms, int places
   }
   std::vector<uint64_t> workspace(plan.workspace / sizeof(uint64_t) + 1, garbage);
   plan.args.ticket = 0x123456789a;
-  plan.args.arrivals = workspace.data();
-  plan.args.parts = workspace.data() + kQuantizeHeader;
+  plan.args.parts = workspace.data();
+  plan.args.departures = workspace.data() + plan.part_words();
   emulated::late_copies = late_copies != 0;
   for (int replay = 0; replay < 2; ++replay) launch_quantize(plan, 0, nullptr);
   return workspace.back() == garbage ? plan.args.blocks_per_group : -1;
@@ -51,7 +51,7 @@ void plan_of(const fa3_quantize_params* params, int num_sms, int64_t* out) {
   out[5] = (bytes + 3 * 1024) * out[6];
   out[7] = plan.args.unit_steps;
   out[8] = plan.row_dim;
-  out[9] = plan.row_dim ? tile.threads() : plan.kind.threads();
+  out[9] = plan.row_dim ? tile.threads() : plan.kind.threads() + (plan.args.unit_steps ? 32 : 0);
   out[10] = plan.kind.columns;
   out[11] = plan.kind.rows;
 }

@@ -25,6 +25,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __shared__ thread_local
+#define __align__(bytes) __attribute__((aligned(bytes)))
 
 using std::max;
 using std::min;
@@ -69,7 +70,7 @@ struct Fiber {
   std::vector<std::vector<Copy>> groups{{}};  // the last is still open
 };
 
-/// The CUDA threads of a block, and the places where they wait for each other: one a warp, and one for all.
+/// The CUDA threads of a block, and the places where they wait for each other: one a warp, one for some, one for all.
 struct Block {
   static constexpr size_t kStack = 128 << 10;
   std::vector<Fiber> fibers;
@@ -77,7 +78,7 @@ struct Block {
   struct Meeting {
     unsigned waiting = 0, generation = 0;
   };
-  std::vector<Meeting> meetings;  // the warps', then the block's
+  std::vector<Meeting> meetings;  // the warps', then the two of the block
   unsigned exchanged[2][1024];    // by turns: who reads one turn has met all who write the turn after the next
 
   Fiber& current() { return fibers[thread_index.x]; }
@@ -100,6 +101,7 @@ struct Block {
     }
     while (meeting.generation == generation) yield();
   }
+  void meet_some(unsigned members) { meet(static_cast<unsigned>(meetings.size()) - 2, members); }
   void meet_block() { meet(static_cast<unsigned>(meetings.size()) - 1, static_cast<unsigned>(fibers.size())); }
   /// The values of the warp's lanes.
   const unsigned* gather(unsigned value) {
@@ -121,7 +123,7 @@ inline void enter() {
 inline void run_block(unsigned threads, const std::function<void()>& work) {
   Block here;
   here.fibers.resize(threads);
-  here.meetings.resize(threads / 32 + 1);
+  here.meetings.resize(threads / 32 + 2);
   block = &here;
   body = &work;
   for (Fiber& fiber : here.fibers) {

@@ -1,0 +1,84 @@
+// What thread blocks that share a scale leave for each other in device memory.
+#pragma once
+#include "arch/counter.cuh"
+#include "arch/l2.cuh"
+#include "kernels/quantize_lane.cuh"
+
+namespace fa3 {
+
+/// amax of this lane's and the 31 others'.
+__device__ __forceinline__ float warp_amax(float amax) {
+  return __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(amax)));  // from 0 up: in order as integers
+}
+
+/// A block's amax of a unit, beside whose it is, in both words. Nobody has cleared the memory, and whatever it held is
+/// not taken for a part, as tickets never come twice; but a graph's replays have the same one. So who is the last to
+/// need the parts of a group takes them away. Nothing is waited for at the start, or while memory is busy.
+struct Part {
+  uint64_t first = 0, second = 0;
+
+  __device__ __forceinline__ bool is_of(uint64_t ticket) const {
+    return !((first ^ mark(ticket)) >> 32) && !((second ^ mark(ticket) << 32) >> 32) &&
+           static_cast<uint32_t>(first) == static_cast<uint32_t>(second);
+  }
+  __device__ __forceinline__ float amax() const { return __uint_as_float(static_cast<uint32_t>(first)); }
+
+  __device__ __forceinline__ void load(uint64_t* from) { arch::load_pair_from_l2(from, first, second); }
+  static __device__ __forceinline__ void store(uint64_t* to, uint64_t ticket, float amax) {
+    const uint64_t whose = mark(ticket), bits = __float_as_uint(amax);
+    arch::store_pair_to_l2(to, whose >> 32 << 32 | bits, whose << 32 | bits);
+  }
+
+ private:
+  /// 64 bits of which neither half of zeros is.
+  static __device__ __forceinline__ uint64_t mark(uint64_t ticket) { return ticket << 24 | 1; }
+};
+
+/// The parts of a group's units.
+class Parts {
+ public:
+  __device__ __forceinline__ Parts(const QuantizeArgs& args, int group, int rank)
+      : args_(args), group_(group), rank_(rank) {}
+
+  /// One thread makes known what its block has found in a unit.
+  __device__ __forceinline__ void leave(int unit, float amax) const {
+    Part::store(part_of(unit, rank_), args_.ticket, amax);
+  }
+
+  /// Block `rank`'s part, if it is there.
+  __device__ __forceinline__ Part look(int unit, int rank) const {
+    Part part;
+    part.load(part_of(unit, rank));
+    return part;
+  }
+  __device__ __forceinline__ bool is_there(const Part& part) const { return part.is_of(args_.ticket); }
+
+  /// The warp that will depart(), once it has something to wait for anyway.
+  __device__ __forceinline__ void prepare_to_depart() const {
+    if (threadIdx.x % 32 == 0) departures().open();
+  }
+
+  /// One warp comes here when its block has read all parts that it needs. That comes before the count without a fence,
+  /// since who has not got the parts is not here.
+  __device__ __forceinline__ void depart() const {
+    const int lane = threadIdx.x % 32;
+    const bool last = lane == 0 && departures().add() + 1 == args_.blocks_per_group;
+    if (!__any_sync(kAllLanes, last)) return;
+    for (int unit = group_; unit < args_.units; unit += args_.groups)
+      for (int rank = lane; rank < args_.blocks_per_group; rank += 32)
+        arch::store_pair_to_l2(part_of(unit, rank), 0, 0);
+    if (lane == 0) departures().close();
+  }
+
+ private:
+  __device__ __forceinline__ uint64_t* part_of(int unit, int rank) const {
+    return args_.parts + (int64_t{unit} * args_.blocks_per_group + rank) * kPartWords;
+  }
+
+  __device__ __forceinline__ arch::Counter departures() const { return {args_.departures + group_, args_.ticket}; }
+
+  const QuantizeArgs& args_;
+  int group_, rank_;
+};
+
+}  // namespace fa3
