@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(T::kKind.max_threads(), 1)
 }
 
 template <class T>
-__global__ void __launch_bounds__(T::kThreads + 32, 1)
+__global__ void __launch_bounds__(T::kKind.max_threads() + 32, 1)
     quantize_stream_kernel(const __grid_constant__ QuantizeArgs args) {
   extern __shared__ __align__(128) uint4 memory[];  // asynchronous copies write whole lines
   const Lane<T> lane(args.head_dim, args.row_lanes);

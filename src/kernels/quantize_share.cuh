@@ -67,7 +67,7 @@ class Share {
   using Element = typename T::Type;
 
   __device__ __forceinline__ Share(const QuantizeArgs& args, const Lane<T>& lane, uint4* memory)
-      : args_(args), lane_(lane), memory_(memory + threadIdx.x) {
+      : args_(args), lane_(lane), memory_(memory) {
     row_ = threadIdx.x / 32 * args.warp_rows + lane.row;
     x_offset_ = row_ * args.rows.x[0] + lane.group[0] * kGroup;
     out_offset_ = row_ * args.rows.out[0] + lane.group[0] * kGroup;
@@ -78,21 +78,30 @@ class Share {
   /// Whole steps, of which each lane has a row in vectors, are code of their own: tests and addresses of others are
   /// half of the instructions, and 3 to 5% of the time.
   __device__ __forceinline__ void load(const Unit<T>& unit, int step, int place) const {
+    if constexpr (kShared) __syncwarp();  // whoever's words these were has done with them
     step < unit.whole ? load<true>(unit, step, place) : load<false>(unit, step, place);
   }
   __device__ __forceinline__ float scan(const Unit<T>& unit, int step, int place) {
+    if constexpr (kShared) __syncwarp();
     return step < unit.whole ? scan<true>(unit, step, place) : scan<false>(unit, step, place);
   }
   __device__ __forceinline__ void write(const Unit<T>& unit, int step, int place, bool again,
                                         const Scale<T>& scale) const {
+    if constexpr (kShared) __syncwarp();
     step < unit.whole ? write<true>(unit, step, place, again, scale) : write<false>(unit, step, place, again, scale);
   }
 
  private:
+  /// Of whole steps a warp loads its words in order, and not each lane its own two: asynchronous copies that do not
+  /// keep the order in a line of 128 bytes take one for each 16 of them.
+  static constexpr bool kShared = T::kLoadedWords == 2;
+
   /// Loads are on their way after this; `place` is of step `step`.
   template <bool kWhole>
   __device__ __forceinline__ void load(const Unit<T>& unit, int step, int place) const {
-    const Element* whole = unit.x + first_row(unit, step) * args_.rows.x[0] + x_offset_;
+    const Element* whole = unit.x + first_row(unit, step) * args_.rows.x[0];
+    if constexpr (kWhole && kShared) return load_in_order(whole, place);
+    whole += x_offset_;
 #pragma unroll
     for (int slot = 0; slot < T::kSlots; ++slot) {
       if (!kWhole && !has(unit, step, slot)) continue;
@@ -110,6 +119,22 @@ class Share {
 #pragma unroll
         for (int w = 0; w < T::kLoadedWords; ++w) *word(place, slot, w) = reinterpret_cast<const uint4*>(elements)[w];
       }
+    }
+  }
+
+  __device__ __forceinline__ void load_in_order(const Element* whole, int place) const {
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int owner = 16 * half + lane / 2, row = owner / args_.row_lanes;
+      const Element* from = whole +
+                            (thread / 32 * args_.warp_rows + (row < args_.warp_rows ? row : 0)) * args_.rows.x[0] +
+                            owner % args_.row_lanes * kGroup + lane % 2 * (kGroup / 2);
+#pragma unroll
+      for (int slot = 0; slot < T::kSlots; ++slot)
+        __pipeline_memcpy_async(word_of(thread - lane + owner, place, slot, lane % 2),
+                                from + slot_rows(slot) * args_.rows.x[0] + slot % T::kColumns * column_step(),
+                                sizeof(uint4));
     }
   }
 
@@ -200,9 +225,15 @@ class Share {
     return lane_.has[slot % T::kColumns] && row_of(unit, step, slot) < unit.end;
   }
 
-  /// A warp's words lie side by side: no two lanes share a bank.
   __device__ __forceinline__ uint4* word(int place, int slot, int w) const {
-    return memory_ + ((place * T::kSlots + slot) * T::kWords + w) * T::kThreads;
+    return word_of(static_cast<int>(threadIdx.x), place, slot, w);
+  }
+  /// A warp's words lie side by side: no two of eight lanes share a bank. Two of a lane's keep their order, but for
+  /// every other group of four lanes.
+  __device__ __forceinline__ uint4* word_of(int thread, int place, int slot, int w) const {
+    const int slots = place * T::kSlots + slot;
+    if constexpr (kShared) return memory_ + 2 * (slots * T::kThreads + thread) + (w ^ (thread / 4 % 2));
+    return memory_ + (slots * T::kWords + w) * T::kThreads + thread;
   }
 
   static __device__ __forceinline__ uint4 as_word(const float* v) {
