@@ -57,10 +57,8 @@ struct RowTile {
   constexpr int warps() const { return part() > 80 ? 4 : part() > 64 ? 6 : 8; }  // as registers allow
   constexpr int threads() const { return 32 * warps(); }
   constexpr int step_rows() const { return rows() * warps(); }
-  /// From a lane's 16-byte words to the next one's: whole lines of 128 bytes, whose words are shuffled, or odd; so that
-  /// no two of eight lanes share a bank.
-  constexpr bool shuffles() const { return part() % 64 == 0; }
-  constexpr int loaded_words() const { return shuffles() ? part() / 8 : part() / 8 | 1; }
+  /// From a lane's 16-byte words to the next one's: odd, so that no two of eight lanes share a bank.
+  constexpr int loaded_words() const { return part() / 8 | 1; }
   constexpr int held_words() const { return part() / 4 | 1; }  // sums in fp32
   constexpr int warp_words() const { return 32 * (loaded_words() + held_words()); }
   constexpr int bytes() const { return 16 * warp_words() * warps(); }

@@ -1,5 +1,6 @@
 // How thread blocks that share a scale find the amax of all, unit by unit.
 #pragma once
+#include "arch/warpgroup.cuh"
 #include "kernels/quantize_parts.cuh"
 
 namespace fa3 {
@@ -60,7 +61,11 @@ class Meeting {
   }
 
   __device__ __forceinline__ bool alone() const { return blocks_ == 1; }
-  __device__ __forceinline__ bool departs() const { return !alone() && threadIdx.x / 32 + 1 == blockDim.x / 32; }
+  /// The same for all lanes, which the compiler must know: or it takes warps for parted from there on, and has each
+  /// shuffle of a rotation twice.
+  __device__ __forceinline__ bool departs() const {
+    return !alone() && arch::uniform(threadIdx.x / 32) + 1 == static_cast<int>(blockDim.x / 32);
+  }
   static __device__ __forceinline__ int rank_to_read() { return static_cast<int>(threadIdx.x); }
 
   /// Each warp's amax, for warps to join after a barrier.

@@ -14,7 +14,6 @@ struct RowsTraits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr RowTile kTile{kHeadDim};
   static constexpr int kLanes = kTile.lanes(), kPart = kTile.part(), kRows = kTile.rows();
-  static constexpr bool kShuffles = kTile.shuffles();
   static constexpr int kLoaded = kTile.loaded_words(), kHeld = kTile.held_words(), kWarpWords = kTile.warp_words();
   // A head dim is one block of the rotation, or two.
   static constexpr int kBlock = hadamard_block(0, kHeadDim), kRest = kHeadDim - kBlock;
@@ -66,13 +65,13 @@ class Rows {
   /// Loads are on their way after this.
   __device__ __forceinline__ void load(const Span& span) const {
     constexpr int kWords = T::kHeadDim / kGroup, kPartWords = T::kPart / kGroup, kAtOnce = 32 / kWords;
-    const int lane = lane_anew(), word = lane % kWords;
+    const int lane = lane_anew(), word = lane % kWords, to = word / kPartWords * T::kLoaded + word % kPartWords;
     const int stride = static_cast<int>(args_.rows.x[0]), last = max(span.rows - 1, 0);
 #pragma unroll
     for (int first = 0; first < T::kRows; first += kAtOnce) {
       const int row = first + lane / kWords;
       if (32 % kWords && (lane >= kAtOnce * kWords || row >= T::kRows)) continue;
-      __pipeline_memcpy_async(loaded_word(row * T::kLanes + word / kPartWords, word % kPartWords),
+      __pipeline_memcpy_async(loaded_ + row * T::kLanes * T::kLoaded + to,
                               span.x + min(row, last) * stride + word * kGroup, sizeof(uint4));
     }
     __pipeline_commit();
@@ -84,7 +83,7 @@ class Rows {
     __syncwarp();
     const int lane = lane_anew();
 #pragma unroll
-    for (int word = 0; word < T::kPart / kGroup; ++word) unpack(v, word, *loaded_word(lane, word));
+    for (int word = 0; word < T::kPart / kGroup; ++word) unpack(v, word, loaded_[lane * T::kLoaded + word]);
     __syncwarp();
   }
 
@@ -147,11 +146,6 @@ class Rows {
   }
 
  private:
-  /// Where a lane's word is. Asynchronous copies want those of a line of x in one line, in whatever order.
-  __device__ __forceinline__ uint4* loaded_word(int lane, int word) const {
-    return loaded_ + lane * T::kLoaded + (T::kShuffles ? word ^ lane % 8 : word);
-  }
-
   /// For addresses that are not worth a register between two steps.
   static __device__ __forceinline__ int lane_anew() { return static_cast<int>(arch::thread_anew() % 32); }
 

@@ -67,7 +67,7 @@ class Share {
   using Element = typename T::Type;
 
   __device__ __forceinline__ Share(const QuantizeArgs& args, const Lane<T>& lane, uint4* memory)
-      : args_(args), lane_(lane), memory_(memory) {
+      : args_(args), lane_(lane), memory_(memory + (kShared ? 2 : 1) * threadIdx.x) {
     row_ = threadIdx.x / 32 * args.warp_rows + lane.row;
     x_offset_ = row_ * args.rows.x[0] + lane.group[0] * kGroup;
     out_offset_ = row_ * args.rows.out[0] + lane.group[0] * kGroup;
@@ -92,9 +92,9 @@ class Share {
   }
 
  private:
-  /// Of whole steps a warp loads its words in order, and not each lane its own two: asynchronous copies that do not
-  /// keep the order in a line of 128 bytes take one for each 16 of them.
-  static constexpr bool kShared = T::kLoadedWords == 2;
+  /// Of whole steps of large units a warp loads its words in order, and not each lane its own two: asynchronous copies
+  /// that do not keep the order in a line of 128 bytes take one for each 16 of them.
+  static constexpr bool kShared = T::kLoadedWords == 2 && T::kKind.rows > 1;
 
   /// Loads are on their way after this; `place` is of step `step`.
   template <bool kWhole>
@@ -132,7 +132,7 @@ class Share {
                             owner % args_.row_lanes * kGroup + lane % 2 * (kGroup / 2);
 #pragma unroll
       for (int slot = 0; slot < T::kSlots; ++slot)
-        __pipeline_memcpy_async(word_of(thread - lane + owner, place, slot, lane % 2),
+        __pipeline_memcpy_async(word_of(owner - lane, place, slot, lane % 2),
                                 from + slot_rows(slot) * args_.rows.x[0] + slot % T::kColumns * column_step(),
                                 sizeof(uint4));
     }
@@ -225,15 +225,15 @@ class Share {
     return lane_.has[slot % T::kColumns] && row_of(unit, step, slot) < unit.end;
   }
 
+  /// A warp's words lie side by side: no two of eight lanes share a bank.
   __device__ __forceinline__ uint4* word(int place, int slot, int w) const {
-    return word_of(static_cast<int>(threadIdx.x), place, slot, w);
+    if constexpr (kShared) return word_of(0, place, slot, w);
+    return memory_ + ((place * T::kSlots + slot) * T::kWords + w) * T::kThreads;
   }
-  /// A warp's words lie side by side: no two of eight lanes share a bank. Two of a lane's keep their order, but for
-  /// every other group of four lanes.
-  __device__ __forceinline__ uint4* word_of(int thread, int place, int slot, int w) const {
-    const int slots = place * T::kSlots + slot;
-    if constexpr (kShared) return memory_ + 2 * (slots * T::kThreads + thread) + (w ^ (thread / 4 % 2));
-    return memory_ + (slots * T::kWords + w) * T::kThreads + thread;
+  /// Of the thread so many after this one. Its two words are in order, but for every other four threads.
+  __device__ __forceinline__ uint4* word_of(int after, int place, int slot, int w) const {
+    const int thread = static_cast<int>(threadIdx.x) + after;
+    return memory_ + 2 * ((place * T::kSlots + slot) * T::kThreads + after) + (w ^ (thread / 4 % 2));
   }
 
   static __device__ __forceinline__ uint4 as_word(const float* v) {
