@@ -27,6 +27,14 @@ struct QuantizeKind {
     while (place_bytes(threads) * kMaxPlaces > kMaxPlacesBytes) threads /= 2;
     return threads;
   }
+  /// Threads of a block that a kernel is compiled for, and blocks of a multiprocessor that its registers must allow: of
+  /// small ones as many as do without spills, since 84 sequences of 16 heads are 10 for each multiprocessor.
+  constexpr int bound() const { return large() ? max_threads() : threads(); }
+  constexpr int min_blocks() const {
+    if (large()) return 1;
+    if (hadamard) return columns == 1 ? 8 : 4;
+    return dtype == FA3_FLOAT32 ? 8 : 12;
+  }
   /// Bytes that 8 elements take in shared memory, and in x.
   constexpr int group_bytes() const { return hadamard ? 32 : loaded_bytes(); }
   constexpr int loaded_bytes() const { return dtype == FA3_FLOAT32 ? 32 : 16; }

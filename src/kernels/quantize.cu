@@ -54,7 +54,7 @@ __device__ __forceinline__ void unit_by_unit(const QuantizeArgs& args, Share<T>&
 }
 
 template <class T>
-__global__ void __launch_bounds__(T::kKind.max_threads(), 1)
+__global__ void __launch_bounds__(T::kKind.bound(), T::kKind.min_blocks())
     quantize_kernel(const __grid_constant__ QuantizeArgs args) {
   extern __shared__ __align__(128) uint4 memory[];  // asynchronous copies write whole lines
   const Lane<T> lane(args.head_dim, args.row_lanes);
