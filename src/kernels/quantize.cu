@@ -2,8 +2,9 @@
 //
 // Floor: x read once and a byte an element written, 3 bytes for 16-bit x. So that x is read once, what was loaded stays
 // in shared memory until amax is known: 29 MB on 132 multiprocessors, or half of that with a rotation, whose results
-// are kept in fp32. What does not fit is read again, from L2 where it is still there. Each thread keeps to places of
-// its own, so that shared memory needs no barrier; asynchronous copies fill them, a ring of steps ahead.
+// are kept in fp32. What does not fit is read again, from L2 where it is still there. Each warp keeps to places of its
+// own, so that shared memory needs no barrier; asynchronous copies fill them, a ring of steps ahead. Units that fit go
+// through as one stream (quantize_stream.cuh), others one by one; what blocks tell each other is in quantize_parts.cuh.
 #include "kernels/quantize.h"
 
 #include "kernels/quantize_launch.cuh"
