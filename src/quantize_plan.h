@@ -82,7 +82,7 @@ struct QuantizePlan {
   /// Of the workspace, in front of its counters.
   constexpr size_t part_words() const { return size_t(args.units) * args.blocks_per_group * kPartWords; }
   /// Whether blocks leave parts, for each other or for a warp of their own.
-  constexpr bool has_parts() const { return args.blocks_per_group > 1 || args.unit_steps > 0; }
+  constexpr bool has_parts() const { return args.blocks_per_group > 1 || (args.unit_steps > 0 && !row_dim); }
 };
 QuantizePlan plan_quantize(const fa3_quantize_params& params, int num_sms);
 

@@ -17,7 +17,8 @@ extern "C" {
 
 /// Quantise on a GPU of so many multiprocessors, with a workspace full of `garbage`; twice, as a graph replays a
 /// launch. At most `places` (0: as many as there are) make small problems overflow the chip, unit by unit. Returns
-/// thread blocks to a scale.
+/// thread blocks to a scale, -1 where something is written behind the workspace, and -2 where a launch leaves in it
+/// what a replay would take for its own.
 int quantize_emulated(const fa3_quantize_params* params, int num_sms, int places, int late_copies, uint64_t garbage) {
   QuantizePlan plan = plan_quantize(*params, num_sms);
   if (places) {
@@ -29,8 +30,12 @@ int quantize_emulated(const fa3_quantize_params* params, int num_sms, int places
   plan.args.parts = workspace.data();
   plan.args.departures = workspace.data() + plan.part_words();
   emulated::late_copies = late_copies != 0;
-  for (int replay = 0; replay < 2; ++replay) launch_quantize(plan, 0, nullptr);
-  return workspace.back() == garbage ? plan.args.blocks_per_group : -1;
+  const auto end = workspace.end() - 1;
+  for (int replay = 0; replay < 2; ++replay) {
+    launch_quantize(plan, 0, nullptr);
+    if (plan.has_parts() && std::any_of(workspace.begin(), end, [](uint64_t word) { return word != 0; })) return -2;
+  }
+  return *end == garbage ? plan.args.blocks_per_group : -1;
 }
 
 /// groups, blocks per group, places, workspace bytes, axes of rows, and the shared memory that all blocks of a
