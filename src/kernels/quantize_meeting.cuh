@@ -18,7 +18,7 @@ class Meeting {
 
   /// What each thread of the block has found in a unit, number `round` of its group.
   __device__ __forceinline__ void leave(int unit, int round, float amax) const {
-    keep(shared().warps[round % kSlots], amax);
+    keep_amax(shared().warps[round % kSlots], amax);
     if (alone()) return;
     __syncthreads();
     report(unit, round);
@@ -31,15 +31,15 @@ class Meeting {
 
   /// The unit's amax, in all threads, which all come here.
   __device__ __forceinline__ float take(int unit, int round) {
-    if (!alone()) keep(shared().groups[round % 2], parts_amax(unit));
+    if (!alone()) keep_amax(shared().groups[round % 2], parts_amax(unit));
     __syncthreads();
     return found(round);
   }
 
   /// leave(), and take() of the round before, whose unit was `before`: with one barrier for both.
   __device__ __forceinline__ float leave_and_take(int unit, int round, float amax, int before) {
-    keep(shared().warps[round % kSlots], amax);
-    if (!alone()) keep(shared().groups[(round - 1) % 2], parts_amax(before));
+    keep_amax(shared().warps[round % kSlots], amax);
+    if (!alone()) keep_amax(shared().groups[(round - 1) % 2], parts_amax(before));
     __syncthreads();
     if (!alone()) report(unit, round);
     return found(round - 1);
@@ -68,15 +68,7 @@ class Meeting {
   }
   static __device__ __forceinline__ int rank_to_read() { return static_cast<int>(threadIdx.x); }
 
-  /// Each warp's amax, for warps to join after a barrier.
-  static __device__ __forceinline__ void keep(float* warps, float amax) {
-    amax = warp_amax(amax);
-    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = amax;
-  }
-  static __device__ __forceinline__ float joined(const float* warps) {
-    const unsigned warp = threadIdx.x % 32;
-    return warp_amax(warp < blockDim.x / 32 ? warps[warp] : 0.f);
-  }
+  static __device__ __forceinline__ float joined(const float* warps) { return joined_amax(warps, blockDim.x / 32); }
 
   /// The first warp makes the block's part known.
   __device__ __forceinline__ void report(int unit, int round) const {

@@ -11,6 +11,16 @@ __device__ __forceinline__ float warp_amax(float amax) {
   return __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(amax)));  // from 0 up: in order as integers
 }
 
+/// Each warp's amax, for a warp to join after a barrier.
+__device__ __forceinline__ void keep_amax(float* warps, float amax) {
+  amax = warp_amax(amax);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = amax;
+}
+__device__ __forceinline__ float joined_amax(const float* warps, unsigned count) {
+  const unsigned warp = threadIdx.x % 32;
+  return warp_amax(warp < count ? warps[warp] : 0.f);
+}
+
 /// A block's amax of a unit, beside whose it is, in both words. Nobody has cleared the memory, and whatever it held is
 /// not taken for a part, as tickets never come twice; but a graph's replays have the same one. So who is the last to
 /// need the parts of a group takes them away. Nothing is waited for at the start, or while memory is busy.

@@ -58,14 +58,12 @@ class Gathering {
 
   /// What each thread has found in a unit, number `round` of the group.
   __device__ __forceinline__ void leave(int unit, int round, float amax) const {
-    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float* warps = shared().warps[round % kSlots];
-    amax = warp_amax(amax);
-    if (lane == 0) warps[warp] = amax;
+    keep_amax(warps, amax);
     arch::barrier_sync(1, T::kThreads);
-    if (warp > 0) return;
-    amax = warp_amax(lane < T::kThreads / 32 ? warps[lane] : 0.f);
-    if (lane > 0) return;
+    if (threadIdx.x >= 32) return;
+    amax = joined_amax(warps, T::kThreads / 32);
+    if (threadIdx.x > 0) return;
     parts_.leave(unit, amax);
     shared().left[round % kSlots].arrive();
   }
