@@ -35,12 +35,6 @@ class Counter {
     return static_cast<int>(found) & ((1 << kCountBits) - 1);
   }
 
-  /// Whether the count has come this far, or to its end. Only after open().
-  __device__ __forceinline__ bool reached(int count) const {
-    const unsigned long long found = *reinterpret_cast<volatile unsigned long long*>(word_);
-    return (found ^ ticket_) >> kCountBits || static_cast<int>(found & ((1 << kCountBits) - 1)) >= count;
-  }
-
   __device__ __forceinline__ void close() const { *reinterpret_cast<volatile unsigned long long*>(word_) = 0; }
 
  private:

@@ -81,7 +81,7 @@ __device__ __forceinline__ void unit_by_unit(const QuantizeArgs& args, Rows<T>& 
 template <class T>
 __global__ void __launch_bounds__(T::kTile.threads(), RowTile::kBlocks)
     quantize_rows_kernel(const __grid_constant__ QuantizeArgs args) {
-  extern __shared__ __align__(128) uint4 memory[];  // asynchronous copies write whole lines
+  extern __shared__ uint4 memory[];
   // Of two groups a multiprocessor has blocks of both, and one computes while the other waits.
   const int group = blockIdx.x / args.blocks_per_group, rank = blockIdx.x % args.blocks_per_group;
   Rows<T> rows(args, memory);

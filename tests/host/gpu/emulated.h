@@ -193,7 +193,6 @@ inline float __frcp_rn(float a) { return 1.f / a; }
 inline float __ldcg(const float* from) { return *from; }
 inline void __stcs(uint2* to, uint2 value) { *to = value; }
 inline void __stcs(uint4* to, uint4 value) { *to = value; }
-inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 // For instructions that no emulated kernel reaches.
 inline size_t __cvta_generic_to_global(const void* address) { return reinterpret_cast<size_t>(address); }
 inline void __nanosleep(unsigned) {  // who is waited for may be of the same block
