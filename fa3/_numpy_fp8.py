@@ -1,6 +1,6 @@
 """Quantisation to float8_e4m3fn on the CPU: the arithmetic of src/kernels/quantize.cu step by step, in fp32.
 
-Both backends round at the same places, so that they give the same bits.
+Both backends round at the same places, so that they give the same bits; a rotation by tensor cores adds up otherwise.
 """
 
 from __future__ import annotations

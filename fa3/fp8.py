@@ -55,12 +55,13 @@ def quantize_fp8(x, *, granularity="head", hadamard=False, cu_seqlens=None, stre
     Notes
     -----
     *Rounding.* The codes are x·(1 / descale), the inverse and the product in fp32, rounded to nearest even. Both
-    backends give the same bits, rotated or not. Where all is 0 (or nothing is there), descale is 1. It is never less
-    than 2^-90.
+    backends give the same bits; of a rotation in 16 bits tensor cores have an order of sums of their own, which may
+    move descale by its last bit and a code to its neighbour. Where all is 0 (or nothing is there), descale is 1. It is
+    never less than 2^-90.
 
     *NaN and infinity.* Neither counts for amax. NaN stays NaN, and infinity becomes ±448: nothing overflows to NaN.
     With `hadamard` an infinite value saturates the block that it is rotated with, and a NaN makes that block NaN;
-    what is past 2^111 after the rotation counts as infinite.
+    what is past 2^111 after the rotation counts as infinite. Where several infinities cancel, any number may come out.
 
     *The rotation* is H·diag(s)/sqrt(size), with H the Hadamard matrix in Sylvester's order (entries (-1)^popcount(i
     & j)) and s fixed signs. Where head_dim is no power of two, it is in blocks of the powers of two that head_dim is

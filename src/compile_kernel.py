@@ -54,8 +54,8 @@ def apart(entry):
     """What sets a kernel apart from others of its file: a shape of quantisation, or nothing."""
     if shape := re.search(r"QuantizeTraitsI\w+?Lb(\d)ELi(\d+)ELi(\d+)E", entry):
         return f"{'_hadamard' * (shape[1] == '1')}{'_stream' * ('stream' in entry)}_{shape[2]}x{shape[3]}"
-    if rows := re.search(r"RowsTraitsI\w+?Li(\d+)E", entry):
-        return f"_{rows[1]}"
+    if head_dim := re.search(r"RotationTraitsI\w+?Li(\d+)E", entry):
+        return f"_{head_dim[1]}"
     return ""
 
 

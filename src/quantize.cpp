@@ -7,6 +7,7 @@
 #include "quantize_plan.h"
 #include "slow_checks.h"
 #include "status.h"
+#include "tensor_map.h"
 #include "ticket.h"
 #include "validate.h"
 
@@ -16,6 +17,43 @@ namespace {
 /// An empty x has scales all the same, unless it has no heads, or no batch entries to have them.
 bool no_scales(const fa3_quantize_params& p) {
   return (p.granularity != FA3_PER_TENSOR && p.num_heads == 0) || (p.granularity == FA3_PER_BATCH_HEAD && p.batch == 0);
+}
+
+/// Describe x for TMA: the axes of units, and that of their rows.
+fa3_status encode_rows(const QuantizePlan& plan, RotationArgs& args) {
+  const QuantizeArgs& common = args.common;
+  fa3_array x{};
+  x.data = const_cast<void*>(common.x);
+  x.stride[0] = common.x_unit[0];
+  x.stride[1] = common.rows.x[0];
+  x.stride[2] = common.x_unit[1];
+  OperandShape shape;
+  shape.dtype = plan.kind.dtype;
+  shape.head_dim = common.head_dim;
+  shape.heads = common.unit_heads;
+  shape.batch = common.units / common.unit_heads;
+  shape.rows = static_cast<int>(common.unit_rows);
+  shape.box_rows = RotationTile::kRows;
+  shape.swizzle = 2 * RotationTile::kChunkDims;
+  shape.read_once = true;
+  if (auto status = encode_operand(x, shape, args.x)) return status;
+  const int rest = RotationTile{plan.tile_dim}.rest();
+  if (!rest) return FA3_OK;
+  shape.swizzle = 2 * rest;
+  return encode_operand(x, shape, args.rest);
+}
+
+fa3_status launch(const QuantizePlan& plan, int device, cudaStream_t stream) {
+  cudaError_t error;
+  if (plan.tile_dim) {
+    RotationArgs args{};
+    args.common = plan.args;
+    if (auto status = encode_rows(plan, args)) return status;
+    error = launch_rotation(plan, args, device, stream);
+  } else {
+    error = launch_quantize(plan, device, stream);
+  }
+  return check_cuda(error, "quantize", cudaGetErrorString(error));
 }
 
 fa3_status quantize(const fa3_quantize_params* params, void* workspace, cudaStream_t stream) {
@@ -32,8 +70,7 @@ fa3_status quantize(const fa3_quantize_params* params, void* workspace, cudaStre
   plan.args.ticket = draw_ticket();
   plan.args.parts = static_cast<uint64_t*>(workspace);
   plan.args.departures = plan.args.parts + plan.part_words();
-  const cudaError_t error = launch_quantize(plan, params->device, stream);
-  return check_cuda(error, "quantize", cudaGetErrorString(error));
+  return launch(plan, params->device, stream);
 }
 
 fa3_status workspace_bytes(const fa3_quantize_params* params, size_t* bytes) {

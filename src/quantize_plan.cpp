@@ -2,7 +2,6 @@
 #include "quantize_plan.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <limits>
 
 #include "alignment.h"
@@ -76,59 +75,69 @@ int64_t cut_steps(const QuantizeKind& kind, int64_t rows, QuantizeArgs& args) {
   return ceil_quotient(rows, args.step_rows);
 }
 
-/// Whether the kernel whose threads have rows can take them: 32-bit offsets within a warp's, and 16 bytes at a time.
-bool rows_are_plain(const fa3_quantize_params& p, const QuantizeArgs& args) {
-  constexpr int64_t kMostStride = INT32_MAX / 64;  // of 32 rows, in bytes
-  return p.hadamard && p.dtype != FA3_FLOAT32 && RowTile::fits(p.head_dim) && args.plain && !args.cu_seqlens &&
-         aligned(p.out, 1, 16) && std::abs(args.rows.x[0]) < kMostStride && std::abs(args.rows.out[0]) < kMostStride;
+/// Whether the kernel that rotates tiles can take them: whatever TMA asks for, and codes 16 at a time.
+bool tile_fits(const fa3_quantize_params& p, const QuantizeArgs& args) {
+  if (!p.hadamard || p.dtype == FA3_FLOAT32 || !RotationTile::fits(p.head_dim) || !args.plain || args.cu_seqlens)
+    return false;
+  constexpr int64_t kMostBytes = int64_t{1} << 40;  // of a stride
+  constexpr uint32_t kMostRows = INT32_MAX - RotationTile::kRows;
+  bool fits = aligned(p.out, 1, 16) && args.rows.x[0] > 0 && args.unit_rows <= kMostRows;
+  for (int64_t stride : {args.rows.x[0], args.x_unit[0], args.x_unit[1]})
+    fits &= stride >= 0 && 2 * stride < kMostBytes;
+  return fits && 2 * args.unit_rows >= RotationTile::kRows;  // or most of a tile's rows would be none
 }
 
-/// A thread a row. Where all blocks hold a unit at once, each has a step of it, and as many groups as there is room for
-/// have a unit each. False where most of a block's rows would be none.
-bool share_rows(const fa3_quantize_params& p, int num_sms, QuantizePlan& plan) {
+/// What the shape of a kernel for large units says of how they are shared.
+struct Cut {
+  int64_t steps, resident, held;  // of a unit, thread blocks, and steps that a block holds while others are loaded
+  double meeting;                 // of a stream's block: what each costs, in steps
+  bool streams;
+};
+
+Cut cut_large(const fa3_quantize_params& p, int64_t rows, int num_sms, QuantizePlan& plan) {
   QuantizeArgs& args = plan.args;
-  const RowTile tile{p.head_dim};
-  const int64_t rows = args.unit_rows, steps = ceil_quotient(rows, tile.step_rows());
-  const int resident = num_sms * RowTile::kBlocks;
-  if (!rows_are_plain(p, args) || 2 * rows < steps * tile.step_rows()) return false;
-  plan.row_dim = p.head_dim;
-  args.step_rows = tile.step_rows();
-  args.unit_steps = steps <= resident ? static_cast<int>(steps) : 0;
-  args.blocks_per_group = static_cast<int>(std::min<int64_t>(steps, resident));
-  args.groups = std::min(args.units, resident / args.blocks_per_group);
-  return true;
+  Cut cut;
+  if (tile_fits(p, args)) {
+    const RotationTile tile{p.head_dim};
+    plan.tile_dim = p.head_dim;
+    args.step_rows = RotationTile::kRows;
+    args.places = tile.places();
+    cut = {ceil_quotient(rows, args.step_rows), num_sms, tile.held(), 4500. / tile.tile_bytes(), true};
+  } else {
+    plan.kind = kind_of(p, true);
+    const int64_t steps = cut_steps(plan.kind, rows, args);
+    cut = {steps, int64_t{num_sms} * (plan.kind.max_threads() / plan.kind.threads()), args.places - plan.kind.ring(), 0,
+           plan.kind.streams() && !args.cu_seqlens};
+  }
+  cut.streams &= 2 * ceil_quotient(cut.steps, std::min(cut.resident, cut.steps)) <= cut.held;
+  return cut;
 }
 
 /// Which thread blocks share a unit of so many rows. One that a small block can hold is a block's own, with nothing to
-/// wait for. Larger ones go through groups of resident blocks: as many groups as can hold a unit and have room for as
-/// much of others while they wait for its amax, but rather fewer than leave groups idle in the last round. Units that
-/// are too large for that, and sequences, whose lengths only the device knows, go one by one, and each time a group
-/// meets for about as long as a step takes.
+/// wait for; tiles come by few large blocks all the same. Larger ones go through groups of resident blocks: as many
+/// groups as can hold a unit and have room for as much of others while they wait for its amax, but rather fewer than
+/// leave groups idle in the last round. Units that are too large for that, and sequences, whose lengths only the device
+/// knows, go one by one, and each time a group meets for about as long as a step takes.
 void share_units(const fa3_quantize_params& p, int64_t rows, int num_sms, QuantizePlan& plan) {
   QuantizeArgs& args = plan.args;
   plan.kind = kind_of(p, false);
-  int64_t steps = cut_steps(plan.kind, rows, args);
+  const int64_t small_steps = cut_steps(plan.kind, rows, args);
   args.groups = args.units;
   args.blocks_per_group = 1;
-  if (steps <= args.places) {
-    if (!args.cu_seqlens) args.places = static_cast<int>(std::max<int64_t>(steps, 1));
+  if (small_steps <= args.places && !tile_fits(p, args)) {
+    if (!args.cu_seqlens) args.places = static_cast<int>(std::max<int64_t>(small_steps, 1));
     return;
   }
-  if (share_rows(p, num_sms, plan)) return;
-  plan.kind = kind_of(p, true);
-  steps = cut_steps(plan.kind, rows, args);
-  const int64_t resident = int64_t{num_sms} * (plan.kind.max_threads() / plan.kind.threads());
-  const int64_t held = args.places - plan.kind.ring();
-  const bool streams =
-      plan.kind.streams() && !args.cu_seqlens && 2 * ceil_quotient(steps, std::min(resident, steps)) <= held;
-  if (streams) args.unit_steps = static_cast<int>(steps);
+  const Cut cut = cut_large(p, rows, num_sms, plan);
+  if (cut.streams) args.unit_steps = static_cast<int>(cut.steps);
   double best = std::numeric_limits<double>::max();
-  for (int64_t groups = 1; groups <= std::min<int64_t>(args.units, resident); ++groups) {
-    const int64_t blocks = std::min(resident / groups, steps), each = ceil_quotient(steps, blocks);
-    if (streams ? (blocks > 1 ? 2 : 1) * each > held : groups > 1 && each > args.places) continue;
+  for (int64_t groups = 1; groups <= std::min<int64_t>(args.units, cut.resident); ++groups) {
+    const int64_t blocks = std::min(cut.resident / groups, cut.steps), each = ceil_quotient(cut.steps, blocks);
+    if (cut.streams ? (blocks > 1 ? 2 : 1) * each > cut.held : groups > 1 && each > args.places) continue;
     const int64_t rounds = ceil_quotient(args.units, groups);
-    const double busy = static_cast<double>(args.units) / (rounds * groups) * (groups * blocks) / resident;
-    const double cost = streams ? 1 / busy : static_cast<double>(rounds * (each + 1));
+    const double busy = static_cast<double>(args.units) / (rounds * groups) * (groups * blocks) / cut.resident;
+    const double meetings = blocks > 1 ? cut.meeting * static_cast<double>(blocks) / static_cast<double>(cut.steps) : 0;
+    const double cost = cut.streams ? (1 + meetings) / busy : static_cast<double>(rounds * (each + 1));
     if (cost > best) continue;
     best = cost;
     args.groups = static_cast<int>(groups);

@@ -1,4 +1,5 @@
 #pragma once
+#include "attention/hadamard.h"
 #include "fa3.h"
 #include "kernels/quantize_args.h"
 
@@ -50,39 +51,51 @@ struct QuantizeKind {
   constexpr int row_lanes(int head_dim) const { return columns < 3 ? head_dim / 8 / columns : 32; }
 };
 
-/// The kernel for a rotation of 16-bit rows that lie along one axis and begin at 16 bytes: a thread has a row, or half
-/// of one, and no lane needs a sum of another's. This is what a warp and a thread block of it hold.
-struct RowTile {
+/// The kernel for a rotation of 16-bit rows that lie along one axis and that TMA can bring. A step is a tile of 64
+/// rows, and a warpgroup's; this is what a thread block holds.
+struct RotationTile {
   int head_dim;
 
+  static constexpr int kRows = 64, kChunkDims = 64;
   static constexpr bool fits(int head_dim) {
-    return head_dim == 64 || head_dim == 80 || head_dim == 128 || head_dim == 256;
+    return head_dim == 64 || head_dim == 80 || head_dim == 96 || head_dim == 128 || head_dim == 192 || head_dim == 256;
   }
-  constexpr int lanes() const { return head_dim > 128 ? 2 : 1; }                 // of a row
-  constexpr int part() const { return head_dim / lanes(); }                      // dims that a lane has
-  constexpr int rows() const { return 32 / lanes(); }                            // of a warp
-  static constexpr int kBlocks = 2;                                              // of a multiprocessor
-  constexpr int warps() const { return part() > 80 ? 4 : part() > 64 ? 6 : 8; }  // as registers allow
-  constexpr int threads() const { return 32 * warps(); }
-  constexpr int step_rows() const { return rows() * warps(); }
-  /// From a lane's 16-byte words to the next one's: odd, so that no two of eight lanes share a bank.
-  constexpr int loaded_words() const { return part() / 8 | 1; }
-  constexpr int held_words() const { return part() / 4 | 1; }  // sums in fp32
-  constexpr int warp_words() const { return 32 * (loaded_words() + held_words()); }
-  constexpr int bytes() const { return 16 * warp_words() * warps(); }
+  constexpr int warpgroups() const { return head_dim <= 128 ? 3 : 2; }  // as registers allow
+  static constexpr int kServants = 4;                                   // warps that load, tell and gather
+  constexpr int threads() const { return 128 * warpgroups() + 32 * kServants; }
+  constexpr int block() const { return hadamard_block(0, head_dim); }  // the first of the rotation
+  constexpr int chunks() const { return block() / kChunkDims; }        // of it
+  constexpr int rest() const { return head_dim - block(); }
+  constexpr int tile_bytes() const { return 2 * kRows * head_dim; }
+  constexpr int matrix_bytes() const {
+    const int bytes = 2 * (kChunkDims * block() + rest() * rest());
+    return (bytes + 1023) / 1024 * 1024;
+  }
+  constexpr int places() const { return (225 * 1024 - matrix_bytes()) / tile_bytes(); }  // 2 KiB are the kernel's own
+  /// Of a stream, tiles whose loads are on their way, and those that may wait for their unit's amax meanwhile.
+  constexpr int under_way() const { return ((48 << 10) + tile_bytes() - 1) / tile_bytes(); }
+  constexpr int held() const { return places() - under_way(); }
+  /// Where units go one by one, a place is always the same warpgroup's, and some are a ring for what finds none: with
+  /// more of them, so much is on its way that amax comes later.
+  constexpr int unit_places() const { return places() / warpgroups() * warpgroups(); }
+  constexpr int unit_ring() const {
+    const int turn = warpgroups() * tile_bytes();
+    return ((96 << 10) + turn - 1) / turn * warpgroups();
+  }
+  constexpr int bytes() const { return matrix_bytes() + places() * tile_bytes(); }
 };
 
 /// How a call is cut up: everything in the arguments but the ticket and the workspace's addresses. Calls no CUDA.
 struct QuantizePlan {
   QuantizeKind kind;
-  int row_dim;  // head dim of the kernel whose threads have rows, or 0: it is the one of `kind`
+  int tile_dim;  // head dim of the kernel that rotates tiles, or 0: it is the one of `kind`
   QuantizeArgs args;
   size_t workspace;  // bytes
 
   /// Of the workspace, in front of its counters.
   constexpr size_t part_words() const { return size_t(args.units) * args.blocks_per_group * kPartWords; }
   /// Whether blocks leave parts, for each other or for a warp of their own.
-  constexpr bool has_parts() const { return args.blocks_per_group > 1 || (args.unit_steps > 0 && !row_dim); }
+  constexpr bool has_parts() const { return args.blocks_per_group > 1 || (args.unit_steps > 0 && !tile_dim); }
 };
 QuantizePlan plan_quantize(const fa3_quantize_params& params, int num_sms);
 

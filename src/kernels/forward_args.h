@@ -1,6 +1,5 @@
 // What a forward kernel is launched with.
 #pragma once
-#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -12,18 +11,9 @@
 #include "attention/packing.h"
 #include "attention/splits.h"
 #include "attention/tile_scheduler.h"
+#include "kernels/tma_operand.h"
 
 namespace fa3 {
-
-/// An operand that TMA loads: axes (dim, row, head, batch), and for q (dim, head of its KV head, row, KV head, batch).
-/// What lies past an axis' end arrives as zeros.
-struct TmaOperand {
-  CUtensorMap map;
-  int head_step, batch_step;  // 1, or 0 where the axis does not move
-  // The same array without a map, for rows that TMA cannot bring.
-  const uint8_t* data;
-  int64_t row_bytes, head_bytes, batch_bytes;
-};
 
 /// Where the keys of a paged cache are: its pages are what is the batch of k and v else.
 struct KeyPages {

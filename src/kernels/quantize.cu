@@ -81,10 +81,11 @@ cudaError_t launch(const QuantizePlan& plan, int device, cudaStream_t stream) {
   if constexpr (T::kStreams) {
     constexpr int kThreads = T::kThreads + 32;  // a warp that gathers
     if (plan.args.unit_steps)
-      return launch_quantize_kernel<quantize_stream_kernel<T>, kMaxPlacesBytes>(plan.args, kThreads, bytes, device,
-                                                                                stream);
+      return launch_quantize_kernel<quantize_stream_kernel<T>, kMaxPlacesBytes>(plan.args, plan.args, kThreads, bytes,
+                                                                                device, stream);
   }
-  return launch_quantize_kernel<quantize_kernel<T>, kMaxPlacesBytes>(plan.args, T::kThreads, bytes, device, stream);
+  return launch_quantize_kernel<quantize_kernel<T>, kMaxPlacesBytes>(plan.args, plan.args, T::kThreads, bytes, device,
+                                                                     stream);
 }
 
 template <class Element, bool kHadamard>
@@ -108,7 +109,6 @@ cudaError_t launch_element(const QuantizePlan& plan, int device, cudaStream_t st
 }  // namespace
 
 cudaError_t launch_quantize(const QuantizePlan& plan, int device, cudaStream_t stream) {
-  if (plan.row_dim) return launch_quantize_rows(plan, device, stream);
   switch (plan.kind.dtype) {
     case FA3_FLOAT16:
       return launch_element<Float16>(plan, device, stream);

@@ -1,6 +1,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include "kernels/rotation_args.h"
 #include "quantize_plan.h"
 
 namespace fa3 {
@@ -9,7 +10,7 @@ namespace fa3 {
 /// the workspace.
 cudaError_t launch_quantize(const QuantizePlan& plan, int device, cudaStream_t stream);
 
-/// The same where the plan gives each thread a row.
-cudaError_t launch_quantize_rows(const QuantizePlan& plan, int device, cudaStream_t stream);
+/// The same where the plan has a tile; of `args` all is there.
+cudaError_t launch_rotation(const QuantizePlan& plan, const RotationArgs& args, int device, cudaStream_t stream);
 
 }  // namespace fa3

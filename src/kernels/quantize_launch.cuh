@@ -1,4 +1,4 @@
-// How both kernels of quantisation are launched.
+// How the kernels of quantisation are launched.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -7,13 +7,14 @@
 
 namespace fa3 {
 
-/// Enqueue `kKernel` on `device`, the current one, with so much dynamic shared memory, of at most `kMostBytes`.
-template <void (*kKernel)(QuantizeArgs), int kMostBytes>
-cudaError_t launch_quantize_kernel(const QuantizeArgs& args, int threads, size_t bytes, int device,
+/// Enqueue `kKernel` on `device`, the current one, with so much dynamic shared memory, of at most `kMostBytes`. `args`
+/// is what it takes, and `common` is in there.
+template <auto kKernel, int kMostBytes, class Args>
+cudaError_t launch_quantize_kernel(const Args& args, const QuantizeArgs& common, int threads, size_t bytes, int device,
                                    cudaStream_t stream) {
   if (const cudaError_t error = raise_shared_limit<kKernel>(kMostBytes, device)) return error;
   cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(args.groups) * args.blocks_per_group;
+  config.gridDim = static_cast<unsigned>(common.groups) * common.blocks_per_group;
   config.blockDim = threads;
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
@@ -23,7 +24,7 @@ cudaError_t launch_quantize_kernel(const QuantizeArgs& args, int threads, size_t
   attributes[1].id = cudaLaunchAttributeCooperative;  // blocks wait for each other: all must be resident
   attributes[1].val.cooperative = 1;
   config.attrs = attributes;
-  config.numAttrs = args.blocks_per_group > 1 ? 2 : 1;
+  config.numAttrs = common.blocks_per_group > 1 ? 2 : 1;
   return cudaLaunchKernelEx(&config, kKernel, args);
 }
 

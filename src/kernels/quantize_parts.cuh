@@ -63,6 +63,33 @@ class Parts {
   }
   __device__ __forceinline__ bool is_there(const Part& part) const { return part.is_of(args_.ticket); }
 
+  /// The amax of all blocks' parts, in all lanes of the one warp that comes here and waits for them, several of a
+  /// lane's at a time.
+  __device__ __forceinline__ float gather(int unit) const {
+    constexpr int kAtOnce = 5;
+    const int lane = threadIdx.x % 32, blocks = args_.blocks_per_group;
+    float amax = 0;
+    for (int first = 0; first < blocks; first += 32 * kAtOnce) {
+      Part parts[kAtOnce];
+      bool all = false;
+      while (!all) {
+        all = true;
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int rank = first + 32 * i + lane;
+          if (rank < blocks && !is_there(parts[i])) parts[i] = look(unit, rank);
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) all &= first + 32 * i + lane >= blocks || is_there(parts[i]);
+        all = !__any_sync(kAllLanes, !all);
+        if (!all) __nanosleep(20);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) amax = fmaxf(amax, parts[i].amax());
+    }
+    return warp_amax(amax);
+  }
+
   /// The warp that will depart(), once it has something to wait for anyway.
   __device__ __forceinline__ void prepare_to_depart() const {
     if (threadIdx.x % 32 == 0) departures().open();

@@ -82,7 +82,7 @@ class Gathering {
     for (int unit = group_, round = 0; unit < args_.units; unit += args_.groups, ++round, head += args_.groups) {
       for (; head >= args_.unit_heads; head -= args_.unit_heads) ++batch;
       shared().left[round % kSlots].wait(round / kSlots % 2);  // none is complete without this block's part
-      const float descale = descale_of(amax_of(unit));
+      const float descale = descale_of(parts_.gather(unit));
       if (lane > 0) continue;
       shared().descales[round % kSlots] = descale;
       shared().known[round % kSlots].arrive();
@@ -102,32 +102,6 @@ class Gathering {
   static __device__ __forceinline__ Shared& shared() {
     __shared__ Shared memory;
     return memory;
-  }
-
-  /// Of all blocks; waits for their parts, several of a lane's at a time.
-  __device__ __forceinline__ float amax_of(int unit) const {
-    constexpr int kAtOnce = 5;
-    const int lane = threadIdx.x % 32, blocks = args_.blocks_per_group;
-    float amax = 0;
-    for (int first = 0; first < blocks; first += 32 * kAtOnce) {
-      Part parts[kAtOnce];
-      bool all = false;
-      while (!all) {
-        all = true;
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          const int rank = first + 32 * i + lane;
-          if (rank < blocks && !parts_.is_there(parts[i])) parts[i] = parts_.look(unit, rank);
-        }
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) all &= first + 32 * i + lane >= blocks || parts_.is_there(parts[i]);
-        all = !__any_sync(kAllLanes, !all);
-        if (!all) __nanosleep(20);
-      }
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) amax = fmaxf(amax, parts[i].amax());
-    }
-    return warp_amax(amax);
   }
 
   const QuantizeArgs& args_;

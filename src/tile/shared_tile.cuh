@@ -29,7 +29,7 @@ struct SharedTile {
   /// Where an element lies, in bytes: the swizzle exchanges vectors of 16 bytes by bits 7 to 9 of where they would be.
   FA3_HOST_DEVICE static constexpr int offset(int row, int column) {
     const int byte = column * kElementBytes, place = row * kSwizzle + byte % kSwizzle;
-    return byte / kSwizzle * kChunkBytes + (place ^ (place >> 3 & (kSwizzle - 1 & 0x70)));
+    return byte / kSwizzle * kChunkBytes + (place ^ (place >> 3 & (kSwizzle - 1) & 0x70));
   }
 
   /// Where the products' step-th 32 bytes of columns (or 16 rows) begin, in a descriptor's units of 16 bytes.

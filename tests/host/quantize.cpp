@@ -4,14 +4,46 @@
 
 namespace fa3 {
 namespace {
-thread_local __align__(128) uint4 memory[kMaxPlacesBytes / sizeof(uint4)];  // a block's dynamic shared memory
-}
+// A block's dynamic shared memory.
+thread_local __align__(128) uint4 memory[kMaxPlacesBytes / sizeof(uint4)];
+thread_local __align__(1024) uint8_t rotation_memory[227 << 10];
+}  // namespace
 }  // namespace fa3
 
 #include "kernels/quantize.cu"
-#include "kernels/quantize_rows.cu"
+#include "kernels/quantize_rotation.cu"
 
 using namespace fa3;
+
+namespace {
+
+/// Boxes of so many columns of a tile's rows; 0: there are none.
+TmaOperand operand_of(const QuantizeArgs& args, int columns) {
+  const int heads = args.unit_heads, batch = args.units / args.unit_heads;
+  TmaOperand operand{};
+  operand.map = {static_cast<const uint8_t*>(args.x),
+                 {args.head_dim, args.unit_rows, heads, batch},
+                 {2, 2 * args.rows.x[0], 2 * args.x_unit[1], 2 * args.x_unit[0]},
+                 columns,
+                 RotationTile::kRows,
+                 2 * columns};
+  operand.head_step = heads > 1;
+  operand.batch_step = batch > 1;
+  return operand;
+}
+
+void launch(const QuantizePlan& plan) {
+  if (!plan.tile_dim) {
+    launch_quantize(plan, 0, nullptr);
+    return;
+  }
+  emulated::dynamic_shared = [] { return rotation_memory; };
+  const RotationTile tile{plan.tile_dim};
+  launch_rotation(plan, {plan.args, operand_of(plan.args, tile.kChunkDims), operand_of(plan.args, tile.rest())}, 0,
+                  nullptr);
+}
+
+}  // namespace
 
 extern "C" {
 
@@ -32,7 +64,7 @@ int quantize_emulated(const fa3_quantize_params* params, int num_sms, int places
   emulated::late_copies = late_copies != 0;
   const auto end = workspace.end() - 1;
   for (int replay = 0; replay < 2; ++replay) {
-    launch_quantize(plan, 0, nullptr);
+    launch(plan);
     if (plan.has_parts() && std::any_of(workspace.begin(), end, [](uint64_t word) { return word != 0; })) return -2;
   }
   return *end == garbage ? plan.args.blocks_per_group : -1;
@@ -40,23 +72,23 @@ int quantize_emulated(const fa3_quantize_params* params, int num_sms, int places
 
 /// groups, blocks per group, places, workspace bytes, axes of rows, and the shared memory that all blocks of a
 /// multiprocessor take with the 1 KiB a block that is the system's and 2 of the kernel's own; how many blocks that is,
-/// the steps of a unit that goes through as part of a stream, the head dim of the kernel whose threads have rows, and
-/// the threads, columns and rows of the kernel.
+/// the steps of a unit that goes through as part of a stream, the head dim of the kernel that rotates tiles, and the
+/// threads, columns and rows of the kernel.
 void plan_of(const fa3_quantize_params* params, int num_sms, int64_t* out) {
   const QuantizePlan plan = plan_quantize(*params, num_sms);
-  const RowTile tile{plan.row_dim};
+  const RotationTile tile{plan.tile_dim};
   const int64_t bytes =
-      plan.row_dim ? tile.bytes() : int64_t{plan.args.places} * plan.kind.place_bytes(plan.kind.threads());
+      plan.tile_dim ? tile.bytes() : int64_t{plan.args.places} * plan.kind.place_bytes(plan.kind.threads());
   out[0] = plan.args.groups;
   out[1] = plan.args.blocks_per_group;
   out[2] = plan.args.places;
   out[3] = static_cast<int64_t>(plan.workspace);
   out[4] = plan.args.rows.count;
-  out[6] = plan.row_dim ? RowTile::kBlocks : plan.kind.max_threads() / plan.kind.threads();
+  out[6] = plan.tile_dim ? 1 : plan.kind.max_threads() / plan.kind.threads();
   out[5] = (bytes + 3 * 1024) * out[6];
   out[7] = plan.args.unit_steps;
-  out[8] = plan.row_dim;
-  out[9] = plan.row_dim ? tile.threads() : plan.kind.threads() + (plan.args.unit_steps ? 32 : 0);
+  out[8] = plan.tile_dim;
+  out[9] = plan.tile_dim ? tile.threads() : plan.kind.threads() + (plan.args.unit_steps ? 32 : 0);
   out[10] = plan.kind.columns;
   out[11] = plan.kind.rows;
 }

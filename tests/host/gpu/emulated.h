@@ -1,4 +1,4 @@
-// A GPU of threads on the CPU, for kernels without tensor cores: a thread block is a thread of the system, its CUDA
+// A GPU of threads on the CPU: a thread block is a thread of the system, its CUDA
 // threads take turns on it, and a shuffle or a barrier is where they change. Asynchronous copies happen as early or as
 // late as they may. Only what the tested kernels use is here.
 #pragma once
@@ -14,6 +14,7 @@
 #include <functional>
 #include <memory>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "arch/elements.h"
@@ -77,8 +78,10 @@ struct Block {
   jmp_buf scheduler;
   struct Meeting {
     unsigned waiting = 0, generation = 0;
+    bool any[2] = {};  // of those who came, by generation
   };
-  std::vector<Meeting> meetings;  // the warps', then the two of the block
+  static constexpr unsigned kNamed = 16;
+  std::vector<Meeting> meetings;  // the warps', then the named barriers', of which the first is the whole block's
   unsigned exchanged[2][1024];    // by turns: who reads one turn has met all who write the turn after the next
 
   Fiber& current() { return fibers[thread_index.x]; }
@@ -92,26 +95,35 @@ struct Block {
   void yield() {
     if (!_setjmp(current().here)) _longjmp(scheduler, 1);
   }
-  void meet(unsigned which, unsigned members) {
-    Meeting& meeting = meetings[which];
-    const unsigned generation = meeting.generation;
-    if (++meeting.waiting == members) {
-      meeting.waiting = 0;
-      ++meeting.generation;
-    }
-    while (meeting.generation == generation) yield();
+  static void come(Meeting& meeting, unsigned members, bool mine) {
+    meeting.any[meeting.generation % 2] |= mine;
+    if (++meeting.waiting < members) return;
+    meeting.waiting = 0;
+    ++meeting.generation;
+    meeting.any[meeting.generation % 2] = false;
   }
-  void meet_some(unsigned members) { meet(static_cast<unsigned>(meetings.size()) - 2, members); }
-  void meet_block() { meet(static_cast<unsigned>(meetings.size()) - 1, static_cast<unsigned>(fibers.size())); }
+  bool meet(Meeting& meeting, unsigned members, bool mine = false) {
+    const unsigned generation = meeting.generation;
+    come(meeting, members, mine);
+    while (meeting.generation == generation) yield();
+    return meeting.any[generation % 2];
+  }
+  Meeting& named(int id) { return meetings[meetings.size() - kNamed + id]; }
+  void meet_some(int id, unsigned members) { meet(named(id), members); }
+  bool any_of_some(int id, unsigned members, bool mine) { return meet(named(id), members, mine); }
+  void arrive(int id, unsigned members) { come(named(id), members, false); }
+  void meet_block() { meet(named(0), static_cast<unsigned>(fibers.size())); }
   /// The values of the warp's lanes.
   const unsigned* gather(unsigned value) {
     unsigned* turn = exchanged[current().exchanges++ % 2];
     turn[thread_index.x] = value;
-    meet(thread_index.x / 32, 32);
+    meet(meetings[thread_index.x / 32], 32);
     return turn + thread_index.x / 32 * 32;
   }
 };
 inline thread_local Block* block;
+/// The dynamic shared memory of kernels with tensor cores: whoever launches them says where it is.
+inline uint8_t* (*dynamic_shared)() = nullptr;
 inline thread_local const std::function<void()>* body;
 
 inline void enter() {
@@ -123,7 +135,7 @@ inline void enter() {
 inline void run_block(unsigned threads, const std::function<void()>& work) {
   Block here;
   here.fibers.resize(threads);
-  here.meetings.resize(threads / 32 + 2);
+  here.meetings.resize(threads / 32 + Block::kNamed);
   block = &here;
   body = &work;
   for (Fiber& fiber : here.fibers) {
@@ -184,6 +196,7 @@ inline void __pipeline_wait_prior(size_t newest) {
 
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
+inline int __popc(unsigned value) { return std::popcount(value); }
 inline int __clz(int value) { return std::countl_zero(static_cast<unsigned>(value)); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
@@ -192,12 +205,16 @@ inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1.f / a; }
 inline float __ldcg(const float* from) { return *from; }
 inline void __stcs(uint2* to, uint2 value) { *to = value; }
+inline void __stcs(unsigned* to, unsigned value) { *to = value; }
 inline void __stcs(uint4* to, uint4 value) { *to = value; }
 // For instructions that no emulated kernel reaches.
 inline size_t __cvta_generic_to_global(const void* address) { return reinterpret_cast<size_t>(address); }
 inline void __nanosleep(unsigned) {  // who is waited for may be of the same block
   std::this_thread::yield();
   emulated::block->yield();
+}
+inline unsigned atomicMax(unsigned* word, unsigned value) {  // of shared memory
+  return std::exchange(*word, std::max(*word, value));
 }
 inline unsigned long long atomicAdd(unsigned long long* word, unsigned long long value) {
   return std::atomic_ref(*word).fetch_add(value);

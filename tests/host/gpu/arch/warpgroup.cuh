@@ -4,11 +4,19 @@
 
 namespace fa3::arch {
 
-inline uint32_t thread_anew() { return threadIdx.x; }
+template <int kRegisters>
+void grow_registers() {}
+template <int kRegisters>
+void shrink_registers() {}
 
 inline int uniform(int x) { return x; }
+inline bool leads() { return threadIdx.x % 32 == 0; }
+inline bool elected() { return leads(); }
 
-/// Of named barriers there is one.
-inline void barrier_sync(int, int threads) { emulated::block->meet_some(static_cast<unsigned>(threads)); }
+inline void barrier_sync(int id, int threads) { emulated::block->meet_some(id, static_cast<unsigned>(threads)); }
+inline void barrier_arrive(int id, int threads) { emulated::block->arrive(id, static_cast<unsigned>(threads)); }
+inline bool barrier_any(int id, int threads, bool mine) {
+  return emulated::block->any_of_some(id, static_cast<unsigned>(threads), mine);
+}
 
 }  // namespace fa3::arch
