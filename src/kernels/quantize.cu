@@ -18,7 +18,7 @@ namespace {
 /// Units of any size, one after the other: what does not fit is loaded twice.
 template <class T>
 __device__ __forceinline__ void unit_by_unit(const QuantizeArgs& args, Share<T>& share, int group, int rank,
-                                             Meeting& meeting) {
+                                             const Meeting& meeting) {
   constexpr int kRing = T::kRing;
   for (int unit = group, round = 0; unit < args.units; unit += args.groups, ++round) {
     const Unit<T> rows(args, unit);
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(T::kKind.bound(), T::kKind.min_blocks())
   const Lane<T> lane(args.head_dim, args.row_lanes);
   const int group = blockIdx.x % args.groups, rank = blockIdx.x / args.groups;
   Share<T> share(args, lane, memory);
-  Meeting meeting(args, group, rank);
+  const Meeting meeting(args, group, rank);
   unit_by_unit<T>(args, share, group, rank, meeting);
 }
 
@@ -69,8 +69,9 @@ template <class T>
 __global__ void __launch_bounds__(T::kKind.max_threads() + 32, 1)
     quantize_stream_kernel(const __grid_constant__ QuantizeArgs args) {
   extern __shared__ __align__(128) uint4 memory[];  // asynchronous copies write whole lines
-  const Lane<T> lane(args.head_dim, args.row_lanes);
   const int group = blockIdx.x % args.groups, rank = blockIdx.x / args.groups;
+  prefetch_steps(args, sizeof(typename T::Type), group, rank, T::kRing);
+  const Lane<T> lane(args.head_dim, args.row_lanes);
   Share<T> share(args, lane, memory);
   stream<T>(args, share, group, rank);
 }

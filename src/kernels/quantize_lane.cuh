@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "arch/elements.h"
+#include "arch/l2.cuh"
 #include "attention/hadamard.h"
 #include "quantize_plan.h"
 
@@ -21,6 +22,20 @@ __device__ __forceinline__ float descale_of(float amax) {
 /// A unit's scale, for the caller; one thread comes here.
 __device__ __forceinline__ void keep_descale(const QuantizeArgs& args, int batch, int head, float descale) {
   args.descale[batch * args.descale_stride[0] + head * args.descale_stride[1]] = descale;
+}
+
+/// The first so many steps of a stream begin to come to L2, a row a thread: a microsecond before the kernel's own code
+/// has come, and knows what to load.
+__device__ __forceinline__ void prefetch_steps(const QuantizeArgs& args, int element_bytes, int group, int rank,
+                                               int steps) {
+  const int nth = static_cast<int>(threadIdx.x) / args.step_rows;
+  int unit = group, step = rank + nth * args.blocks_per_group;
+  for (; step >= args.unit_steps; step -= args.unit_steps) unit += args.groups;
+  const uint32_t row = step * args.step_rows + threadIdx.x % args.step_rows;
+  if (nth >= steps || unit >= args.units || row >= args.unit_rows || args.rows.count > 1) return;
+  const int64_t first = unit / args.unit_heads * args.x_unit[0] + unit % args.unit_heads * args.x_unit[1];
+  const char* at = static_cast<const char*>(args.x) + (first + row * args.rows.x[0]) * element_bytes;
+  for (int byte = 0; byte < args.head_dim * element_bytes; byte += 128) arch::prefetch_to_l2(at + byte);
 }
 
 template <class Element, bool kHadamard_, int kColumns_, int kRows>

@@ -18,31 +18,17 @@ class Meeting {
 
   /// What each thread of the block has found in a unit, number `round` of its group.
   __device__ __forceinline__ void leave(int unit, int round, float amax) const {
-    keep_amax(shared().warps[round % kSlots], amax);
+    keep_amax(shared().warps[round % 2], amax);
     if (alone()) return;
     __syncthreads();
     report(unit, round);
   }
 
-  /// Begin to read a unit's parts, long before take(): those that are there then need not be waited for.
-  __device__ __forceinline__ void ask(int unit) {
-    if (!alone() && rank_to_read() < blocks_) asked_ = parts_.look(unit, rank_to_read());
-  }
-
   /// The unit's amax, in all threads, which all come here.
-  __device__ __forceinline__ float take(int unit, int round) {
+  __device__ __forceinline__ float take(int unit, int round) const {
     if (!alone()) keep_amax(shared().groups[round % 2], parts_amax(unit));
     __syncthreads();
     return found(round);
-  }
-
-  /// leave(), and take() of the round before, whose unit was `before`: with one barrier for both.
-  __device__ __forceinline__ float leave_and_take(int unit, int round, float amax, int before) {
-    keep_amax(shared().warps[round % kSlots], amax);
-    if (!alone()) keep_amax(shared().groups[(round - 1) % 2], parts_amax(before));
-    __syncthreads();
-    if (!alone()) report(unit, round);
-    return found(round - 1);
   }
 
   /// All threads, after the last take().
@@ -51,9 +37,8 @@ class Meeting {
   }
 
  private:
-  static constexpr int kSlots = 3;  // units between leave() and take(), and one that slow warps still read
-  struct Shared {
-    float warps[kSlots][32], groups[2][32];
+  struct Shared {  // by turns: slow warps still read what the round before has left
+    float warps[2][32], groups[2][32];
   };
   static __device__ __forceinline__ Shared& shared() {
     __shared__ Shared memory;
@@ -66,36 +51,32 @@ class Meeting {
   __device__ __forceinline__ bool departs() const {
     return !alone() && arch::uniform(threadIdx.x / 32) + 1 == static_cast<int>(blockDim.x / 32);
   }
-  static __device__ __forceinline__ int rank_to_read() { return static_cast<int>(threadIdx.x); }
-
   static __device__ __forceinline__ float joined(const float* warps) { return joined_amax(warps, blockDim.x / 32); }
 
   /// The first warp makes the block's part known.
   __device__ __forceinline__ void report(int unit, int round) const {
     if (threadIdx.x >= 32) return;
-    const float amax = joined(shared().warps[round % kSlots]);
+    const float amax = joined(shared().warps[round % 2]);
     if (threadIdx.x == 0) parts_.leave(unit, amax);
   }
 
   /// amax of the parts that are this thread's to read.
-  __device__ __forceinline__ float parts_amax(int unit) {
+  __device__ __forceinline__ float parts_amax(int unit) const {
     float amax = 0;
-    for (int rank = rank_to_read(); rank < blocks_; rank += blockDim.x) {
-      if (!parts_.is_there(asked_)) asked_ = parts_.look(unit, rank);
-      for (; !parts_.is_there(asked_); asked_ = parts_.look(unit, rank)) __nanosleep(20);
-      amax = fmaxf(amax, asked_.amax());
-      asked_ = {};
+    for (int rank = static_cast<int>(threadIdx.x); rank < blocks_; rank += blockDim.x) {
+      Part part = parts_.look(unit, rank);
+      for (; !parts_.is_there(part); part = parts_.look(unit, rank)) __nanosleep(20);
+      amax = fmaxf(amax, part.amax());
     }
     return amax;
   }
 
   __device__ __forceinline__ float found(int round) const {
-    return joined(alone() ? shared().warps[round % kSlots] : shared().groups[round % 2]);
+    return joined(alone() ? shared().warps[round % 2] : shared().groups[round % 2]);
   }
 
   Parts parts_;
   int blocks_;
-  Part asked_;  // what ask() has found
 };
 
 }  // namespace fa3

@@ -244,6 +244,7 @@ __global__ void __launch_bounds__(T::kTile.threads(), 1)
     }
   } else {
     if constexpr (T::kHeadDim > 128) arch::grow_registers<224>();
+    if (args.unit_steps) prefetch_steps(args, sizeof(typename T::Type), group, rank, T::kUnderWay);
     write_matrices(RotationMemory<T>{rotation_memory});
     arch::barrier_sync(kReady, kReadyThreads);
     Rotation<T> rotation(args, rotation_memory);

@@ -14,4 +14,6 @@ inline void load_pair_from_l2(uint64_t* from, uint64_t& first, uint64_t& second)
   second = std::atomic_ref(from[1]).load();
 }
 
+inline void prefetch_to_l2(const void*) {}
+
 }  // namespace fa3::arch
