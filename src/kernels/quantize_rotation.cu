@@ -129,9 +129,9 @@ __device__ __forceinline__ void load_tiles(const QuantizeArgs& args, TileLoader<
   }
 }
 
-/// Units of which a block can hold its part and as much of others are one stream of tiles. A warpgroup writes one as
-/// soon as its unit's scale is known, and else looks for amax in the next: reading, writing and waiting go on beside
-/// each other.
+/// Units of which a block can hold its part and as much of others are one stream of tiles. A warpgroup looks for amax
+/// in the next as soon as it is there, for which others wait, and else writes one whose unit's scale is known: reading,
+/// writing and waiting go on beside each other.
 template <class T, class Gathering>
 __device__ __forceinline__ void rotate_stream(const QuantizeArgs& args, Rotation<T>& rotation, Handover<T>& handover,
                                               const Gathering& gathering, int group, int rank, int warpgroup) {
@@ -147,20 +147,20 @@ __device__ __forceinline__ void rotate_stream(const QuantizeArgs& args, Rotation
   RotationScale<T> scale(1);
   leave();
   while (rounds > writes.round) {
-    if (held > 0 && (writes.round == taken || any(gathering.is_known(writes.round)))) {
-      if (writes.round != taken) scale = gathering.take(taken = writes.round);
-      rotation.rotate(writes.tile.place);
-      rotation.write(writes.tile.place, rows_of<T>(args, writes.tile), scale);
-      handover.give_back(writes.tile.place);
-      writes.advance(T::kWarpgroups);
-      --held;
-    } else if (rounds > scans.round && any(handover.filled[scans.tile.place].is_over(scans.tile.turn))) {
+    if (rounds > scans.round && any(handover.filled[scans.tile.place].is_over(scans.tile.turn))) {
       handover.filled[scans.tile.place].wait(scans.tile.turn);
       rotation.rotate(scans.tile.place);
       amax = fmaxf(amax, rotation.amax());
       scans.advance(T::kWarpgroups);
       ++held;
       leave();
+    } else if (held > 0 && (writes.round == taken || any(gathering.is_known(writes.round)))) {
+      if (writes.round != taken) scale = gathering.take(taken = writes.round);
+      rotation.rotate(writes.tile.place);
+      rotation.write(writes.tile.place, rows_of<T>(args, writes.tile), scale);
+      handover.give_back(writes.tile.place);
+      writes.advance(T::kWarpgroups);
+      --held;
     }
   }
 }
