@@ -6,6 +6,11 @@
 
 namespace fa3 {
 
+/// Units that a group of thread blocks has.
+__device__ __forceinline__ int rounds_of(const QuantizeArgs& args, int group) {
+  return (args.units - group + args.groups - 1) / args.groups;
+}
+
 /// amax of this lane's and the 31 others'.
 __device__ __forceinline__ float warp_amax(float amax) {
   return __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(amax)));  // from 0 up: in order as integers

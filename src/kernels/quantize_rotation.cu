@@ -28,6 +28,8 @@ struct Handover {
     arch::publish_barriers();
     __syncwarp();
   }
+  /// Until a tile is there.
+  __device__ __forceinline__ void wait_for(const Tile& tile) { filled[tile.place].wait(tile.turn); }
   /// A warp has done with what it read.
   __device__ __forceinline__ void give_back(int place) {
     __syncwarp();
@@ -58,8 +60,6 @@ class TileLoader {
       arch::load_box(to + T::kChunks * T::Chunk::kBytes, &args_.rest.map,
                      {T::kBlock, row, tile.head * args_.rest.head_step, tile.batch * args_.rest.batch_step}, filled);
   }
-  /// Until it is there.
-  __device__ __forceinline__ void wait(const Tile& tile) const { handover_.filled[tile.place].wait(tile.turn); }
 
  private:
   const RotationArgs& args_;
@@ -105,7 +105,10 @@ __device__ __forceinline__ RotatedRows rows_of(const QuantizeArgs& args, const T
 }
 
 template <class T>
-__device__ __forceinline__ void load_tiles(const QuantizeArgs& args, TileLoader<T> loader, int group, int rank) {
+__device__ __forceinline__ void load_tiles(const RotationArgs& all, uint8_t* memory, Handover<T>& handover, int group,
+                                           int rank) {
+  const QuantizeArgs& args = all.common;
+  const TileLoader<T> loader(all, memory, handover);
   if (args.unit_steps) {
     const int rounds = rounds_of(args, group);
     // With more on their way than memory needs to be busy, what comes first comes later, and so does all that waits.
@@ -114,7 +117,7 @@ __device__ __forceinline__ void load_tiles(const QuantizeArgs& args, TileLoader<
       if (under_way < T::kUnderWay) {
         ++under_way;
       } else {
-        loader.wait(behind.tile);
+        handover.wait_for(behind.tile);
         behind.advance(1);
       }
       loader.load(at.tile);
@@ -148,7 +151,7 @@ __device__ __forceinline__ void rotate_stream(const QuantizeArgs& args, Rotation
   leave();
   while (rounds > writes.round) {
     if (rounds > scans.round && any(handover.filled[scans.tile.place].is_over(scans.tile.turn))) {
-      handover.filled[scans.tile.place].wait(scans.tile.turn);
+      handover.wait_for(scans.tile);
       rotation.rotate(scans.tile.place);
       amax = fmaxf(amax, rotation.amax());
       scans.advance(T::kWarpgroups);
@@ -173,7 +176,7 @@ __device__ __forceinline__ void rotate_alone(const QuantizeArgs& args, Rotation<
   const int rounds = rounds_of(args, group);
   TileCursor<T::kPlaces> at(args, group, 0, warpgroup);
   for (int turn = 0; rounds > at.round; at.advance(T::kWarpgroups), turn ^= 1) {
-    handover.filled[at.tile.place].wait(at.tile.turn);
+    handover.wait_for(at.tile);
     rotation.rotate(at.tile.place);
     const float amax = warp_amax(rotation.amax());
     float (&own)[4] = warps[turn][warpgroup];
@@ -196,7 +199,7 @@ __device__ __forceinline__ void rotate_units(const QuantizeArgs& args, Rotation<
     int i = warpgroup;
     for (; i < stretch.tiles; i += T::kWarpgroups) {
       const Tile tile = stretch.tile(unit, i, true);
-      handover.filled[tile.place].wait(tile.turn);
+      handover.wait_for(tile);
       rotation.rotate(tile.place);
       amax = fmaxf(amax, rotation.amax());
       if (stretch.lost(i)) handover.give_back(tile.place);
@@ -205,7 +208,7 @@ __device__ __forceinline__ void rotate_units(const QuantizeArgs& args, Rotation<
     const RotationScale<T> scale = gathering.take(round);
     for (i -= T::kWarpgroups; i >= 0; i -= T::kWarpgroups) {
       const Tile tile = stretch.tile(unit, i, stretch.lost(i));
-      if (stretch.lost(i)) handover.filled[tile.place].wait(tile.turn);
+      if (stretch.lost(i)) handover.wait_for(tile);
       rotation.rotate(tile.place);
       rotation.write(tile.place, rows_of<T>(args, tile), scale);
       handover.give_back(tile.place);
@@ -232,7 +235,7 @@ __global__ void __launch_bounds__(T::kTile.threads(), 1)
     if (servant == 0) {
       handover.init();
       arch::barrier_arrive(kReady, kReadyThreads);
-      load_tiles<T>(args, {all, rotation_memory, handover}, group, rank);
+      load_tiles(all, rotation_memory, handover, group, rank);
     } else if (servant == 1) {
       gathering.init();
       arch::barrier_arrive(kReady, kReadyThreads);

@@ -20,7 +20,7 @@ struct RotationTraits {
   static constexpr int kWarpgroups = kTile.warpgroups(), kPlaces = kTile.places(), kUnitPlaces = kTile.unit_places();
   static constexpr int kUnitRing = kTile.unit_ring();
   static constexpr int kUnderWay = kTile.under_way();
-  static_assert(kPlaces <= 32, "a bit each");
+  static_assert(kPlaces <= 32, "a lane and a bit each");
   static_assert((kRest & (kRest - 1)) == 0, "a head dim of more than two blocks");
 
   using Chunk = SharedTile<kRows, kChunkDims, 128>;  // of rows, and of a matrix' columns
@@ -150,7 +150,6 @@ class Rotation {
 
   /// Products with the chunks' matrices, and the butterflies that pair chunks.
   __device__ __forceinline__ void rotate(int place) {
-    Values& v = v_;
     using arch::descriptor;
     const uint32_t rows = arch::descriptor_address(memory_.tile(place));
     const uint32_t columns = arch::descriptor_address(memory_.matrix(0));
@@ -161,22 +160,22 @@ class Rotation {
 #pragma unroll
       for (int step = 0; step < T::Chunk::kColumnSteps; ++step) {
         const uint32_t at = chunk * kChunkStep + T::Chunk::column_step(step);
-        arch::WgmmaSS<Element, T::kChunkDims>::mma(v.block[chunk], descriptor(T::Chunk::kMajorColumns, rows + at),
+        arch::WgmmaSS<Element, T::kChunkDims>::mma(v_.block[chunk], descriptor(T::Chunk::kMajorColumns, rows + at),
                                                    descriptor(T::Chunk::kMajorColumns, columns + at), step > 0);
       }
     if constexpr (T::kRest > 0) {
 #pragma unroll
       for (int step = 0; step < T::Rest::kColumnSteps; ++step) {
         const uint32_t at = T::kChunks * kChunkStep + T::Rest::column_step(step);
-        arch::WgmmaSS<Element, T::kRest>::mma(v.rest, descriptor(T::Rest::kMajorColumns, rows + at),
+        arch::WgmmaSS<Element, T::kRest>::mma(v_.rest, descriptor(T::Rest::kMajorColumns, rows + at),
                                               descriptor(T::RestMatrix::kMajorColumns, columns + at), step > 0);
       }
     }
     arch::wgmma_commit();
     arch::wgmma_wait<0>();
 #pragma unroll
-    for (int chunk = 0; chunk < T::kChunks; ++chunk) arch::wgmma_wrote(v.block[chunk]);
-    if constexpr (T::kRest > 0) arch::wgmma_wrote(v.rest);
+    for (int chunk = 0; chunk < T::kChunks; ++chunk) arch::wgmma_wrote(v_.block[chunk]);
+    if constexpr (T::kRest > 0) arch::wgmma_wrote(v_.rest);
 #pragma unroll
     for (int step = 1; step < T::kChunks; step *= 2)
 #pragma unroll
@@ -184,9 +183,9 @@ class Rotation {
         if (chunk & step) continue;
 #pragma unroll
         for (int i = 0; i < T::kChunkDims / 2; ++i) {
-          const float a = v.block[chunk][i], b = v.block[chunk + step][i];
-          v.block[chunk][i] = a + b;
-          v.block[chunk + step][i] = a - b;
+          const float a = v_.block[chunk][i], b = v_.block[chunk + step][i];
+          v_.block[chunk][i] = a + b;
+          v_.block[chunk + step][i] = a - b;
         }
       }
   }

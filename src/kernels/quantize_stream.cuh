@@ -116,7 +116,7 @@ __device__ __forceinline__ void stream(const QuantizeArgs& args, Share<T>& share
   constexpr int kRing = T::kRing;
   const Gathering<T> gathering(args, group, rank);
   const bool gathers = arch::uniform(threadIdx.x / 32) == T::kThreads / 32;
-  const int all = (args.units - group + args.groups - 1) / args.groups * args.unit_steps;
+  const int all = rounds_of(args, group) * args.unit_steps;
   const int steps = max((all - rank + args.blocks_per_group - 1) / args.blocks_per_group, 0);
   const int lag = args.places - kRing;
   Cursor<T> loads(args, group, rank), scans(args, group, rank), writes(args, group, rank);

@@ -7,11 +7,6 @@
 
 namespace fa3 {
 
-/// Units that a group of thread blocks has.
-__device__ __forceinline__ int rounds_of(const QuantizeArgs& args, int group) {
-  return (args.units - group + args.groups - 1) / args.groups;
-}
-
 /// A tile, and the place of shared memory that it comes to: each in its turn.
 struct Tile {
   int batch, head, index;  // of its unit
