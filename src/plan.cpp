@@ -28,8 +28,6 @@ namespace {
 // the time goes by at memory's rate. Twice as much costs 1 to 3% there, four times as much 16%; from 2,048 keys on the
 // differences are within 1%.
 constexpr double kSectionBytes = 16 << 20;
-// Microseconds from which a counter that hands out work balances better than dealing it out costs nothing.
-constexpr double kLongTime = 60;
 // Bytes of keys and values that come from memory in a microsecond, however many multiprocessors ask: measured,
 // decoding.
 constexpr double kReadRate = 4.4e6;
@@ -189,6 +187,14 @@ double blocks_of_window(const Work& work, const ForwardVariant& v, const Packing
   return blocks / (2.0 * kCounted) + 0.7;
 }
 
+/// How much longer pages take to come, where a multiprocessor has one thread block, whose loader looks them up and asks
+/// for each: measured, decoding from pages of 16, 64 and 256 rows, of 4,096 to 32,768 keys. Where it has two, nothing.
+double page_delay(const fa3_forward_params& p, const ForwardVariant& v) {
+  if (!p.cache.page_table) return 0;
+  const int rows = page_box_rows(p, v);
+  return 1.2 / (rows == v.tile_n ? p.cache.page_size : std::max(rows, 1));
+}
+
 /// The estimate for a variant, packed or not, split where that seems to pay (or as the caller says).
 Choice estimate(const Work& work, int index, bool packed) {
   const fa3_forward_params& p = work.params;
@@ -215,11 +221,10 @@ Choice estimate(const Work& work, int index, bool packed) {
     // The first tile, whose keys are fewest, has the rows that the last one would have idle.
     busy -= rows_ahead(work.seqlen_q, m_blocks, queries, packing.positions) / (double(m_blocks) * queries);
   }
-  // Keys and values come from memory at least once; each tile has its share of that. Pages are a longer way: twice as
-  // many pieces as memory asks for made 16 x 4,096 keys in pages of 16 rows faster, 79 us where it was 115.
-  const double read_time = p.cache.page_table ? 0
-                                              : mean * v.tile_n * (p.head_dim + p.head_dim_v) * element_bytes(p.dtype) *
-                                                    p.num_heads_kv * p.batch / kReadRate / std::max(tiles, 1.0);
+  // Keys and values come from memory at least once; each tile has its share of that.
+  const double read_time = mean * v.tile_n * (p.head_dim + p.head_dim_v) * element_bytes(p.dtype) * p.num_heads_kv *
+                           p.batch / kReadRate / std::max(tiles, 1.0);
+  const double lone_reading = 1 + page_delay(p, v);
   const int rows = std::min(work.seqlen_q, packing.positions) * packing.heads;
 
   const double alone = v.blocks_per_sm > 1 ? 1.6 : 1.0;  // without neighbours a block runs faster, but not twice
@@ -233,7 +238,8 @@ Choice estimate(const Work& work, int index, bool packed) {
     // Equal pieces come in whole rounds; unequal ones fill each other's gaps, up to a rest.
     const double rounds =
         work.equal_tiles ? std::ceil(pieces / work.num_sms) : std::max(pieces * busy / work.num_sms + 0.3, 1.0);
-    const double reading = pieces / parts * read_time * (cluster ? kClusterReading : 1.0);
+    const double reading =
+        pieces / parts * read_time * (cluster ? kClusterReading : 1.0) * (pieces <= work.num_sms ? lone_reading : 1.0);
     const double joining = parts == 1 ? 0.0
                            : cluster  ? cluster_join_time(v, parts, pieces, rows, work.num_sms)
                            : v.joins_apart()
@@ -379,6 +385,14 @@ Choice choose(const Work& work) {
   return best;
 }
 
+/// Whether a counter hands out pieces, or they are dealt out in turn. Equal ones gain from it where they are short, as
+/// multiprocessors are not equally fast: 3 to 5% with 512 and 1,024 keys, nothing with 2,048 and more.
+bool counts_pieces(const Work& work, double time) {
+  constexpr double kLongTime = 60;  // microseconds from which it costs nothing
+  constexpr int kFewKeys = 1024;
+  return time > kLongTime && (!work.equal_tiles || work.seqlen_k <= kFewKeys);
+}
+
 /// Whether a call has nothing that its tile's plain kernel leaves out: see kernels/forward_args.h.
 bool plain(const fa3_forward_params& p, const ForwardVariant& variant, const fa3_forward_plan& plan) {
   return variant.launch_plain && plan.pack_gqa == 1 && (plan.num_splits == 1 || plain_may_split(variant.consumers)) &&
@@ -422,7 +436,9 @@ bool tma_addressable(const fa3_array& array, const fa3_lengths& lengths, int ent
 
 int page_box_rows(const fa3_forward_params& params, const ForwardVariant& variant) {
   const int rows = params.cache.cache_leftpad ? 1 : std::gcd(params.cache.page_size, variant.tile_n);
-  return rows * std::min(variant.swizzle_q_k, variant.swizzle_v) % kBoxAlignment ? 0 : rows;
+  // Asking for fewer takes longer than 16 bytes a lane do.
+  constexpr int kLeastRows = 8;
+  return rows < kLeastRows || rows * std::min(variant.swizzle_q_k, variant.swizzle_v) % kBoxAlignment ? 0 : rows;
 }
 
 Visibility visibility_of(const fa3_mask& mask) {
@@ -535,7 +551,7 @@ fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_pl
   const bool joins = choice.cluster && may_join_in_cluster(variant, choice.splits, static_cast<double>(pieces), slots);
   plan.cluster = plan.paired ? 2 : joins ? plan.num_splits : 1;
   plan.plain = plain(p, variant, plan);
-  plan.dynamic = pieces > plan.grid && pieces <= kMostCounted && !work.equal_tiles && choice.time > kLongTime;
+  plan.dynamic = pieces > plan.grid && pieces <= kMostCounted && counts_pieces(work, choice.time);
 
   const WorkspaceSizes sizes = workspace_sizes(p, plan);
   plan.workspace = sizes.counter + sizes.parts_done + sizes.parts + sizes.parts_lse + sizes.totals + sizes.seqlens_k;

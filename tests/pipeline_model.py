@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pipeline_events import Barrier, Events, NamedBarrier, expect
 
 STAGES, TILE_SLOTS, LEAD = 2, 4, 2  # as the kernel
-TRANSPOSERS = 2
+TRANSPOSERS, GATHERERS = 2, 3
+LATER = 2  # blocks of a gathering loader on their way while an older one is waited for
 WARPS, LANES = 2, 2  # of a warpgroup, of a warp, in place of 4 and 32: enough to race
 GROUPS = 2  # of 64 columns, as an output of head dim 128 is staged
 SITES = set()  # names of all waits, arrivals and syncs, as they are met
@@ -62,13 +63,15 @@ class ThreadBlock:
     rows that no query is loaded to. `has_qv`: two warpgroups share their rows, read values for their scores too, and
     tell each other of these. `eight_bits`: values are turned on their way, or have been `turned` before. `third_keys`:
     K has a stage more than V. `values_early`: values are given back before the products are done, and asked for before
-    keys (Traits::kValuesEarly). `left_out`: the name of a wait, arrival or sync that is not there."""
+    keys (Traits::kValuesEarly). `gathers`: rows come by ordinary copies, of as many loaders as there are warps for it.
+    `left_out`: the name of a wait, arrival or sync that is not there."""
 
     name = ""
     copies_of_block = 1  # of keys or values, that land each on their own
 
     def __init__(self, consumers, pieces, query_stages=1, counted=False, idle_rows=False, has_qv=False,
-                 eight_bits=False, third_keys=False, turned=False, values_early=False, left_out=None, events=None):
+                 eight_bits=False, third_keys=False, turned=False, values_early=False, gathers=False, left_out=None,
+                 events=None):
         self.events = events or Events()
         self.consumers, self.pieces, self.left_out = consumers, pieces, left_out
         self.has_qv, self.row_groups = has_qv, 1 if has_qv else consumers
@@ -80,9 +83,11 @@ class ThreadBlock:
         warps = consumers * WARPS
         self.transposers = transposers = TRANSPOSERS if eight_bits and not turned else 0
         self.key_stages = STAGES + third_keys
-        self.k, self.v = Pipe(self.key_stages, warps), Pipe(STAGES, warps, max(transposers, 1))
+        self.gathers, self.later = gathers, 0 if has_qv or self.takes_turns else LATER
+        self.loaders = loaders = GATHERERS if gathers and not transposers else 1
+        self.k, self.v = Pipe(self.key_stages, warps, loaders), Pipe(STAGES, warps, transposers or loaders)
         self.loaded_v = Pipe(STAGES, transposers + (warps if has_qv else 0)) if transposers else self.v
-        self.slots = Pipe(TILE_SLOTS, warps + 1 + transposers)
+        self.slots = Pipe(TILE_SLOTS, warps + loaders + transposers)
         self.scaled, self.scales = [Barrier(1) for _ in range(TILE_SLOTS)], [None] * TILE_SLOTS
         self.q = [Pipe(query_stages, warps // self.row_groups) for _ in range(self.row_groups)]
         self.pair = [NamedBarrier(syncs_expected=2) for _ in range(WARPS)]  # a warp of each warpgroup
@@ -93,10 +98,11 @@ class ThreadBlock:
         self.nearly_loaded = Barrier(1)
         self.asked = -1, 0  # the piece that the loader is at, and how many of its blocks of K it has not asked for
         self.made = NamedBarrier(syncs_expected=1, arrivals_expected=1)
-        self.begun = NamedBarrier(syncs_expected=warps + 1 + transposers)
-        self.warps = warps + 2 + transposers  # that have not ended
+        self.begun = NamedBarrier(syncs_expected=warps + loaders + transposers)
+        self.warps = warps + 1 + loaders + transposers  # that have not ended
         self.turn = [NamedBarrier(WARPS, arrivals_expected=WARPS) for _ in range(consumers)]
         self.own_barrier = [NamedBarrier(WARPS) for _ in range(consumers)]
+        self.gathered = {}  # (pipe, stage) -> the loaders whose share of the block there has come, and the block
         self.turned = {}  # stage of V -> the transposers that have turned their share of the block there
         self.cleared = {}  # (stage of V, warpgroup) -> warps that cleared their share of the block there
         self.idle_cleared = {}  # (stage of Q, warpgroup) -> warps that cleared their share of the idle rows there
@@ -197,13 +203,42 @@ class ThreadBlock:
 
         self.events.under_way.append(land)
 
-    def loader(self):
+    def gather(self, number, pipe, stage, value):
+        """One loader's share of a block. Returns whether it is there."""
+        of_block, by = self.gathered.setdefault((id(pipe), stage), (value, set()))
+        if of_block != value:
+            by = set()
+            self.gathered[id(pipe), stage] = value, by
+        if not by:
+            pipe.content[stage] = "half written"
+
+        def land():
+            by.add(number)
+            if len(by) == self.loaders:
+                pipe.content[stage] = value
+
+        self.events.under_way.append(land)
+        return lambda: number in by
+
+    def loader(self, number):
         k_ring, v_ring, tiles = Ring(self.key_stages), Ring(STAGES), Ring(TILE_SLOTS)
+        gathered = []  # the blocks on their way: name, barrier, whether they are there
+
+        def announce_oldest():
+            name, full, is_there = gathered.pop(0)
+            if self.there(f"loader: gathered {name} is there"):
+                yield is_there
+            self.arrive(f"loader: gathered {name} announced", full)
 
         def load(name, pipe, stage, parity, value):
             yield from self.wait(f"loader: {name} given back", pipe.empty[stage], parity ^ 1)
             yield from self.wait_for_other(name, stage, parity)
             expect(name != "q" or not self.unread("q"), "a letter is lost to the next Q")
+            if self.gathers and name != "q":
+                gathered.append((name, pipe.full[stage], self.gather(number, pipe, stage, value)))
+                if len(gathered) > self.later:
+                    yield from announce_oldest()
+                return
             self.arrive(f"loader: {name} announced", pipe.full[stage],
                         copies=1 if name == "q" else self.copies_of_block)
             self.bring(pipe, stage, value)
@@ -214,22 +249,25 @@ class ThreadBlock:
 
         def load_k(block):
             yield from load_block("k", self.k, k_ring, block)
-            self.asked = tiles.count, block - piece.first
+            if number == 0:
+                self.asked = tiles.count, block - piece.first
 
         yield from self.begin()
         while (piece := (yield from self.next_piece("loader", tiles))) is not None:
-            self.asked = tiles.count, piece.end - piece.first
+            if number == 0:
+                self.asked = tiles.count, piece.end - piece.first
             n_block = piece.end - 1
             if n_block >= piece.first:
                 yield from load_k(n_block)
             q_ring = Ring(self.query_stages, tiles.count)
-            for q in self.q:
+            for q in self.q if number == 0 else ():
                 yield from load("q", q, q_ring.stage, q_ring.parity, tiles.count)
             nearly_last = min(n_block, piece.first + LEAD)
-            if n_block < piece.first and self.counted:
+            counted = self.counted and number == 0
+            if n_block < piece.first and counted:
                 self.arrive("loader: nothing to load", self.nearly_loaded)
             while n_block >= piece.first:
-                if n_block == nearly_last and self.counted:
+                if n_block == nearly_last and counted:
                     self.arrive("loader: nearly loaded", self.nearly_loaded)
                 values_first = self.has_qv or self.values_early
                 if values_first:
@@ -239,6 +277,8 @@ class ThreadBlock:
                 if not values_first:
                     yield from load_block("v", self.loaded_v, v_ring, n_block)
                 n_block -= 1
+            while gathered:
+                yield from announce_oldest()
             self.give_slot_back("loader", tiles, piece)
 
     def transposer(self, number):
@@ -544,7 +584,8 @@ class ThreadBlock:
                 barrier.pending = None
 
     def launch(self):
-        warps = {"scheduler": self.scheduler(), "loader": self.loader()}
+        warps = {"scheduler": self.scheduler()}
+        warps |= {f"loader {number}": self.loader(number) for number in range(self.loaders)}
         warps |= {f"warp {i} of warpgroup {w}": self.consumer(w, i)
                   for w in range(self.consumers) for i in range(WARPS)}
         warps |= {f"transposer {number}": self.transposer(number) for number in range(self.transposers)}

@@ -33,11 +33,12 @@ def thread_blocks(draw):
     consumers = 2 if has_qv else draw(st.sampled_from([1, 2, 3]))
     eight_bits = draw(st.booleans())
     runs_free = eight_bits and not has_qv and consumers == 2
+    turned = runs_free and draw(st.booleans())
     work = draw(st.lists(pieces(consumers, 1 if has_qv else consumers), max_size=9))
     return dict(consumers=consumers, pieces=work, query_stages=1 if has_qv else draw(st.sampled_from([1, 2])),
                 counted=draw(st.booleans()), idle_rows=draw(st.booleans()), has_qv=has_qv,
                 eight_bits=eight_bits, third_keys=runs_free and draw(st.booleans()),
-                turned=runs_free and draw(st.booleans()),
+                turned=turned, gathers=not turned and draw(st.booleans()),
                 values_early=consumers == 2 and not has_qv and not eight_bits and draw(st.booleans()))
 
 
@@ -81,7 +82,7 @@ def blocks_to_break():
         yield dict(consumers=consumers, pieces=work, query_stages=1 if has_qv else 1 + seed // 2 % 2,
                    counted=seed // 4 % 2 == 1, idle_rows=seed // 8 % 2 == 0, has_qv=has_qv,
                    eight_bits=eight_bits, third_keys=runs_free and seed // 64 % 2 == 0,
-                   turned=runs_free and seed % 4 == 0,
+                   turned=runs_free and seed % 4 == 0, gathers=not (runs_free and seed % 4 == 0) and seed // 5 % 3 == 1,
                    values_early=consumers == 2 and not has_qv and not eight_bits and seed % 5 == 0), choose
 
 
@@ -114,6 +115,14 @@ def test_the_model_sees_a_turn_passed_twice():
         block.run(random.Random(0).randrange)
 
 
+def test_the_model_sees_that_a_loader_must_not_wait_with_what_is_there():
+    """While one warpgroup skips blocks, another waits for its turn: then the last block gathered is waited for."""
+    block = ThreadBlock(2, [Piece(0, 5, ((4, 5), (0, 5)))], gathers=True)
+    block.later = 1
+    with pytest.raises(Deadlock):
+        block.run(random.Random(0).randrange)
+
+
 @pytest.mark.parametrize("slots", [1, 3])
 def test_the_model_sees_too_few_slots(monkeypatch, slots):
     """The scheduler runs up to four pieces ahead: with fewer slots than that, one is overwritten."""
@@ -126,7 +135,9 @@ def test_the_model_sees_too_few_slots(monkeypatch, slots):
 
 @pytest.mark.parametrize(("header", "name", "size"), [
     ("forward_traits", "kStages", pipeline_model.STAGES), ("forward_traits", "kTileSlots", pipeline_model.TILE_SLOTS),
-    ("forward_load", "kLead", pipeline_model.LEAD)])
+    ("forward_load", "kLead", pipeline_model.LEAD), ("forward_keys", "kLater", pipeline_model.LATER),
+    ("forward_traits", "kGatherers", pipeline_model.GATHERERS)])
 def test_the_model_has_the_kernels_sizes(header, name, size):
     source = (KERNELS / f"{header}.cuh").read_text()
-    assert re.findall(rf"constexpr int {name} = (?:kHasQv \? kMostStages : )?(\d+);", source) == [str(size)]
+    found = re.findall(rf"(?:constexpr int|,) {name} = (?:\w[\w:| ]* \? \w+ : )?(\d+);", source)
+    assert found == [str(size)]

@@ -20,6 +20,7 @@ FP8 = "float8_e4m3fn"
 LARGEST = max(v["head_dim"] for v in VARIANTS)
 NATIVE = [(d, d) for d in (32, 48, 64, 80, 96, 112, 128, 160, 192, 256)] + [(192, 128)]
 COUNTER_BYTES = 256
+FEW_KEYS = 1024  # up to which equal tiles come from a counter too
 SWITCHED_OFF = {"window_left": -1, "window_right": -1, "attention_chunk": 0, "causal": False}
 
 head_dims = st.integers(1, LARGEST // 8).map(lambda n: 8 * n)
@@ -156,7 +157,7 @@ def test_the_choices():
     assert found == {name: expected[name] for name in found}
 
 
-def test_a_counter_is_for_long_unequal_tiles():
+def test_a_counter_is_for_unequal_tiles_and_for_many_short_ones():
     """It costs more than it saves where there is little to do."""
     call = {"dtype": "bfloat16", "num_heads": 16, "num_heads_kv": 16, "head_dim": 128, "head_dim_v": 128}
     small, large = ({"batch": 1, "seqlen_q": s, "seqlen_k": s} for s in (1024, 16384))
@@ -164,6 +165,8 @@ def test_a_counter_is_for_long_unequal_tiles():
     assert _core.plan(**call, **large, causal=True)["dynamic"]
     assert _core.plan(**call, **large, ragged=True)["dynamic"], "nobody knows that these are equal"
     assert not _core.plan(**call, **large)["dynamic"]
+    assert _core.plan(**call, batch=16, seqlen_q=FEW_KEYS, seqlen_k=FEW_KEYS)["dynamic"]
+    assert not _core.plan(**call, batch=16, seqlen_q=FEW_KEYS, seqlen_k=FEW_KEYS + 1)["dynamic"]
 
 
 def test_short_sequences_take_small_tiles():
@@ -334,7 +337,8 @@ def test_grid_of_dense_batches(call):
     assert plan["grid"] == min(work.pieces(work.tiles), work.slots) >= 1
     assert plan["num_m_blocks"] == ceil_div(call["seqlen_q"], work.queries)
     if plan["dynamic"]:
-        assert work.pieces(work.tiles) > plan["grid"] and not is_full(call), "a counter for pieces that need none"
+        gains = not is_full(call) or call["seqlen_k"] <= FEW_KEYS
+        assert work.pieces(work.tiles) > plan["grid"] and gains, "a counter for pieces that need none"
 
 
 @given(calls(ragged=True), st.data())

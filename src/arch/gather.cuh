@@ -10,7 +10,13 @@ __device__ __forceinline__ void copy_vector(uint32_t shared, const void* global,
                : "memory");
 }
 
-/// Until this thread's copies are there, for it to see.
-__device__ __forceinline__ void wait_for_vectors() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+/// This thread's copies since the last such call are a group.
+__device__ __forceinline__ void close_vectors() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+/// Until this thread's groups, but for the `kLater` last ones, are there, for it to see.
+template <int kLater>
+__device__ __forceinline__ void wait_for_vectors() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");
+}
 
 }  // namespace fa3::arch

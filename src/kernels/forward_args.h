@@ -94,6 +94,7 @@ struct ForwardArgs {
   static constexpr bool kMaySplit = true;
   FA3_HOST_DEVICE Splits::Piece piece(int index) const { return extras.splits.at(index); }
   FA3_HOST_DEVICE bool paged() const { return extras.pages.used(); }
+  FA3_HOST_DEVICE bool gathers() const { return extras.pages.used() && extras.pages.box_rows == 0; }
   FA3_HOST_DEVICE bool has_softcap() const { return extras.softcap_scale != 0; }
   FA3_HOST_DEVICE bool plain_blocks() const { return extras.plain_blocks; }
   FA3_HOST_DEVICE bool has_sinks() const { return extras.sinks != nullptr; }
@@ -116,6 +117,7 @@ struct PlainArgs : ForwardArgs {
   }
   FA3_HOST_DEVICE Packing packing() const { return Packing::of(extras.packing.ratio, false); }
   FA3_HOST_DEVICE static constexpr bool paged() { return false; }
+  FA3_HOST_DEVICE static constexpr bool gathers() { return false; }
   FA3_HOST_DEVICE static constexpr bool has_softcap() { return false; }
   FA3_HOST_DEVICE static constexpr bool plain_blocks() { return true; }
   FA3_HOST_DEVICE static constexpr bool has_sinks() { return false; }

@@ -21,7 +21,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
 
   const uint32_t thread = arch::thread_anew();
   const int warpgroup = arch::uniform(thread / 128);
-  // Of 16 bits only two of the producers' four warps have a role, but fewer would save no registers.
+  // Of 16 bits two of the producers' four warps have a role only where rows are gathered, but fewer would save no
+  // registers.
   const int producer = arch::uniform(thread / 32) - 4 * Traits::kConsumers;
   if (warpgroup == Traits::kConsumers) arch::shrink_registers<Traits::kProducerRegisters>();
   if (producer == 0) {
@@ -30,18 +31,20 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
   }
   // Meanwhile: what does not need the first piece of work.
   const auto pair = Pair<Traits>::of(args);
-  if (thread < 32) shared.make_barriers();
+  if (thread < 32) shared.make_barriers(args.gathers());
   if (producer == 1) prefetch_start<Traits>(args);
   if constexpr (kDropout)
     if (thread == 0) shared.seed = args.dropout.seed();
   shared.wait_for_barriers();
   if (pair.exists) arch::cluster_meet();
   if (warpgroup == Traits::kConsumers) {
-    if (producer == 1) {
-      if (args.paged())
-        Loader<Traits, PagedKeys<Traits>>(args, shared).run();
+    if (producer <= (args.gathers() ? Traits::kGatherers : 1)) {
+      if (Traits::kTurnedV || !args.paged())  // values are turned for dense batches alone
+        Loader<Traits, ContiguousKeys<Traits>>(args, shared, 0).run();
+      else if (args.extras.pages.box_rows > 0)
+        Loader<Traits, BoxedKeys<Traits>>(args, shared, 0).run();
       else
-        Loader<Traits, ContiguousKeys<Traits>>(args, shared).run();
+        Loader<Traits, GatheredKeys<Traits>>(args, shared, producer - 1).run();
     }
     if constexpr (Traits::kTurnsV)
       if (producer >= 2) Transposer<Traits>(args, shared, producer - 2).run();

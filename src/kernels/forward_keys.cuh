@@ -11,6 +11,8 @@ namespace fa3 {
 /// known to be the same: in one lane's own branch each TMA load would stand in a loop over lanes.
 template <class Traits>
 struct ContiguousKeys {
+  __device__ __forceinline__ explicit ContiguousKeys(int) {}
+
   /// Where a sequence's keys or values of one head are.
   struct Source {
     const CUtensorMap* map;
@@ -29,6 +31,9 @@ struct ContiguousKeys {
   __device__ __forceinline__ static Place place(const Source& from, int n_block) {
     return from.first_row + n_block * Traits::kTileN;
   }
+  __device__ __forceinline__ static Place settled(const Source&, Place place) { return place; }
+  /// A piece of work ends: all of it is to come without another.
+  __device__ __forceinline__ static void finish() {}
 
   template <class Tile>
   __device__ __forceinline__ static void load(const Source& from, int, int n_block, Place row, uint8_t* to,
@@ -47,100 +52,190 @@ struct ContiguousKeys {
   }
 };
 
-/// Rows in pages: every lane of the loader's warp looks up pages and asks for what lies in them. Rows past the
-/// sequence's end, and those of pages that do not exist, are zeros, and nothing is read for them.
+/// Rows in pages. Those past the sequence's end, and those of pages that do not exist, are zeros, and nothing is read
+/// for them.
 template <class Traits>
 struct PagedKeys {
-  /// A sequence's keys or values of one head. Its numbers stay in shared memory: registers are few here.
+  /// A sequence's keys or values of one head.
   struct Source {
     const KeyPages& pages;
     const TmaOperand& operand;
-    const TileHead& work;
-
-    /// The page of a row, counted from the sequence's first, as the page table has it; and where the row lies then.
-    __device__ __forceinline__ int page(int row) const {
-      return row < work.seqlen_k ? pages.rows.entry(work.batch_kv, work.k_begin + row) : CacheRow::kNone;
-    }
-    __device__ __forceinline__ CacheRow in_page(int page, int row) const {
-      return pages.rows.in_entry(page, work.k_begin + row);
-    }
-    __device__ __forceinline__ int head() const { return work.head_kv * operand.head_step; }
+    const int* page_table;  // the sequence's part
+    int first_row;          // counted from its first page's. The scheduler has seen to it that the table has all rows
+    int rows;
+    int head;
   };
-
-  __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
 
   __device__ __forceinline__ static Source source(const typename Traits::Args& args, const TmaOperand& operand,
                                                   const TileHead& work) {
-    return {args.extras.pages, operand, work};
+    const KeyPages& pages = args.extras.pages;
+    const int* page_table = pages.rows.page_table + work.batch_kv * pages.rows.page_table_stride;
+    asm volatile("" : "+l"(page_table));  // computed once, not for each block
+    return {pages,
+            operand,
+            page_table,
+            arch::uniform(work.k_begin),
+            arch::uniform(work.seqlen_k),
+            arch::uniform(work.head_kv) * operand.head_step};
   }
 
-  using Place = int;  // the page of this lane's box, if there is such a page
+  /// A page, as the page table has it or kNone, and a row of it.
+  struct Place {
+    int page, row;
+  };
 
+ protected:
+  __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
+
+  __device__ __forceinline__ static Place place_of_row(const Source& from, int row) {
+    if (row >= from.rows) return {CacheRow::kNone, 0};
+    row += from.first_row;
+    const Divisor& page_size = from.pages.rows.page_size;
+    const int page = page_size.quotient(row);
+    return {__ldg(from.page_table + page), row - page * page_size.divisor};
+  }
+
+  __device__ __forceinline__ static bool exists(const Source& from, const Place& place) {
+    return static_cast<uint32_t>(place.page) < static_cast<uint32_t>(from.pages.rows.entries);
+  }
+};
+
+/// By TMA: every lane of the loader's warp looks up the page of a box of rows, and one of them asks for all boxes.
+template <class Traits>
+struct BoxedKeys : PagedKeys<Traits> {
+  __device__ __forceinline__ explicit BoxedKeys(int) {}
+  using typename PagedKeys<Traits>::Source;
+  using typename PagedKeys<Traits>::Place;
+  using PagedKeys<Traits>::lane, PagedKeys<Traits>::place_of_row, PagedKeys<Traits>::exists;
+
+  /// Where this lane's box of a block lies.
   __device__ __forceinline__ static Place place(const Source& from, int n_block) {
-    return from.page(n_block * Traits::kTileN + lane() * from.pages.box_rows);
+    const int first = lane() * from.pages.box_rows;
+    if (n_block < 0 || first >= Traits::kTileN) return {CacheRow::kNone, 0};
+    return place_of_row(from, n_block * Traits::kTileN + first);
   }
+
+  /// The same once memory has answered. A page behind the last brings zeros.
+  __device__ __forceinline__ static Place settled(const Source& from, const Place& place) {
+    return {exists(from, place) ? place.page : from.pages.rows.entries, place.row};
+  }
+  __device__ __forceinline__ static void finish() {}
+
+  /// A lane has looked up each box, and where there are more than lanes another: those when it is their turn. A box may
+  /// begin anywhere inside the swizzle's pattern, which goes by addresses.
+  template <class Tile>
+  __device__ __forceinline__ static void load(const Source& from, int, int n_block, Place place, uint8_t* to,
+                                              arch::Barrier& full) {
+    const int rows = from.pages.box_rows, page_size = from.pages.rows.page_size.divisor;
+    int row = arch::uniform(place.row);
+    // Pages may all be the same: then the map has but one.
+    if (!from.operand.batch_step) place.page = place.page == from.pages.rows.entries;
+    if (arch::elected()) full.arrive_expecting(Tile::kBytes);
+#pragma unroll 1
+    for (int first = 0, box = 0; first < Traits::kTileN; first += rows, ++box) {
+      if (box == 32) {
+        place = settled(from, place_of_row(from, n_block * Traits::kTileN + first + lane() * rows));
+        box = 0;
+      }
+      const int32_t entry = __shfl_sync(~0u, place.page, box);
+      if (arch::elected()) {
+#pragma unroll
+        for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
+          arch::load_box(to + chunk * Tile::kChunkBytes + first * Tile::kRowBytes, &from.operand.map,
+                         {chunk * Tile::kChunkColumns, row, from.head, entry}, full);
+      }
+      row = row + rows == page_size ? 0 : row + rows;
+    }
+  }
+};
+
+/// Where boxes would be small: 16 bytes a lane at a time, a row by as many lanes as a chunk of it has vectors, which
+/// bring its other chunks as well. Each lane looks up a row. All warps that load take turns with rows.
+template <class Traits>
+class GatheredKeys : public PagedKeys<Traits> {
+  using PagedKeys<Traits>::lane, PagedKeys<Traits>::place_of_row, PagedKeys<Traits>::exists;
+
+  // Blocks on their way when an older one is waited for. What consumers need before they give a block back that the
+  // loader waits for must not be among these: with turns, which one warpgroup waits for while another skips blocks, it
+  // is the last, and so it is with qv, where there may be one stage. (tests/pipeline_model.py)
+  static constexpr int kLater = Traits::kHasQv || Traits::kTakesTurns ? 0 : 2;
+  static constexpr int kLoaders = Traits::kGatherers;
+
+ public:
+  using typename PagedKeys<Traits>::Source;
+
+  __device__ __forceinline__ explicit GatheredKeys(int loader) : loader_(loader) {}
+
+  struct Place {};
+  __device__ __forceinline__ static Place place(const Source&, int) { return {}; }
+  __device__ __forceinline__ static Place settled(const Source&, Place) { return {}; }
 
   /// A block, of whose rows `columns` exist in the array.
   template <class Tile>
-  __device__ __forceinline__ static void load(const Source& from, int columns, int n_block, Place page, uint8_t* to,
-                                              arch::Barrier& full) {
-    if (from.pages.box_rows > 0)
-      load_boxes<Tile>(from, page, n_block * Traits::kTileN, to, full);
-    else
-      gather<Tile>(from, columns, n_block * Traits::kTileN, to, full);
+  __device__ __forceinline__ void load(const Source& from, int columns, int n_block, Place, uint8_t* to,
+                                       arch::Barrier& full) {
+    constexpr int kLanes = Tile::kRowBytes / 16, kRows = 32 / kLanes;  // of a row; at once
+    constexpr int kUnits = Traits::kTileN / kRows;
+    constexpr int kUnrolled = Traits::kProducerRegisters < 40 || Traits::kHasQv ? 1 : 4;  // or registers spill
+    static_assert(Traits::kTileN % kRows == 0, "a block is rows that are brought at once");
+    const TmaOperand& operand = from.operand;
+    const int column = lane() % kLanes * (16 / Traits::kElementBytes);
+#pragma unroll 1
+    for (int first = loader_; first < kUnits; first += kLanes * kLoaders) {
+      const int own_row = (first + lane() / kRows * kLoaders) * kRows + lane() % kRows;
+      int64_t own_offset = kNowhere;
+      if (own_row < Traits::kTileN) {
+        const auto own = place_of_row(from, n_block * Traits::kTileN + own_row);
+        if (exists(from, own))
+          own_offset = int64_t{own.page} * operand.batch_step * operand.batch_bytes + own.row * operand.row_bytes +
+                       from.head * operand.head_bytes;
+      }
+#pragma unroll kUnrolled
+      for (int turn = 0; turn < kLanes && first + turn * kLoaders < kUnits; ++turn) {
+        const int64_t offset = __shfl_sync(~0u, own_offset, turn * kRows + lane() / kLanes);
+        const uint8_t* const data = operand.data + offset + column * Traits::kElementBytes;
+        const int end = offset == kNowhere ? 0 : columns;  // past which nothing is read
+        const int row = (first + turn * kLoaders) * kRows + lane() / kLanes;
+        const uint32_t place = arch::shared_address(to) + Tile::offset(row, column);
+#pragma unroll
+        for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
+          arch::copy_vector(place + chunk * Tile::kChunkBytes, data + chunk * Tile::kRowBytes,
+                            end > column + chunk * Tile::kChunkColumns);
+      }
+    }
+    arch::close_vectors();
+    if constexpr (kLater > 0) {
+      if (under_way_[0]) {
+        arch::wait_for_vectors<kLater>();
+        announce(under_way_[0]);
+      }
+      for (int i = 0; i + 1 < kLater; ++i) under_way_[i] = under_way_[i + 1];
+      under_way_[kLater - 1] = arch::shared_address(&full);
+    } else {
+      arch::wait_for_vectors<0>();
+      announce(arch::shared_address(&full));
+    }
+  }
+
+  __device__ __forceinline__ void finish() {
+    arch::wait_for_vectors<0>();
+    for (uint32_t& full : under_way_) {
+      if (full) announce(full);
+      full = 0;
+    }
   }
 
  private:
-  /// A lane for each box, and where there are more than lanes another: each of those is looked up when it is its turn.
-  /// A box may begin anywhere inside the swizzle's pattern, which goes by addresses.
-  template <class Tile>
-  __device__ __forceinline__ static void load_boxes(const Source& from, Place page, int first_row, uint8_t* to,
-                                                    arch::Barrier& full) {
-    if (arch::leads()) full.arrive_expecting(Tile::kBytes);
-    __syncwarp();  // announced before the first byte can be there
-    const int rows = from.pages.box_rows;
-#pragma unroll 1
-    for (int first = lane() * rows; first < Traits::kTileN; first += 32 * rows) {
-      if (first >= 32 * rows) page = from.page(first_row + first);
-      const CacheRow found = from.in_page(page, first_row + first);
-      // A box behind a page's last row brings zeros.
-      const int row = found.exists() ? found.row : from.pages.rows.page_size.divisor;
-      const int entry = found.exists() ? found.entry * from.operand.batch_step : 0;
-#pragma unroll
-      for (int chunk = 0; chunk < Tile::kChunks; ++chunk)
-        arch::load_box(to + chunk * Tile::kChunkBytes + first * Tile::kRowBytes, &from.operand.map,
-                       {chunk * Tile::kChunkColumns, row, from.head(), entry}, full);
-    }
+  static constexpr int64_t kNowhere = -1;
+
+  /// This lane's part of a block is there, for tensor cores too.
+  __device__ __forceinline__ static void announce(uint32_t full) {
+    arch::fence_async_proxy();
+    static_cast<arch::Barrier*>(__cvta_shared_to_generic(full))->arrive();
   }
 
-  /// 16 bytes a lane at a time. The lanes of a row's chunk bring the row's other chunks as well: looking up takes
-  /// longer than asking.
-  template <class Tile>
-  __device__ __forceinline__ static void gather(const Source& from, int columns, int first_row, uint8_t* to,
-                                                arch::Barrier& full) {
-    constexpr int kLanes = Tile::kRowBytes / 16;  // of a row
-    const int first_column = lane() % kLanes * (16 / Traits::kElementBytes);
-#pragma unroll 1
-    for (int row = lane() / kLanes; row < Traits::kTileN; row += 32 / kLanes) {
-      const CacheRow found = from.in_page(from.page(first_row + row), first_row + row);
-      uint32_t place = arch::shared_address(to) + Tile::offset(row, first_column);
-      const uint8_t* data = from.operand.data + first_column * Traits::kElementBytes;
-      if (found.exists())
-        data += int64_t{found.entry} * from.operand.batch_step * from.operand.batch_bytes +
-                found.row * from.operand.row_bytes + from.head() * from.operand.head_bytes;
-      const int end = found.exists() ? columns : 0;  // past which nothing is read
-#pragma unroll 1
-      for (int column = first_column; column < Tile::kChunks * Tile::kChunkColumns; column += Tile::kChunkColumns) {
-        arch::copy_vector(place, data, column < end);
-        place += Tile::kChunkBytes;
-        data += Tile::kRowBytes;
-      }
-    }
-    arch::wait_for_vectors();
-    arch::fence_async_proxy();
-    __syncwarp();
-    if (arch::leads()) full.arrive();
-  }
+  const int loader_;
+  uint32_t under_way_[larger(kLater, 1)] = {};  // their barriers in shared memory, the oldest first, or 0
 };
 
 }  // namespace fa3

@@ -18,16 +18,24 @@ __device__ __forceinline__ void prefetch_start(const typename Traits::Args& args
     arch::prefetch_map(&args.k.map);
     arch::prefetch_map(&args.v.map);
   }
-  const int first = threadIdx.x % 32 * 32;  // of as many sequences as a line of L2 has
+  const int first = threadIdx.x % 32 * 32;  // of as many numbers as a line of L2 has
   if (args.keys.seqused && first < args.batch) arch::prefetch_to_l2(args.keys.seqused + first);
+  if (args.paged()) {
+    // A line each of a sequence's pages: those of as many sequences as there are thread blocks, or a part of each.
+    const CacheRows& rows = args.extras.pages.rows;
+    const uint32_t part = blockIdx.x / args.batch, sequence = blockIdx.x - part * args.batch;
+    const int64_t page = int64_t{part} * (32 * 32) + first;
+    if (page < rows.max_pages) arch::prefetch_to_l2(rows.page_table + sequence * rows.page_table_stride + page);
+  }
 }
 
-/// `Keys` brings blocks of keys and values: see forward_keys.cuh.
+/// `Keys` brings blocks of keys and values: see forward_keys.cuh. Where there are several loaders, number 0 has
+/// all the rest.
 template <class Traits, class Keys>
 class Loader {
  public:
-  __device__ __forceinline__ Loader(const typename Traits::Args& args, ForwardShared<Traits>& shared)
-      : args_(args), shared_(shared) {}
+  __device__ __forceinline__ Loader(const typename Traits::Args& args, ForwardShared<Traits>& shared, int number)
+      : args_(args), shared_(shared), is_first_(number == 0), keys_(number) {}
 
   __device__ __forceinline__ void run() {
     while (true) {
@@ -49,22 +57,25 @@ class Loader {
   static constexpr bool kValuesFirst = Traits::kHasQv || Traits::kValuesEarly;
 
   /// Blocks come from the last to the first. K runs one block ahead of V: that is the order in which they are used.
-  /// Where a block is, which memory may have to say, is asked once for both, before the wait for K's stage.
+  /// Where a block is, which memory may have to say, is asked once for both, a round before K is.
   __device__ __forceinline__ void load(const TileHead& work) {
     const Source k = Keys::source(args_, args_.k, work), v = Keys::source(args_, args_.v, work);
     const int first_block = arch::uniform(work.first_block), end_block = arch::uniform(work.end_block);
     const int nearly_last = larger(smaller(end_block - 1, first_block + kLead), first_block);
-    Place here{}, ahead = Keys::place(k, end_block - 1);
+    Place here{}, ahead = Keys::settled(k, Keys::place(k, end_block - 1));
 #pragma unroll 1
     for (int n_block = end_block; n_block >= first_block; --n_block) {
-      if (n_block == nearly_last && args_.piece_counter && arch::leads()) shared_.tile_nearly_loaded.arrive();
+      const Place next = Keys::place(k, n_block - 2);
+      if (is_first_ && n_block == nearly_last && args_.piece_counter && arch::leads())
+        shared_.tile_nearly_loaded.arrive();
       if (kValuesFirst && n_block < end_block) load_v(v, work, n_block, here);
       if (n_block > first_block) load_k(k, n_block - 1, ahead);
       if (!kValuesFirst && n_block < end_block) load_v(v, work, n_block, here);
-      if (n_block == end_block) load_q(work);
+      if (is_first_ && n_block == end_block) load_q(work);
       here = ahead;
-      ahead = Keys::place(k, n_block - 2);
+      ahead = Keys::settled(k, next);
     }
+    keys_.finish();
   }
 
   __device__ __forceinline__ void load_q(const TileHead& work) {
@@ -158,12 +169,14 @@ class Loader {
                                              uint8_t (&stages)[kCount][Tile::kBytes], arch::Barrier* full,
                                              Ring<kCount>& ring) {
     const uint32_t stage = ring.stage();
-    Keys::template load<Tile>(from, columns, n_block, place, stages[stage], full[stage]);
+    keys_.template load<Tile>(from, columns, n_block, place, stages[stage], full[stage]);
     ring.advance();
   }
 
   const typename Traits::Args& args_;
   ForwardShared<Traits>& shared_;
+  const bool is_first_;
+  Keys keys_;
   Ring<Traits::kKeyStages> k_ring_;
   Ring<Traits::kStages> v_ring_;
   Ring<kTileSlots> tiles_;  // every piece has its queries, so it counts them too

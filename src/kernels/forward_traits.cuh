@@ -106,7 +106,8 @@ struct ForwardTraits {
     else
       return TileV::kMajorRows;
   }();
-  static constexpr int kTransposers = kTurnsV ? 2 : 0;  // warps: those of the producers without another role
+  // Warps of the producers without another role: they turn V, or help to load where rows are gathered.
+  static constexpr int kTransposers = kTurnsV ? 2 : 0, kGatherers = kTurnsV ? 1 : 3;
   // Two thread blocks that share what they read save the power for it: see forward_pair.cuh. In 16 bits that gained
   // less than V given back while the block's scores are still made, and asked for before K: 0 to 3% at head dim 256.
   static constexpr bool kPairs = kTurnedV && kHeadDimV >= 128;
@@ -180,7 +181,7 @@ inline constexpr int kTileSlots = 4;
 /// V before it is turned, where it has to be.
 template <class Traits, bool = Traits::kTurnsV>
 struct LoadedValues {
-  __device__ void init_barriers() {}
+  __device__ void init_barriers(int) {}
 };
 
 template <class Traits>
@@ -189,9 +190,9 @@ struct LoadedValues<Traits, true> {
   arch::Barrier loaded_v_full[Traits::kStages];   // as k_full
   arch::Barrier loaded_v_empty[Traits::kStages];  // each transposing warp arrives once, and with qv each consumer warp
 
-  __device__ void init_barriers() {
+  __device__ void init_barriers(int arrivals) {
     for (int stage = 0; stage < Traits::kStages; ++stage) {
-      loaded_v_full[stage].init(1);
+      loaded_v_full[stage].init(arrivals);
       loaded_v_empty[stage].init(Traits::kTransposers + (Traits::kHasQv ? 4 * Traits::kConsumers : 0));
     }
   }
@@ -276,23 +277,25 @@ struct ForwardShared : LoadedValues<Traits>,
   static_assert(!Traits::kPromotes || Traits::kPastV <= Traits::kStagingBytes);
   typename Traits::Staging staging[4 * Traits::kConsumers];  // each consumer warp's own
 
-  // full: the loader announces bytes, the copy engine delivers them; of a turned V, each transposing warp arrives once.
+  // full: the loader announces bytes, the copy engine delivers them; of gathered rows, each lane of the loaders arrives
+  // once, and of a turned V each transposing warp.
   // empty: each consumer warp arrives once.
   arch::Barrier q_full[Traits::kRowGroups][Traits::kQueryStages];
   arch::Barrier q_empty[Traits::kRowGroups][Traits::kQueryStages];  // the warps arrive that have these rows
   arch::Barrier k_full[Traits::kKeyStages], k_empty[Traits::kKeyStages];
   arch::Barrier v_full[Traits::kStages], v_empty[Traits::kStages];
   arch::Barrier tile_full[kTileSlots];   // the scheduler arrives
-  arch::Barrier tile_empty[kTileSlots];  // also the loader and each transposing warp
+  arch::Barrier tile_empty[kTileSlots];  // also each loader and each transposing warp
   arch::Barrier tile_nearly_loaded;      // where a counter has the pieces: the loader arrives, the scheduler waits
 
   Work tile[kTileSlots];
   uint64_t seed;  // of dropout
   [[no_unique_address]] PairBarriers<Traits> pair;
 
-  __device__ void init_barriers() {
+  __device__ void init_barriers(bool gathers) {
     constexpr int kWarps = 4 * Traits::kConsumers;
-    LoadedValues<Traits>::init_barriers();
+    const int loaders = gathers ? Traits::kGatherers : 1, arrivals = gathers ? 32 * loaders : 1;
+    LoadedValues<Traits>::init_barriers(arrivals);
     TileScales<Traits>::init_barriers();
     pair.init_barriers();
     for (int group = 0; group < Traits::kRowGroups; ++group) {
@@ -302,25 +305,25 @@ struct ForwardShared : LoadedValues<Traits>,
       }
     }
     for (int stage = 0; stage < Traits::kKeyStages; ++stage) {
-      k_full[stage].init(1);
+      k_full[stage].init(arrivals);
       k_empty[stage].init(kWarps);
     }
     for (int stage = 0; stage < Traits::kStages; ++stage) {
-      v_full[stage].init(larger(Traits::kTransposers, 1));
+      v_full[stage].init(Traits::kTransposers ? Traits::kTransposers : arrivals);
       v_empty[stage].init(kWarps);
     }
     tile_nearly_loaded.init(1);
     for (int slot = 0; slot < kTileSlots; ++slot) {
       tile_full[slot].init(1);
-      tile_empty[slot].init(kWarps + 1 + Traits::kTransposers);
+      tile_empty[slot].init(kWarps + loaders + Traits::kTransposers);
     }
   }
 
   /// A warp of consumers makes the barriers. The scheduler waits for that when it has the first piece, all others at
   /// once.
-  __device__ __forceinline__ void make_barriers() {
+  __device__ __forceinline__ void make_barriers(bool gathers) {
     if (arch::leads()) {
-      init_barriers();
+      init_barriers(gathers);
       arch::publish_barriers();
     }
     __syncwarp();
