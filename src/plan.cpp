@@ -385,12 +385,12 @@ Choice choose(const Work& work) {
   return best;
 }
 
-/// Whether a counter hands out pieces, or they are dealt out in turn. Equal ones gain from it where they are short, as
-/// multiprocessors are not equally fast: 3 to 5% with 512 and 1,024 keys, nothing with 2,048 and more.
-bool counts_pieces(const Work& work, double time) {
+/// Whether a counter hands out pieces, or they are dealt out in turn. Equal large ones gain from it where they are
+/// short, as multiprocessors are not equally fast: 1 to 5% with 512 and 1,024 keys, nothing with 2,048 and more.
+bool counts_pieces(const Work& work, const ForwardVariant& variant, double time) {
   constexpr double kLongTime = 60;  // microseconds from which it costs nothing
   constexpr int kFewKeys = 1024;
-  return time > kLongTime && (!work.equal_tiles || work.seqlen_k <= kFewKeys);
+  return time > kLongTime && (!work.equal_tiles || (variant.consumers > 1 && work.seqlen_k <= kFewKeys));
 }
 
 /// Whether a call has nothing that its tile's plain kernel leaves out: see kernels/forward_args.h.
@@ -551,7 +551,7 @@ fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_pl
   const bool joins = choice.cluster && may_join_in_cluster(variant, choice.splits, static_cast<double>(pieces), slots);
   plan.cluster = plan.paired ? 2 : joins ? plan.num_splits : 1;
   plan.plain = plain(p, variant, plan);
-  plan.dynamic = pieces > plan.grid && pieces <= kMostCounted && counts_pieces(work, choice.time);
+  plan.dynamic = pieces > plan.grid && pieces <= kMostCounted && counts_pieces(work, variant, choice.time);
 
   const WorkspaceSizes sizes = workspace_sizes(p, plan);
   plan.workspace = sizes.counter + sizes.parts_done + sizes.parts + sizes.parts_lse + sizes.totals + sizes.seqlens_k;
