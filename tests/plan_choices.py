@@ -1,7 +1,7 @@
 """What the plan chooses for a few calls that matter, as a table: tests/plan_choices.csv, which test_plan.py compares.
 
-A change to src/plan.cpp's constants changes the table. With all kernels built, `python tests/plan_choices.py` writes it
-anew; the difference belongs into the commit, beside what was measured.
+A change to src/plan_estimate.cpp's constants changes the table. With all kernels built, `python tests/plan_choices.py`
+writes it anew; the difference belongs into the commit, beside what was measured.
 """
 
 import csv

@@ -532,7 +532,8 @@ class Mask(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
-    sources = [HERE / "host" / "plan.cpp", SRC / "plan.cpp", SRC / "prepare_plan.cpp", SRC / "status.cpp"]
+    sources = [HERE / "host" / "plan.cpp",
+               *(SRC / f"{name}.cpp" for name in ("plan", "plan_estimate", "prepare_plan", "status"))]
     return host_library(tmp_path_factory.mktemp("plan"), "plan", sources, f"-I{HERE / 'host' / 'cuda_names'}",
                         "-Wno-unknown-pragmas")
 
