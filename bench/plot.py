@@ -8,7 +8,13 @@ from .records import load
 from .shapes import GROUPS, MASKS, TIMED
 
 _SERIES = (("fa3", "fa3", "#1b7837"), ("cudnn", "cuDNN", "#636363"), ("fa2", "FlashAttention-2", "#bdbdbd"))
-_BY_TIME = ("overhead", "short")  # calls too small for their TFLOP/s to say anything
+# What bars show, where it is not TFLOP/s: calls too small for these to say anything, and those that only read memory.
+_METRICS = {"overhead": "us", "short": "us", "mla": "gbs"}
+_LABELS = {"us": "µs a call (shorter is better)", "tflops": "TFLOP/s (longer is better)",
+           "gbs": "GB/s (longer is better)"}
+_COPY_GBS = 4293  # read and written, of a large copy on an H200
+_PAGES = ((None, "fa3", "#1b7837"), (256, "pages of 256", "#5aae61"), (64, "of 64", "#a6dba0"),
+          (16, "of 16", "#c2a5cf"), (1, "of 1", "#9970ab"))
 
 
 def draw(path: Path) -> list[Path]:
@@ -27,6 +33,8 @@ def draw(path: Path) -> list[Path]:
         return [_save(_errors_figure(entries), path.with_suffix(".png"))]
     if group not in TIMED:
         return []
+    if group == "decode":
+        return [_save(_decode_figure(entries), path.with_suffix(".png"))]
     if group != "sweep":
         return [_save(_bars_figure(entries), path.with_suffix(".png"))]
     rows = {row.case: row for row in GROUPS[group]}
@@ -75,18 +83,53 @@ def _save(figure, target):
 
 def _bars_figure(entries):
     """Full and causal rows side by side where the names say so, each row with a bar for fa3 and for each peer."""
+    metric = _METRICS.get(entries[0]["group"], "tflops")
+    if metric == "gbs":  # who has more than a query reads little for what is computed
+        rows = {row.case: row for row in GROUPS[entries[0]["group"]]}
+        entries = [entry for entry in entries if max(rows[entry["case"]].seqlens_q) == 1] or entries
     panels = [(title, rows) for title, rows in _panels(entries) if rows]
     most = max(len(rows) for _, rows in panels)
     figure = _figure((9 if len(panels) == 1 else 13, 1.5 + 0.42 * most))
     axes = figure.subplots(1, len(panels), squeeze=False, sharex=True)[0]
-    by_time = entries[0]["group"] in _BY_TIME
     for axis, (title, rows) in zip(axes, panels, strict=True):
-        _bars(axis, rows, by_time, by_mask=bool(title))
+        _bars(axis, rows, metric, by_mask=bool(title))
         axis.set_title(title, loc="left", fontsize=10)
-        axis.set_xlabel("µs a call (shorter is better)" if by_time else "TFLOP/s (longer is better)")
+        axis.set_xlabel(_LABELS[metric])
     _legend(figure, axes[0])
     _title(figure, entries, entries[0]["group"])
     return figure
+
+
+def _decode_figure(entries):
+    """By batch and length of the contexts: how long a step takes, and at what rate it reads its cache. fa3 on a cache
+    in one piece and in pages, cuDNN on one in one piece."""
+    rows = {row.case: row for row in GROUPS["decode"]}
+    found = {(_context(rows[entry["case"]]), rows[entry["case"]].page): entry for entry in entries}
+    contexts = list(dict.fromkeys(context for context, _ in found))
+    series = [(label, color, [found.get((context, page)) for context in contexts], "fa3")
+              for page, label, color in _PAGES]
+    series.insert(1, ("cuDNN", "#636363", series[0][2], "cudnn"))
+    figure = _figure((12, 1.2 + 0.85 * len(contexts)))
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, metric in zip(axes, ("us", "gbs"), strict=True):
+        for position, (label, color, shown, name) in enumerate(series):
+            values = [_value(entry, name, metric) if entry else None for entry in shown]
+            _row_of_bars(axis, values, position, len(series), label, color)
+        axis.set_xlabel(_LABELS[metric])
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_xscale("log")
+    for axis in axes:
+        axis.margins(x=0.12)
+    axes[1].axvline(_COPY_GBS, color="#636363", linewidth=0.8, linestyle="--", label="a copy, read and written")
+    axes[0].set_yticks(range(len(contexts)), [f"{batch} x {keys:,} keys" for batch, keys in contexts], fontsize=8)
+    axes[0].set_ylim(len(contexts) - 0.5, -0.5)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower left", ncols=len(series) + 1, frameon=False)
+    _title(figure, entries, "A step of decoding, 64 heads on 8, head dim 128, bf16,")
+    return figure
+
+
+def _context(row):
+    return len(row.seqlens_k), row.seqlens_k[0]
 
 
 def _panels(entries):
@@ -102,16 +145,22 @@ def _name(entry):
     return entry["case"].removesuffix(" full").removesuffix(" causal")
 
 
-def _bars(axis, entries, by_time, by_mask):
-    width = 0.8 / len(_SERIES)
-    for position, (name, label, color) in enumerate(_SERIES):
-        values = [_value(entry, name, by_time) for entry in entries]
-        at = [row + (position - (len(_SERIES) - 1) / 2) * width for row in range(len(entries))]
-        axis.barh(at, [value or 0 for value in values], width, color=color, label=label)
-        for y, value in zip(at, values, strict=True):
-            if value:
-                axis.annotate(f"{value:,.{0 if value >= 100 else 1}f}", (value, y), (3, 0),
-                              textcoords="offset points", va="center", fontsize=6)
+def _row_of_bars(axis, values, position, count, label, color):
+    """A series' bar beside those of the others, `count` in all, in each place; None where it has none."""
+    width = 0.8 / count
+    at = [place + (position - (count - 1) / 2) * width for place in range(len(values))]
+    axis.barh(at, [value or 0 for value in values], width, color=color, label=label)
+    for y, value in zip(at, values, strict=True):
+        if value:
+            axis.annotate(f"{value:,.{0 if value >= 100 else 1}f}", (value, y), (3, 0),
+                          textcoords="offset points", va="center", fontsize=6)
+
+
+def _bars(axis, entries, metric, by_mask):
+    series = [(label, color, [_value(entry, name, metric) for entry in entries]) for name, label, color in _SERIES]
+    series = [one for one in series if any(one[2])]
+    for position, (label, color, values) in enumerate(series):
+        _row_of_bars(axis, values, position, len(series), label, color)
     names = [_name(entry) if by_mask else entry["case"] for entry in entries]
     axis.set_yticks(range(len(entries)), names, fontsize=8)
     axis.set_ylim(len(entries) - 0.5, -0.5)
@@ -146,7 +195,7 @@ def _curves_figure(pairs, dtype):
 def _curves(axis, pairs):
     for name, label, color in reversed(_SERIES):  # fa3 on top
         points = [(row.seqlens_q[0], value) for row, entry in pairs
-                  if (value := _value(entry, name, by_time=False)) is not None]
+                  if (value := _value(entry, name, "tflops")) is not None]
         axis.plot(*zip(*points, strict=True) if points else ([], []), color=color, label=label, marker="o",
                   markersize=3.5, linewidth=2 if name == "fa3" else 1.5)
     axis.grid(axis="y", color="#e5e5e5", linewidth=0.8)
@@ -158,7 +207,7 @@ def _curves(axis, pairs):
 def _legend(figure, axis):
     """One for all panels, fa3 first."""
     named = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    labels = [label for _, label, _ in _SERIES]
+    labels = [label for _, label, _ in _SERIES if label in named]
     figure.legend([named[label] for label in labels], labels, loc="outside lower left", ncols=len(labels),
                   frameon=False)
 
@@ -169,9 +218,9 @@ def _title(figure, entries, what):
                     x=0.01, ha="left", fontsize=11)
 
 
-def _value(entry, name, by_time):
-    """µs or TFLOP/s of fa3 or of a peer; the same products in another time."""
+def _value(entry, name, metric):
+    """µs, TFLOP/s or GB/s of fa3 or of a peer; the same products and bytes in another time."""
     us = entry["us"] if name == "fa3" else entry["peers"].get(name)
-    if us is None or by_time:
+    if us is None or metric == "us":
         return us
-    return None if entry["tflops"] is None else entry["tflops"] * entry["us"] / us
+    return None if entry[metric] is None else entry[metric] * entry["us"] / us

@@ -160,6 +160,36 @@ def test_curves_show_the_results():
     assert [label.get_text() for label in axis.get_xticklabels()] == ["512", "1k", "2k", "4k", "8k", "16k", "32k"]
 
 
+def test_decoding_is_shown_by_time_and_by_rate():
+    pytest.importorskip("matplotlib")
+    from bench import plot
+
+    entries = made_up_records("decode")
+    figure = plot._decode_figure(entries)
+    time, rate = figure.axes
+    assert [label.get_text() for label in time.get_yticklabels()] == [
+        "1 x 4,096 keys", "1 x 65,536 keys", "16 x 4,096 keys", "16 x 32,768 keys", "128 x 2,048 keys",
+        "128 x 8,192 keys"]
+    named = {entry["case"]: entry for entry in entries}
+    whole, pages = (named[f"bf16 b16 ctx4096 h64/8 d128 page{page}"] for page in ("None", 16))
+    shown = {bars.get_label(): bars[2].get_width() for bars in time.containers}
+    assert shown["fa3"] == whole["us"] and shown["of 16"] == pages["us"]
+    assert shown["cuDNN"] == whole["peers"]["cudnn"]
+    shown = {bars.get_label(): bars[2].get_width() for bars in rate.containers}
+    assert shown["of 16"] == pytest.approx(pages["gbs"])
+    assert shown["cuDNN"] == pytest.approx(whole["gbs"] * whole["us"] / whole["peers"]["cudnn"])
+    assert list(shown) == ["fa3", "cuDNN", "pages of 256", "of 64", "of 16", "of 1"]
+    assert [line.get_xdata()[0] for line in rate.lines] == [plot._COPY_GBS]
+
+
+def test_some_rows_of_decoding_alone(tmp_path):
+    pytest.importorskip("matplotlib")
+    from bench import plot
+
+    entries = [entry for entry in made_up_records("decode") if entry["case"].endswith("page64")]
+    assert [path.name for path in plot.draw(records.save(tmp_path, entries))] == ["imaginary-gpu-decode.png"]
+
+
 def test_curves_of_a_part_of_the_sweep(tmp_path):
     pytest.importorskip("matplotlib")
     from bench import plot
