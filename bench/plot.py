@@ -108,7 +108,8 @@ def _decode_figure(entries):
     contexts = list(dict.fromkeys(context for context, _ in found))
     series = [(label, color, [found.get((context, page)) for context in contexts], "fa3")
               for page, label, color in _PAGES]
-    series.insert(1, ("cuDNN", "#636363", series[0][2], "cudnn"))
+    peer, label, color = _SERIES[1]
+    series.insert(1, (label, color, series[0][2], peer))
     figure = _figure((12, 1.2 + 0.85 * len(contexts)))
     axes = figure.subplots(1, 2, sharey=True)
     for axis, metric in zip(axes, ("us", "gbs"), strict=True):

@@ -51,9 +51,13 @@ struct CacheRows {
   int max_pages;
   Divisor page_size;
 
-  FA3_HOST_DEVICE CacheRow at(int batch, int row) const { return in_entry(entry(batch, row), row); }
+  FA3_HOST_DEVICE CacheRow at(int batch, int row) const {
+    const int found = entry(batch, row);
+    if (found < 0 || found >= entries) return {CacheRow::kNone, 0};
+    return {found, page_table ? row - page_size.quotient(row) * page_size.divisor : row};
+  }
 
-  /// The entry that should have a row. It may not exist: who asks early and checks late does not wait for memory.
+ private:
   FA3_HOST_DEVICE int entry(int batch, int row) const {
     if (row < 0 || row >= rows) return CacheRow::kNone;
     if (page_table) {
@@ -61,10 +65,6 @@ struct CacheRows {
       return page < max_pages ? page_table[batch * page_table_stride + page] : CacheRow::kNone;
     }
     return batch_idx ? batch_idx[batch] : batch;
-  }
-  FA3_HOST_DEVICE CacheRow in_entry(int entry, int row) const {
-    if (entry < 0 || entry >= entries) return {CacheRow::kNone, 0};
-    return {entry, page_table ? row - page_size.quotient(row) * page_size.divisor : row};
   }
 };
 
