@@ -283,7 +283,8 @@ def _decode_rows():
     """One query for each sequence, on a contiguous or a paged cache; cuDNN is the best peer where it can."""
     bars = {(1, 4096): 11, (1, 65536): 68}
     rows = []
-    for batch, context in ((1, 4096), (1, 65536), (16, 4096), (16, 32768), (128, 2048), (128, 8192)):
+    for batch, context in ((1, 512), (1, 4096), (1, 65536), (4, 1024), (16, 4096), (16, 32768), (128, 2048),
+                           (128, 8192)):
         def row(page, batch=batch, context=context, **more):
             return Row("decode", f"bf16 b{batch} ctx{context} h64/8 d128 page{page}", "bf16", (1,) * batch,
                        (context,) * batch, 64, 8, 128, causal=True, page=page, **more)

@@ -170,6 +170,7 @@ cdef extern from "fa3.h" nogil:
         int32_t cluster
         int32_t paired
         int32_t plain
+        int32_t decode
         int32_t dynamic
         int32_t heads_per_section
         int32_t short_m_blocks

@@ -176,6 +176,7 @@ struct Launch {
     if (params.queries.rows == 0) return FA3_OK;  // only the cache was written
     if (auto status = fill(args)) return status;
     const auto launch = args.dropout.active ? variant.launch_dropout
+                        : plan.decode       ? variant.launch_decode
                         : plan.plain        ? variant.launch_plain
                                             : variant.launch;
     const cudaError_t error = launch(args, plan.grid, plan.cluster, params.device, stream);

@@ -146,6 +146,19 @@ bool plain(const fa3_forward_params& p, const ForwardVariant& variant, const fa3
          !odd_out(p);
 }
 
+/// Whether the tile's kernel for decoding takes the call: a piece of work for each multiprocessor at most, parts that a
+/// cluster joins, and nothing that it leaves out. See kernels/forward_decode.cuh.
+bool decodes(const Work& work, const ForwardVariant& variant, const Packing& packing, int64_t pieces,
+             const fa3_forward_plan& plan) {
+  const fa3_forward_params& p = work.params;
+  const int rows = p.queries.rows * packing.heads;
+  if (!variant.launch_decode || p.softcap != 0 || p.batch_invariant || p.dropout.p > 0 || odd_out(p)) return false;
+  if (pieces > work.num_sms || p.queries.rows > packing.positions) return false;
+  if (p.queries.cu_seqlens || p.keys.cu_seqlens) return false;
+  if (plan.num_splits > 1 && (plan.cluster != plan.num_splits || rows > variant.decoded_rows)) return false;
+  return !p.cache.page_table || page_box_rows(p, variant) > 0;
+}
+
 int64_t ceil_of(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 void plan_order(const Work& work, const Packing& packing, fa3_forward_plan& plan) {
@@ -297,6 +310,7 @@ fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_pl
   const bool joins = choice.cluster && may_join_in_cluster(variant, choice.splits, static_cast<double>(pieces), slots);
   plan.cluster = plan.paired ? 2 : joins ? plan.num_splits : 1;
   plan.plain = plain(p, variant, plan);
+  plan.decode = decodes(work, variant, packing, pieces, plan);
   plan.dynamic = pieces > plan.grid && pieces <= kMostCounted && counts_pieces(work, variant, choice.time);
 
   const WorkspaceSizes sizes = workspace_sizes(p, plan);
@@ -333,10 +347,13 @@ void log_plan(const fa3_forward_params& p, const fa3_forward_plan& plan) {
                "%d short m_blocks, copies q %d k %d v %d qv %d, fp32 after %d blocks, workspace %zu bytes\n",
                p.batch, p.num_heads, p.num_heads_kv, p.head_dim, p.head_dim_v, p.queries.rows, p.keys.rows,
                p.queries.cu_seqlens ? " (ragged)" : "", forward_variants()[plan.variant].name,
-               plan.plain ? " (plain)" : "", plan.tile_m, plan.tile_n, plan.pack_gqa, plan.num_splits,
-               plan.num_splits > 1 ? plan.whole_tiles : 0, plan.grid, plan.cluster, plan.paired ? " (pairs)" : "",
-               plan.dynamic ? " (dynamic)" : "", plan.heads_per_section, plan.short_m_blocks, plan.copy_q, plan.copy_k,
-               plan.copy_v, plan.copy_qv, plan.accumulate_blocks, plan.workspace);
+               plan.decode  ? " (decode)"
+               : plan.plain ? " (plain)"
+                            : "",
+               plan.tile_m, plan.tile_n, plan.pack_gqa, plan.num_splits, plan.num_splits > 1 ? plan.whole_tiles : 0,
+               plan.grid, plan.cluster, plan.paired ? " (pairs)" : "", plan.dynamic ? " (dynamic)" : "",
+               plan.heads_per_section, plan.short_m_blocks, plan.copy_q, plan.copy_k, plan.copy_v, plan.copy_qv,
+               plan.accumulate_blocks, plan.workspace);
 }
 
 }  // namespace fa3

@@ -147,10 +147,9 @@ int64_t bytes_of_parts(const fa3_forward_params& p, const ForwardVariant& v, con
 // Joining in clusters pays where all of them run at once. A cluster lies within a group of 16 or 18 multiprocessors, so
 // that some stay idle: where the H200 has room for 264 blocks, it has for 240 in clusters of 8, and for 224 in clusters
 // of 16, the largest there are.
-constexpr int kLargestCluster = 16;
 bool may_join_in_cluster(const ForwardVariant& v, const Splits& splits, double pieces, int slots) {
   const int parts = splits.count.divisor;
-  if (!v.joins_in_cluster || splits.whole_tiles > 0 || parts == 1 || parts > kLargestCluster) return false;
+  if (!v.joins_in_cluster || splits.whole_tiles > 0 || parts == 1 || parts > kMostCluster) return false;
   return pieces <= slots * (parts > 8 ? 0.845 : 0.9);
 }
 
@@ -234,7 +233,7 @@ Choice estimate(const Work& work, int index, bool packed) {
   if (tiles < slots) {
     const int parts = std::min(static_cast<int>(slots / std::max(tiles, 1.0)), most);
     for (int fewer = parts; fewer > 1; fewer = fewer / 2) consider(0, fewer);
-    for (int fewer = std::min(parts, kLargestCluster); fewer > 1; fewer = fewer / 2) consider(0, fewer);
+    for (int fewer = std::min(parts, kMostCluster); fewer > 1; fewer = fewer / 2) consider(0, fewer);
   } else if (work.equal_tiles && !v.joins_apart()) {
     // The last round, if it is not full, is split for all to share. What is joined apart has parts of every row.
     const double whole = std::floor(tiles / slots) * slots, rest = tiles - whole;

@@ -7,6 +7,9 @@
 
 namespace fa3 {
 
+/// cluster: thread blocks of one, 1: none; device: the current.
+using ForwardLaunch = cudaError_t (*)(const ForwardArgs& args, int grid, int cluster, int device, cudaStream_t stream);
+
 /// One compiled forward kernel.
 struct ForwardVariant {
   const char* name;
@@ -20,13 +23,11 @@ struct ForwardVariant {
   bool turned_v;               // V comes turned: see ForwardArgs::turned_v
   bool pairs;                  // thread blocks can share keys and values: see ForwardArgs::paired
   int part_bytes;              // of workspace, for each part of a split tile; 0: see joins_apart()
+  int decoded_rows;            // of a tile that the kernel for decoding may split; 0: there is none
   bool joins_in_cluster;       // a part fits into shared memory, where the other blocks of a cluster can read it
   int swizzle_q_k, swizzle_v;  // bytes: the width of a shared memory chunk, and of a TMA box
-  // cluster: thread blocks of one, 1: none; device: the current. Two may be null: see ForwardTraits::kHasPlain and
-  // kHasDropout.
-  cudaError_t (*launch)(const ForwardArgs& args, int grid, int cluster, int device, cudaStream_t stream);
-  cudaError_t (*launch_plain)(const ForwardArgs& args, int grid, int cluster, int device, cudaStream_t stream);
-  cudaError_t (*launch_dropout)(const ForwardArgs& args, int grid, int cluster, int device, cudaStream_t stream);
+  // The last three may be null: see ForwardTraits::kHasPlain and kHasDropout.
+  ForwardLaunch launch, launch_plain, launch_decode, launch_dropout;
 
   int tile_m() const { return 64 * row_groups; }
   /// The parts of split tiles are results of their own, which the kernel of combine joins.

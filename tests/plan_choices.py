@@ -12,7 +12,7 @@ from pathlib import Path
 FILE = Path(__file__).with_name("plan_choices.csv")
 NUM_SMS = 132
 COLUMNS = ("tile_m", "tile_n", "pack_gqa", "num_splits", "whole_tiles", "grid", "cluster", "paired", "plain",
-           "dynamic", "heads_per_section", "short_m_blocks", "workspace")
+           "decode", "dynamic", "heads_per_section", "short_m_blocks", "workspace")
 
 
 def call(dtype, batch, seqlen_q, seqlen_k, heads, heads_kv, head_dim, **more):

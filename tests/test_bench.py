@@ -47,8 +47,8 @@ EXPECTED_CASES = {
              "2 fp8 b84 s64 h16 d80", "2h fp16 b84 s64 h16 d80", "3 fp16 b1 s1285 h16/2 d80 causal",
              "5 fp8 b84 t5040 h16 d128", "4 fp16 decode k2048 h16/2 d80"],
     "decode": [f"bf16 b{batch} ctx{context} h64/8 d128 page{page}"
-               for batch, context in ((1, 4096), (1, 65536), (16, 4096), (16, 32768), (128, 2048), (128, 8192))
-               for page in ("None", 1, 16, 64, 256)],
+               for batch, context in ((1, 512), (1, 4096), (1, 65536), (4, 1024), (16, 4096), (16, 32768), (128, 2048),
+                                      (128, 8192)) for page in ("None", 1, 16, 64, 256)],
     "mla": [f"bf16 b{batch} ctx{context} page{page} h{heads}"
             for batch, context in ((1, 4096), (1, 32768), (16, 4096), (16, 32768), (128, 4096), (128, 8192))
             for heads in (16, 64, 128) for page in ("None", 64)] + [

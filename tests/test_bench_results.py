@@ -167,15 +167,16 @@ def test_decoding_is_shown_by_time_and_by_rate():
     entries = made_up_records("decode")
     figure = plot._decode_figure(entries)
     time, rate = figure.axes
-    assert [label.get_text() for label in time.get_yticklabels()] == [
-        "1 x 4,096 keys", "1 x 65,536 keys", "16 x 4,096 keys", "16 x 32,768 keys", "128 x 2,048 keys",
-        "128 x 8,192 keys"]
+    labels = [label.get_text() for label in time.get_yticklabels()]
+    assert labels == ["1 x 512 keys", "1 x 4,096 keys", "1 x 65,536 keys", "4 x 1,024 keys", "16 x 4,096 keys",
+                      "16 x 32,768 keys", "128 x 2,048 keys", "128 x 8,192 keys"]
+    at = labels.index("16 x 4,096 keys")
     named = {entry["case"]: entry for entry in entries}
     whole, pages = (named[f"bf16 b16 ctx4096 h64/8 d128 page{page}"] for page in ("None", 16))
-    shown = {bars.get_label(): bars[2].get_width() for bars in time.containers}
+    shown = {bars.get_label(): bars[at].get_width() for bars in time.containers}
     assert shown["fa3"] == whole["us"] and shown["of 16"] == pages["us"]
     assert shown["cuDNN"] == whole["peers"]["cudnn"]
-    shown = {bars.get_label(): bars[2].get_width() for bars in rate.containers}
+    shown = {bars.get_label(): bars[at].get_width() for bars in rate.containers}
     assert shown["of 16"] == pytest.approx(pages["gbs"])
     assert shown["cuDNN"] == pytest.approx(whole["gbs"] * whole["us"] / whole["peers"]["cudnn"])
     assert list(shown) == ["fa3", "cuDNN", "pages of 256", "of 64", "of 16", "of 1"]

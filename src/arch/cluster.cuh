@@ -45,6 +45,18 @@ __device__ __forceinline__ void send(int* own, int value, Barrier& barrier, uint
       : "memory");
 }
 
+/// Four floats.
+__device__ __forceinline__ void send(float4* own, const float4& x, Barrier& barrier, uint32_t rank) {
+  asm volatile(
+      "{.reg .b32 there, full;\n"
+      "mapa.shared::cluster.u32 there, %0, %6;\n"
+      "mapa.shared::cluster.u32 full, %5, %6;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%1, %2, %3, %4}, [full];}" ::"r"(
+          shared_address(own)),
+      "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(shared_address(&barrier.word)), "r"(rank)
+      : "memory");
+}
+
 /// Copy shared memory to `there` of thread block `rank`, by the copy engine; the bytes are announced and counted on
 /// `barrier` there.
 __device__ __forceinline__ void copy_to(void* there, const void* own, uint32_t bytes, Barrier& barrier, uint32_t rank) {

@@ -14,9 +14,9 @@ struct KeyRows : Lengths {
   bool paged;          // each sequence has rows from 0 on: cu_seqlens only says how many
 
   FA3_HOST_DEVICE Span span(int batch) const {
-    return cu_seqlens ? between(cu_seqlens[batch], cu_seqlens[batch + 1], batch)
-                      : behind_padding(Lengths::span(batch), batch);
+    return cu_seqlens ? between(cu_seqlens[batch], cu_seqlens[batch + 1], batch) : dense_span(batch);
   }
+  FA3_HOST_DEVICE Span dense_span(int batch) const { return behind_padding(Lengths::dense_span(batch), batch); }
   FA3_HOST_DEVICE Span between(int first, int end, int batch) const {
     return behind_padding(paged ? of_length(int64_t{end} - first, batch) : Lengths::between(first, end, batch), batch);
   }

@@ -26,8 +26,11 @@ struct Lengths {
   FA3_HOST_DEVICE bool ragged() const { return cu_seqlens != nullptr; }
 
   FA3_HOST_DEVICE Span span(int batch) const {
-    return cu_seqlens ? between(cu_seqlens[batch], cu_seqlens[batch + 1], batch) : in_use({0, rows}, batch);
+    return cu_seqlens ? between(cu_seqlens[batch], cu_seqlens[batch + 1], batch) : dense_span(batch);
   }
+
+  /// The same of a batch that is not ragged.
+  FA3_HOST_DEVICE Span dense_span(int batch) const { return in_use({0, rows}, batch); }
 
   /// The same of a ragged batch, for who has read cu_seqlens.
   FA3_HOST_DEVICE Span between(int first, int end, int batch) const {

@@ -65,6 +65,24 @@ struct Softmax {
     row_sum[1] += sum[1];
   }
 
+  /// Either, by the same instructions: where each is met once or twice, it is fetching them that takes the time. A
+  /// thread's own sum of a first block must not be too small. Only the first `rows` of the two exist.
+  template <int... kCounts>
+  __device__ __forceinline__ void take(const Scores& s, Probabilities& p, int rows, float (&... o)[kCounts]) {
+    static_assert(!kEightBits, "8 bits want a first block's maximum");
+    float sum[2] = {};
+    bool safe = exponentiate_row<0>(s, p, sum[0]);
+    if (rows > 1) safe = exponentiate_row<1>(s, p, sum[1]) && safe;
+    if (__any_sync(~0u, !safe)) {
+      take_maximum(s, p, sum, o...);
+    } else {
+      row_max[0] = finite(row_max[0]);
+      row_max[1] = finite(row_max[1]);
+    }
+    row_sum[0] += sum[0];
+    row_sum[1] += sum[1];
+  }
+
   /// The same in two parts, for a loop that jumps over nothing. False: it was not safe, and redo() must follow.
   __device__ __forceinline__ bool attempt(const Scores& s, Probabilities& p, bool exact) {
     float sum[2];
@@ -163,6 +181,25 @@ struct Softmax {
     a = fmaxf(a, b);
     a = fmaxf(a, __shfl_xor_sync(~0u, a, 1));
     return fmaxf(a, __shfl_xor_sync(~0u, a, 2)) - kHeadroom;
+  }
+
+  /// One row's probabilities of 16 bits and their sum; false: one may be too large, or all of a first block too small.
+  template <int kRow>
+  __device__ __forceinline__ bool exponentiate_row(const Scores& s, Probabilities& p, float& sum) const {
+    const float shift = finite(row_max[kRow]);
+    float part[2] = {};
+#pragma unroll
+    for (int word = 0; word < kTileN / 8; ++word) {
+      float x[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        x[e] = arch::exp2_fast(fmaf(s[4 * word + 2 * kRow + e], scale(kRow), -shift));
+        part[e] += x[e];
+      }
+      p[2 * word + kRow] = arch::pack<Element>(x[0], x[1]);
+    }
+    sum = part[0] + part[1];
+    return sum <= kLargestSum && sum >= (row_max[kRow] == -INFINITY ? kSmallestSum : 0.f);
   }
 
   /// The probabilities and each row's sum of them, unrounded; false: one of them may be too large for an Element.

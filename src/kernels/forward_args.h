@@ -104,6 +104,9 @@ struct ForwardArgs {
   FA3_HOST_DEVICE float kept_scale() const { return dropout.scale; }
 };
 
+/// Thread blocks of a cluster, at most.
+inline constexpr int kMostCluster = 16;
+
 /// Large tiles of the last round may be split all the same.
 constexpr bool plain_may_split(int consumers) { return consumers > 1; }
 
@@ -124,6 +127,66 @@ struct PlainArgs : ForwardArgs {
   FA3_HOST_DEVICE static constexpr bool exact_max() { return false; }
   FA3_HOST_DEVICE static constexpr bool odd_out() { return false; }
   FA3_HOST_DEVICE static constexpr bool paired() { return false; }
+  FA3_HOST_DEVICE static constexpr float kept_scale() { return 1; }
+};
+
+/// What the kernel for decoding is launched with: less, and what says where keys are comes first. Each line of it is
+/// waited for in turn, since nothing is in a cache yet.
+struct DecodeArgs {
+  struct Extras {
+    Splits splits;
+    Packing packing;
+    KeyPages pages;
+    const float* sinks;
+  };
+  struct Rows {
+    const uint8_t* data;
+    int64_t row_bytes, head_bytes, batch_bytes;  // 0 where an axis does not move
+  };
+
+  Divisor heads;
+  int batch, head_dim, head_dim_v;
+  Visibility visibility;
+  Lengths queries;
+  KeyRows keys;
+  Extras extras;
+  int k_head_step, k_batch_step, v_head_step, v_batch_step;  // as the operands'
+  Rows q;
+  float score_scale_log2, hidden;
+  void* out;
+  int64_t out_stride[3];
+  float* lse;
+  int64_t lse_stride[3];
+  TmaOperand k, v;
+
+  explicit DecodeArgs(const ForwardArgs& a)
+      : heads(a.heads),
+        batch(a.batch),
+        head_dim(a.head_dim),
+        head_dim_v(a.head_dim_v),
+        visibility(a.visibility),
+        queries(a.queries),
+        keys(a.keys),
+        extras{a.extras.splits, a.extras.packing, a.extras.pages, a.extras.sinks},
+        k_head_step(a.k.head_step),
+        k_batch_step(a.k.batch_step),
+        v_head_step(a.v.head_step),
+        v_batch_step(a.v.batch_step),
+        q{a.q.data, a.q.row_bytes, a.q.head_step * a.q.head_bytes, a.q.batch_step * a.q.batch_bytes},
+        score_scale_log2(a.score_scale_log2),
+        hidden(a.hidden),
+        out(a.out),
+        out_stride{a.out_stride[0], a.out_stride[1], a.out_stride[2]},
+        lse(a.lse),
+        lse_stride{a.lse_stride[0], a.lse_stride[1], a.lse_stride[2]},
+        k(a.k),
+        v(a.v) {}
+
+  FA3_HOST_DEVICE const Packing& packing() const { return extras.packing; }
+  FA3_HOST_DEVICE Splits::Piece piece(int index) const { return extras.splits.at(index); }
+  FA3_HOST_DEVICE bool paged() const { return extras.pages.used(); }
+  FA3_HOST_DEVICE bool has_sinks() const { return extras.sinks != nullptr; }
+  FA3_HOST_DEVICE static constexpr bool odd_out() { return false; }
   FA3_HOST_DEVICE static constexpr float kept_scale() { return 1; }
 };
 

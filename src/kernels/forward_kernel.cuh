@@ -2,6 +2,7 @@
 #pragma once
 
 #include "arch/warpgroup.cuh"
+#include "kernels/forward_decode.cuh"
 #include "kernels/forward_epilogue.cuh"
 #include "kernels/forward_load.cuh"
 #include "kernels/forward_mma.cuh"
@@ -76,16 +77,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
   }
 }
 
-/// Launch on `device`, the current one, in clusters of so many thread blocks if it has room for such; pairs must be
-/// clusters. What a kernel may ask for is raised the first time.
-template <class Traits, bool kDropout>
-cudaError_t launch_forward(const ForwardArgs& args, int grid, int cluster, int device, cudaStream_t stream) {
-  constexpr int kSharedBytes = sizeof(ForwardShared<Traits>);
+/// Launch a kernel on `device`, the current one, in clusters of so many thread blocks if it has room for such; pairs
+/// must be clusters; without that room `kElse` is launched, if there is one. What the kernel may ask for is raised the
+/// first time.
+template <class Traits, class Shared, auto kKernel, ForwardLaunch kElse = nullptr>
+cudaError_t launch_kernel(const ForwardArgs& args, int grid, int cluster, int device, cudaStream_t stream) {
+  constexpr int kSharedBytes = sizeof(Shared);
   static_assert(Traits::kBlocksPerSm * (kSharedBytes + 1024) <= 228 * 1024,
                 "a multiprocessor has 228 KB of shared memory, and keeps 1 KB for each thread block");
   constexpr int kRemembered = 64;              // devices; those past it are asked each time
   static uint8_t known_clusters[kRemembered];  // the largest; 0: not asked yet. <atomic> is half of a file's headers
-  const auto kernel = forward_kernel<Traits, kDropout>;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = Traits::kThreads;
@@ -93,20 +94,29 @@ cudaError_t launch_forward(const ForwardArgs& args, int grid, int cluster, int d
   config.stream = stream;
   int largest = device < kRemembered ? __atomic_load_n(&known_clusters[device], __ATOMIC_RELAXED) : 0;
   if (!largest) {
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error == cudaSuccess) error = cudaOccupancyMaxPotentialClusterSize(&largest, kernel, &config);
+    cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    if (error == cudaSuccess) error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error == cudaSuccess) error = cudaOccupancyMaxPotentialClusterSize(&largest, kKernel, &config);
     if (error != cudaSuccess) return error;
     largest = larger(largest, 1);
     if (device < kRemembered) __atomic_store_n(&known_clusters[device], largest, __ATOMIC_RELAXED);
   }
+  if constexpr (kElse != nullptr)
+    if (cluster > largest) return kElse(args, grid, cluster, device, stream);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   config.attrs = &attribute;
   config.numAttrs = args.extras.paired || (cluster > 1 && cluster <= largest);
-  return cudaLaunchKernelEx(&config, kernel, typename Traits::Args{args});
+  return cudaLaunchKernelEx(&config, kKernel, typename Traits::Args{args});
 }
+
+template <class Traits, bool kDropout>
+constexpr ForwardLaunch launch_forward = launch_kernel<Traits, ForwardShared<Traits>, forward_kernel<Traits, kDropout>>;
+template <class Traits>
+constexpr ForwardLaunch launch_decode =
+    launch_kernel<DecodeTraits<Traits>, DecodeShared<DecodeTraits<Traits>>, decode_kernel<DecodeTraits<Traits>>,
+                  launch_forward<Traits, false>>;
 
 template <class Traits>
 ForwardVariant describe_forward(const char* name, int dtype) {
@@ -125,6 +135,12 @@ ForwardVariant describe_forward(const char* name, int dtype) {
           Traits::kTurnedV,
           Traits::kPairs,
           Traits::kJoinsApart ? 0 : PartRows<Traits>::kBytes,
+          [] {
+            if constexpr (Traits::kHasDecode)
+              return DecodeTraits<Traits>::kMostJoinedRows;
+            else
+              return 0;
+          }(),
           !Traits::kJoinsApart && PartRows<Traits>::kFitsShared,
           Traits::kSwizzleQK,
           Traits::kSwizzleV,
@@ -132,6 +148,12 @@ ForwardVariant describe_forward(const char* name, int dtype) {
           [] {
             if constexpr (Traits::kHasPlain)
               return launch_forward<PlainTraits<Traits>, false>;
+            else
+              return nullptr;
+          }(),
+          [] {
+            if constexpr (Traits::kHasDecode)
+              return launch_decode<Traits>;
             else
               return nullptr;
           }(),

@@ -9,15 +9,9 @@
 
 namespace fa3 {
 
-/// The loader's warp, before there is anything to load: what memory is asked for next is on its way. Lengths are the
-/// scheduler's.
+/// What says where keys are, on its way to L2, by a warp.
 template <class Traits>
-__device__ __forceinline__ void prefetch_start(const typename Traits::Args& args) {
-  if (arch::leads()) {
-    arch::prefetch_map(&args.q.map);
-    arch::prefetch_map(&args.k.map);
-    arch::prefetch_map(&args.v.map);
-  }
+__device__ __forceinline__ void prefetch_lengths(const typename Traits::Args& args) {
   const int first = threadIdx.x % 32 * 32;  // of as many numbers as a line of L2 has
   if (args.keys.seqused && first < args.batch) arch::prefetch_to_l2(args.keys.seqused + first);
   if (args.paged()) {
@@ -27,6 +21,18 @@ __device__ __forceinline__ void prefetch_start(const typename Traits::Args& args
     const int64_t page = int64_t{part} * (32 * 32) + first;
     if (page < rows.max_pages) arch::prefetch_to_l2(rows.page_table + sequence * rows.page_table_stride + page);
   }
+}
+
+/// The loader's warp, before there is anything to load: what memory is asked for next is on its way. Lengths are the
+/// scheduler's.
+template <class Traits>
+__device__ __forceinline__ void prefetch_start(const typename Traits::Args& args) {
+  if (arch::leads()) {
+    arch::prefetch_map(&args.q.map);
+    arch::prefetch_map(&args.k.map);
+    arch::prefetch_map(&args.v.map);
+  }
+  prefetch_lengths<Traits>(args);
 }
 
 /// `Keys` brings blocks of keys and values: see forward_keys.cuh. Where there are several loaders, number 0 has

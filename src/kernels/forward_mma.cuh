@@ -286,17 +286,6 @@ class Consumer {
     arch::barrier_sync(own_barrier(), 128);
   }
 
-  /// Zeros for the rows from `first` on of a tile, or of the tiles of several stages.
-  template <class Tile, int kTiles>
-  __device__ __forceinline__ static void clear_rows(uint8_t* tile, int first) {
-    constexpr int kVectors = Tile::kRowBytes / 16, kRows = Tile::kChunkBytes / Tile::kRowBytes;
-    for (int chunk = 0; chunk < kTiles * Tile::kChunks; ++chunk) {
-      auto* vectors = reinterpret_cast<uint4*>(tile + chunk * Tile::kChunkBytes);
-      for (int i = first * kVectors + threadIdx.x % 128; i < kRows * kVectors; i += 128)
-        vectors[i] = make_uint4(0, 0, 0, 0);
-    }
-  }
-
   /// Blocks that other warpgroups need and this one does not: let them pass in order, with their turns.
   __device__ __forceinline__ void skip_blocks(int count, bool last_has_no_turn) {
 #pragma unroll 1

@@ -39,4 +39,15 @@ struct SharedTile {
   FA3_HOST_DEVICE static constexpr int row_step(int step) { return step * 16 * kSwizzle >> 4; }
 };
 
+/// A warpgroup makes zeros of the rows from `first` on of a tile, or of the tiles of several stages.
+template <class Tile, int kTiles>
+__device__ __forceinline__ void clear_rows(uint8_t* tile, int first) {
+  constexpr int kVectors = Tile::kRowBytes / 16, kRows = Tile::kChunkBytes / Tile::kRowBytes;
+  for (int chunk = 0; chunk < kTiles * Tile::kChunks; ++chunk) {
+    auto* vectors = reinterpret_cast<uint4*>(tile + chunk * Tile::kChunkBytes);
+    for (int i = first * kVectors + threadIdx.x % 128; i < kRows * kVectors; i += 128)
+      vectors[i] = make_uint4(0, 0, 0, 0);
+  }
+}
+
 }  // namespace fa3

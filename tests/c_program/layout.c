@@ -155,6 +155,7 @@ int main(void) {
   FIELD(fa3_forward_plan, cluster)
   FIELD(fa3_forward_plan, paired)
   FIELD(fa3_forward_plan, plain)
+  FIELD(fa3_forward_plan, decode)
   FIELD(fa3_forward_plan, dynamic)
   FIELD(fa3_forward_plan, heads_per_section)
   FIELD(fa3_forward_plan, short_m_blocks)

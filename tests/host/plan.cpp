@@ -10,10 +10,10 @@ static cudaError_t any_launch(const ForwardArgs&, int, int, int, cudaStream_t) {
 
 std::span<const ForwardVariant> forward_variants() {
   static const ForwardVariant table[] = {
-      {"large", FA3_BFLOAT16, 128,   128,  false, 3,   3,   80,      512,     0,      1,
-       0,       false,        false, 3000, true,  128, 128, nullptr, nullptr, nullptr},
-      {"small", FA3_BFLOAT16, 128,   128,  false, 2,   2,   128,     384,        0,      1,
-       0,       false,        false, 2000, true,  128, 128, nullptr, any_launch, nullptr},
+      {"large", FA3_BFLOAT16, 128,  128, false, 3,   3,   80,      512,     0,       1,      0,
+       false,   false,        3000, 0,   true,  128, 128, nullptr, nullptr, nullptr, nullptr},
+      {"small", FA3_BFLOAT16, 128,  128, false, 2,   2,   128,     384,        0,       1,      0,
+       false,   false,        2000, 0,   true,  128, 128, nullptr, any_launch, nullptr, nullptr},
   };
   return table;
 }
