@@ -26,7 +26,7 @@ struct ForwardVariant {
   int decoded_rows;            // of a tile that the kernel for decoding may split; 0: there is none
   bool joins_in_cluster;       // a part fits into shared memory, where the other blocks of a cluster can read it
   int swizzle_q_k, swizzle_v;  // bytes: the width of a shared memory chunk, and of a TMA box
-  // The last three may be null: see ForwardTraits::kHasPlain and kHasDropout.
+  // The last three may be null: see ForwardTraits::kHasPlain, kHasDecode and kHasDropout.
   ForwardLaunch launch, launch_plain, launch_decode, launch_dropout;
 
   int tile_m() const { return 64 * row_groups; }

@@ -69,7 +69,7 @@ struct ForwardTraits {
   // 32 dims or 112.
   using Args = ForwardArgs;
   static constexpr bool kHasPlain = !kHasQv && !kTurnedV && kHeadDim > 32 && kHeadDim <= 128 && kHeadDim != 112;
-  static constexpr bool kHasDecode = kHasPlain && kConsumers == 1 && !kEightBits;
+  static constexpr bool kHasDecode = kHasPlain && kConsumers == 1 && !kEightBits;  // see forward_decode.cuh
 
   // A thread block starts with kThreads times the registers that kThreads of them can have each; setmaxnreg deals that
   // pool out anew, and waits forever for more than there is.
