@@ -242,7 +242,8 @@ typedef struct fa3_forward_plan {
   int32_t plain;                             /* 1: the tile's kernel for calls with none of: packed heads, pages,
                                               * softcap, sinks, batch_invariant, dropout, an out that 16-byte stores
                                               * do not fit, splits of tiles of 64 queries */
-  int32_t decode;                            /* 1: the tile's kernel for few queries on many keys */
+  int32_t decode;                            /* 1: the tile's kernel for few queries on many keys, whatever
+                                              * plain says */
   int32_t dynamic;                           /* 1: work is handed out by a counter in the workspace */
   int32_t heads_per_section, short_m_blocks; /* the order of tiles: see attention/tile_scheduler.h */
   /* 1: copied to the workspace first: TMA cannot address it, or q turns. copy_v 2: with keys along its rows, as fp8

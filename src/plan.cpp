@@ -343,19 +343,17 @@ fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_pl
 void log_plan(const fa3_forward_params& p, const fa3_forward_plan& plan) {
   const char* wanted = std::getenv("FA3_LOG");
   if (!wanted || std::strcmp(wanted, "plan")) return;
+  const char* const kernel = plan.decode ? " (decode)" : plan.plain ? " (plain)" : "";
   std::fprintf(stderr,
                "fa3 forward: batch %d, heads %d on %d, head_dim %d and %d, rows %d on %d%s: %s%s, tile %d x %d, "
                "%d heads a tile, %d splits after %d tiles, grid %d in clusters of %d%s%s, sections of %d heads, "
                "%d short m_blocks, copies q %d k %d v %d qv %d, fp32 after %d blocks, workspace %zu bytes\n",
                p.batch, p.num_heads, p.num_heads_kv, p.head_dim, p.head_dim_v, p.queries.rows, p.keys.rows,
-               p.queries.cu_seqlens ? " (ragged)" : "", forward_variants()[plan.variant].name,
-               plan.decode  ? " (decode)"
-               : plan.plain ? " (plain)"
-                            : "",
-               plan.tile_m, plan.tile_n, plan.pack_gqa, plan.num_splits, plan.num_splits > 1 ? plan.whole_tiles : 0,
-               plan.grid, plan.cluster, plan.paired ? " (pairs)" : "", plan.dynamic ? " (dynamic)" : "",
-               plan.heads_per_section, plan.short_m_blocks, plan.copy_q, plan.copy_k, plan.copy_v, plan.copy_qv,
-               plan.accumulate_blocks, plan.workspace);
+               p.queries.cu_seqlens ? " (ragged)" : "", forward_variants()[plan.variant].name, kernel, plan.tile_m,
+               plan.tile_n, plan.pack_gqa, plan.num_splits, plan.num_splits > 1 ? plan.whole_tiles : 0, plan.grid,
+               plan.cluster, plan.paired ? " (pairs)" : "", plan.dynamic ? " (dynamic)" : "", plan.heads_per_section,
+               plan.short_m_blocks, plan.copy_q, plan.copy_k, plan.copy_v, plan.copy_qv, plan.accumulate_blocks,
+               plan.workspace);
 }
 
 }  // namespace fa3

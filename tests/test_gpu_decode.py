@@ -1,11 +1,11 @@
 """Few queries on many keys have a kernel of their own (src/kernels/forward_decode.cuh): held against float64, with NaN
 around all arrays and behind each sequence's last key."""
 
+import math
 import re
 
 import pytest
-from gpu_problems import among_nan, tile
-from test_gpu_pages import in_pages
+from gpu_problems import FORCIBLE, among_nan, exact_with_lse, in_pages, tile
 
 import fa3
 from fa3 import _core
@@ -14,7 +14,7 @@ HEADS_KV = 2
 # Queries of a sequence, query heads on a KV head: one row, some of a warp's, all of a tile's.
 QUERIES = [(1, 1), (1, 6), (3, 4), (2, 8), (16, 4)]
 SPLITS = [1, 2, 3, 5, 8, 16]
-MASKS = {"full": (None, None), "causal": (None, 0), "window": (70, 0), "both": (30, 20)}
+MASKS = {"full": (math.inf, math.inf), "causal": (math.inf, 0), "window": (70, 0), "both": (30, 20)}
 
 
 def decodes(variant):
@@ -24,25 +24,7 @@ def decodes(variant):
     return plan["decode"]
 
 
-DECODING = [v for v in _core.variants() if not v["has_qv"] and "_turned" not in v["name"] and decodes(v)]
-
-
-def attention(torch, q, k, v, window, sinks):
-    """One sequence in float64, from the formula: out (row, head, dim) and lse (head, row)."""
-    q, k, v = (x.double() for x in (q, k, v))
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
-    rows, keys = torch.arange(len(q), device=q.device)[:, None], torch.arange(len(k), device=q.device)
-    ahead = keys - (rows + len(k) - len(q))
-    left, right = window
-    hidden = (ahead < -left if left is not None else False) | (ahead > right if right is not None else ahead < -10**9)
-    scores = scores.masked_fill(hidden, -torch.inf)
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.double()[:, None, None].expand(*scores.shape[:2], 1)], -1)
-        v = torch.cat([v, v.new_zeros(1, *v.shape[1:])])
-    lse = scores.logsumexp(-1) if scores.shape[-1] else scores.new_full(scores.shape[:2], -torch.inf)
-    weights = torch.exp(scores - torch.where(lse == -torch.inf, 0, lse)[..., None])
-    return torch.einsum("hqk,khd->qhd", weights, v), lse
+DECODING = [v for v in FORCIBLE if decodes(v)]
 
 
 def near(torch, out, lse, expected, expected_lse):
@@ -90,14 +72,14 @@ def test_against_float64(torch, monkeypatch, capfd, variant, mask, page_size):
         q = among_nan(torch, len(lengths), seqlen_q, ratio * HEADS_KV, dim, generator, dtype)
         sinks = torch.randn(ratio * HEADS_KV, generator=generator, device="cuda") if seqlen_q == 2 else None
         # A lone query stands at the last key, whatever lies right of it.
-        window = (left, None if seqlen_q == 1 else right)
-        expected = [attention(torch, q[b], k[ends[b]:ends[b + 1]], v[ends[b]:ends[b + 1]], window, sinks)
+        window = (left, math.inf if seqlen_q == 1 else right)
+        expected = [exact_with_lse(torch, q[b:b + 1], *(x[None, ends[b]:ends[b + 1]] for x in (k, v)), *window, sinks)
                     for b in range(len(lengths))]
         for num_splits in SPLITS:
             with tile(variant):
                 out, lse = fa3.flash_attn_with_kvcache(q, *caches, num_splits=num_splits, sinks=sinks, **options)
             for b, (one, one_lse) in enumerate(expected):
-                near(torch, out[b], lse[b], one, one_lse)
+                near(torch, out[b], lse[b], one[0], one_lse[0])
     said = lines(capfd)
     assert len(said) == len(QUERIES) * len(SPLITS)
     assert sum(decode for decode, *_ in said) >= len(said) // 3
@@ -132,9 +114,9 @@ def test_scores_of_any_size(torch, variant, factor):
     for scaled in (q * factor, q.abs() * -factor):
         keys = k.abs() if (scaled <= 0).all() else k
         out, lse = fa3.flash_attn_with_kvcache(scaled, keys, v, cache_seqlens=777, return_lse=True)
-        expected, expected_lse = attention(torch, scaled[0], keys[0], v[0], (None, None), None)
-        assert (out[0].double() - expected).abs().max() <= 0.02
-        assert ((lse[0].double() - expected_lse).abs() <= 0.01 + 2e-6 * expected_lse.abs()).all()
+        expected, expected_lse = exact_with_lse(torch, scaled, keys, v)
+        assert (out.double() - expected).abs().max() <= 0.02
+        assert ((lse.double() - expected_lse).abs() <= 0.01 + 2e-6 * expected_lse.abs()).all()
 
 
 def test_which_calls_decode():

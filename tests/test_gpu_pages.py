@@ -5,35 +5,18 @@ which the warpgroups of a tile skip different blocks are those that a loader mig
 """
 
 import pytest
-from gpu_problems import among_nan, tile
+from gpu_problems import FORCIBLE, among_nan, in_pages, tile
 
 import fa3
-from fa3 import _core
 
 HEADS, HEADS_KV = 4, 2
 MASKS = {"causal": {"causal": True}, "window": {"window_size": (40, 3)}, "ahead": {"window_size": (-1, 150)}}
-VARIANTS = [v for v in _core.variants() if not v["has_qv"] and "_turned" not in v["name"]]
-
-
-def in_pages(torch, ends, page_size, *rows):
-    """The sequences that end there, in pages in any order, and the page table; rows that are nobody's are NaN."""
-    lengths = ends.diff().tolist()
-    most = max(-(-length // page_size) for length in lengths)
-    table = torch.randperm(len(lengths) * most, generator=torch.Generator().manual_seed(0)).view(-1, most)
-    pools = [torch.full((table.numel(), page_size, *x.shape[1:]), torch.nan, device="cuda").to(x.dtype) for x in rows]
-    for sequence, length in enumerate(lengths):
-        at = torch.arange(length)
-        pages, places = table[sequence, at // page_size].cuda(), (at % page_size).cuda()
-        for pool, x in zip(pools, rows, strict=True):
-            bits = {1: torch.uint8, 2: torch.int16}[x.element_size()]  # fp8 cannot be indexed
-            pool.view(bits)[pages, places] = x[ends[sequence]:ends[sequence] + length].view(bits)
-    return *pools, table.int().cuda()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("page_size", [1, 4, 24, 256])
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v["name"])
+@pytest.mark.parametrize("variant", FORCIBLE, ids=lambda v: v["name"])
 def test_the_same_bits_as_in_one_piece(torch, variant, page_size, mask):
     m, n = variant["tile_m"], variant["tile_n"]
     lengths_q, lengths_k = [1, m - 1, 2 * m + 7, 9, 300], [n + 1, 5 * n + 3, 3 * n, 0, 700]

@@ -5,7 +5,7 @@ bits; and some rows are compared with float64.
 """
 
 import pytest
-from gpu_problems import among_nan, exact, tile
+from gpu_problems import FORCIBLE, among_nan, exact, tile
 
 import fa3
 from fa3 import _core
@@ -28,7 +28,7 @@ def has_plain(variant):
     return bool(plan["plain"])
 
 
-PLAIN = [v for v in _core.variants() if not v["has_qv"] and "_turned" not in v["name"] and has_plain(v)]
+PLAIN = [v for v in FORCIBLE if has_plain(v)]
 
 
 def arrays(torch, variant, batch, rows_q, rows_k):
