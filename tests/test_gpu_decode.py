@@ -88,6 +88,27 @@ def test_against_float64(torch, monkeypatch, capfd, variant, mask, page_size):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", DECODING, ids=lambda v: v["name"])
+def test_long_pieces(torch, variant):
+    """Hundreds of blocks one after the other, in as few places; whole sequences begin before their length is known."""
+    lengths = [200 * variant["tile_n"] + 1, 0, 131 * variant["tile_n"]]
+    generator = torch.Generator("cuda").manual_seed(5)
+    dtype = getattr(torch, variant["dtype"])
+    q = among_nan(torch, len(lengths), 2, 8, variant["head_dim"], generator, dtype)
+    k, v = (among_nan(torch, len(lengths), max(lengths), 2, variant[d], generator, dtype)
+            for d in ("head_dim", "head_dim_v"))
+    for b, length in enumerate(lengths):
+        k[b, length:] = v[b, length:] = torch.nan
+    used = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    for num_splits in (1, 2):
+        with tile(variant):
+            out, lse = fa3.flash_attn_with_kvcache(q, k, v, cache_seqlens=used, num_splits=num_splits, return_lse=True)
+        for b, length in enumerate(lengths):
+            near(torch, out[b], lse[b], *(x[0] for x in exact_with_lse(torch, q[b:b + 1], *(x[b:b + 1, :length]
+                                                                                            for x in (k, v)))))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", DECODING, ids=lambda v: v["name"])
 def test_bits_do_not_depend_on_who_is_first(torch, variant):
     """Parts are joined in one order, so that a call has the same bits each time, and in any batch of other sequences
     with as many parts."""
@@ -128,5 +149,6 @@ def test_which_calls_decode():
                 head_dim_v=80, num_sms=132)
     for more, expected in (({}, True), ({"num_splits": 1}, True), ({"num_splits": 40}, False),
                            ({"batch": 200}, False), ({"batch_invariant": True}, False), ({"seqlen_q": 2000}, False),
-                           ({"head_dim": 256, "head_dim_v": 256}, False), ({"dtype": "float8_e4m3fn"}, False)):
+                           ({"head_dim": 256, "head_dim_v": 256}, False), ({"dtype": "float8_e4m3fn"}, False),
+                           ({"seqlen_k": 100_000, "num_splits": 1}, True), ({"attention_chunk": 512}, False)):
         assert _core.plan(**call | more)["decode"] == expected, more

@@ -287,6 +287,20 @@ def test_parts_of_short_rows_are_joined_in_clusters():
         assert plan["num_splits"] > 1 and (plan["cluster"] > 1) == joined_in_clusters
 
 
+@pytest.mark.parametrize("more, blocks", [
+    ({}, 1), ({"batch": 128, "seqlen_k": 2048}, 1), ({"batch": 33}, 2), ({"batch": 256, "seqlen_k": 512}, 2),
+    ({"dtype": FP8}, 2), ({"window_left": 3000}, 2), ({"num_heads": 8}, 1), ({"seqlen_q": 3, "causal": True}, 1),
+    ({"head_dim": 96, "head_dim_v": 96}, 1), ({"head_dim": 96, "head_dim_v": 96, "batch": 128}, 2),
+], ids=str)
+def test_long_pieces_have_a_multiprocessor_to_themselves(more, blocks):
+    """Where only memory is waited for, many pieces go one to a multiprocessor at a time."""
+    call = {"dtype": "bfloat16", "batch": 48, "seqlen_q": 1, "seqlen_k": 4096, "num_heads": 64, "num_heads_kv": 8,
+            "head_dim": 128, "head_dim_v": 128, "num_sms": 132, "seqused_k": True} | more
+    if MINIMAL and (call["dtype"], call["head_dim"]) != ("bfloat16", 128):
+        pytest.skip("a minimal build has bfloat16 of head dim 128 alone")
+    assert _core.plan(**call)["grid"] == 132 * blocks
+
+
 WIDE = {"dtype": FP8, "batch": 4, "seqlen_q": 4096, "seqlen_k": 4096, "num_heads": 8, "num_heads_kv": 8,
         "head_dim": 256, "head_dim_v": 256, "causal": True}
 

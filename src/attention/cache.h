@@ -17,6 +17,9 @@ struct KeyRows : Lengths {
     return cu_seqlens ? between(cu_seqlens[batch], cu_seqlens[batch + 1], batch) : dense_span(batch);
   }
   FA3_HOST_DEVICE Span dense_span(int batch) const { return behind_padding(Lengths::dense_span(batch), batch); }
+  FA3_HOST_DEVICE Span dense_span_of(int used, int batch) const {
+    return behind_padding(Lengths::dense_span_of(used), batch);
+  }
   FA3_HOST_DEVICE Span between(int first, int end, int batch) const {
     return behind_padding(paged ? of_length(int64_t{end} - first, batch) : Lengths::between(first, end, batch), batch);
   }

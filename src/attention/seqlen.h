@@ -32,6 +32,10 @@ struct Lengths {
   /// The same of a batch that is not ragged.
   FA3_HOST_DEVICE Span dense_span(int batch) const { return in_use({0, rows}, batch); }
 
+  /// The same in two parts: what memory says, and what that comes to.
+  FA3_HOST_DEVICE int rows_used(int batch) const { return seqused ? seqused[batch] : rows; }
+  FA3_HOST_DEVICE Span dense_span_of(int used) const { return {0, clamped(used, 0, rows)}; }
+
   /// The same of a ragged batch, for who has read cu_seqlens.
   FA3_HOST_DEVICE Span between(int first, int end, int batch) const {
     const int begin = clamped(first, 0, rows);

@@ -144,7 +144,7 @@ struct DecodeArgs {
     int64_t row_bytes, head_bytes, batch_bytes;  // 0 where an axis does not move
   };
 
-  Divisor heads;
+  Divisor heads, tiles;  // of a sequence side by side, of a KV head
   int batch, head_dim, head_dim_v;
   Visibility visibility;
   Lengths queries;
@@ -161,6 +161,7 @@ struct DecodeArgs {
 
   explicit DecodeArgs(const ForwardArgs& a)
       : heads(a.heads),
+        tiles(Divisor::of(a.extras.packing.tiles)),
         batch(a.batch),
         head_dim(a.head_dim),
         head_dim_v(a.head_dim_v),

@@ -65,6 +65,7 @@ class Decoder {
   using TileQ = typename Traits::TileQ;
   using TileK = typename Traits::TileK;
   using TileV = typename Traits::TileV;
+  static_assert(std::is_same_v<TileK, TileV>, "keys and values are loaded by the same instructions");
   using Contiguous = ContiguousKeys<Traits>;
   using Boxed = BoxedKeys<Traits>;
   using RowSoftmax = Softmax<Element, Traits::kTileN>;
@@ -80,13 +81,20 @@ class Decoder {
   __device__ __forceinline__ void run() {
     if (warp_ == kPrefetcher) prefetch();
     if (warp_ == kMaker && arch::elected()) shared_.make_barriers();
-    describe();
-    if (work_.seqlen_q <= 0) return;  // and so do the others of a cluster
-    __syncthreads();                  // barriers are made
+    find_piece();
+    const bool at_once = starts_at_once();
+    int used = args_.keys.rows_used(work_.batch);
+    __syncthreads();  // barriers are made
+    if (at_once && warp_ == kLoader)
+      load_contiguous(args_.k, args_.k_head_step, args_.k_batch_step, 0, shared_.k[0], shared_.k_full[0]);
+    asm volatile("" : "+r"(used));  // who waits for it does so here
+    describe(used);
+    if (at_once && blocks_.count() <= 0) shared_.k_full[0].wait(0);  // what was asked for must find its place
+    if (work_.seqlen_q <= 0) return;                                 // and so do the others of a cluster
 
     const int rows = clamped(ceil_div(this->rows() - 16 * warp_, 8), 0, 2);  // of a thread's two, that exist
     Queries q = {};
-    if (warp_ == kLoader) begin_to_load();
+    if (warp_ == kLoader) begin_to_load(at_once);
     if (rows > 0) load_queries(q);
     __syncwarp();
     if (work_.parts > 1) arch::cluster_arrive();  // this thread block's barriers are made
@@ -94,6 +102,11 @@ class Decoder {
   }
 
  private:
+  /// Chunks are left to the other kernel: their divisions would be jumped over.
+  __device__ __forceinline__ Visibility visibility() const {
+    return {args_.visibility.left, args_.visibility.right, 0};
+  }
+
   /// Of the tile; queries of a head stand side by side with those of the others that share it.
   __device__ __forceinline__ int rows() const { return work_.seqlen_q * args_.packing().heads; }
 
@@ -106,34 +119,46 @@ class Decoder {
     prefetch_lengths<Traits>(args_);
   }
 
-  /// This thread block's piece of work. Every sequence is one tile of each group of heads.
-  __device__ __forceinline__ void describe() {
+  /// This thread block's piece of work, as far as no memory has to say it. Every sequence is one tile of each group of
+  /// heads.
+  __device__ __forceinline__ void find_piece() {
     const Splits::Piece piece = args_.piece(blockIdx.x);
-    const int tiles = args_.packing().tiles;
     work_.batch = args_.heads.quotient(piece.tile);
     const int head = piece.tile - work_.batch * args_.heads.divisor;
-    const Span q = args_.queries.dense_span(work_.batch), k = args_.keys.dense_span(work_.batch);
-    work_.batch_kv = arch::uniform(args_.keys.entry(work_.batch));
-    work_.head_kv = tiles == 1 ? head : head / tiles;
-    work_.first_head = (head - work_.head_kv * tiles) * args_.packing().heads;
+    work_.head_kv = args_.tiles.quotient(head);
+    work_.first_head = (head - work_.head_kv * args_.tiles.divisor) * args_.packing().heads;
     work_.first_query = 0;
+    work_.part = piece.part;
+    work_.parts = piece.parts;
+    work_.batch_kv = work_.batch;  // until describe() knows
+    work_.k_begin = 0;
+  }
+
+  /// Whether its sequence's first keys are asked for before memory has said whether there are any.
+  __device__ __forceinline__ bool starts_at_once() const {
+    const KeyRows& keys = args_.keys;
+    return work_.parts == 1 && visibility().full() && keys.rows > 0 && !keys.paged && !keys.leftpad && !keys.entries;
+  }
+
+  /// The rest of the piece, from what memory has said of its keys' rows.
+  __device__ __forceinline__ void describe(int used) {
+    const Span q = args_.queries.dense_span(work_.batch), k = args_.keys.dense_span_of(used, work_.batch);
+    work_.batch_kv = arch::uniform(args_.keys.entry(work_.batch));
     work_.q_begin = q.begin;
     work_.k_begin = arch::uniform(k.begin);
     work_.seqlen_q = arch::uniform(q.length);
-    work_.seqlen_k = arch::uniform(k.length);
-    work_.part = piece.part;
-    work_.parts = piece.parts;
-    blocks_ = args_.visibility.full()
+    work_.seqlen_k = work_.seqlen_q > 0 ? arch::uniform(k.length) : 0;
+    blocks_ = visibility().full()
                   ? every_block<kTileN>(work_.seqlen_k)
-                  : block_range<kTileN>(args_.visibility, 0, work_.seqlen_q - 1, work_.seqlen_q, work_.seqlen_k);
-    if (piece.parts > 1) {
+                  : block_range<kTileN>(visibility(), 0, work_.seqlen_q - 1, work_.seqlen_q, work_.seqlen_k);
+    if (work_.parts > 1) {
       const Splits& splits = args_.extras.splits;
       const int count = blocks_.count(), begin = blocks_.begin;
-      blocks_.clip(begin + splits.boundary(count, piece.part), begin + splits.boundary(count, piece.part + 1));
+      blocks_.clip(begin + splits.boundary(count, work_.part), begin + splits.boundary(count, work_.part + 1));
     }
   }
 
-  /// The piece's rows against its blocks of keys, last block first.
+  /// The piece's rows against its blocks of keys, first block first.
   __device__ __forceinline__ void attend(int rows, const Queries& q) {
     RowSoftmax softmax;
     softmax.scale_log2[0] = args_.score_scale_log2;
@@ -146,14 +171,14 @@ class Decoder {
     Ring<Traits::kKeyStages> keys;
     Ring<Traits::kValueStages> values;
 #pragma unroll 1
-    for (int n_block = blocks_.end - 1; n_block >= blocks_.begin; --n_block) {
+    for (int n_block = blocks_.begin; n_block < blocks_.end; ++n_block) {
       float s[kTileN / 2];
       shared_.k_full[keys.stage()].wait(keys.parity());
       arch::wgmma_fence();
       multiply_keys(s, q, keys.stage());
       arch::wgmma_wait<0>();
       arch::wgmma_wrote(s);
-      if (warp_ == kLoader && keys.count > 0) load_next();  // the places of the block before
+      if (warp_ == kLoader && keys.count > 0) load_next(false);  // in place of the block before
       if (rows > 0) {
         if (blocks_.needs_mask(n_block)) hide_unseen(s, n_block);
         softmax.take(s, p, rows, o);
@@ -165,6 +190,7 @@ class Decoder {
       arch::wgmma_wait<0>();
       arch::wgmma_wrote(o);
       __syncthreads();  // all have read the block
+      if (warp_ == kLoader) load_next(true);
       keys.advance();
       values.advance();
     }
@@ -201,49 +227,49 @@ class Decoder {
     }
   }
 
-  /// The loader's warp: as many blocks as there are places for.
-  __device__ __forceinline__ void begin_to_load() {
-    next_ = blocks_.end - 1;
+  /// The loader's warp: as many blocks as there are places for. If it began at once, the first keys are on their way.
+  __device__ __forceinline__ void begin_to_load(bool at_once) {
+    next_ = blocks_.begin + at_once;
+    loaded_keys_.count = at_once;
     if (args_.paged()) ahead_ = Boxed::place(Boxed::source(args_, args_.k, work_), next_);
-    load_keys();
 #pragma unroll 1
-    for (int i = 0; i < Traits::kValueStages; ++i) load_next();
+    for (int i = at_once; i < Traits::kKeyStages + Traits::kValueStages; ++i) load_next(i % 2);
   }
 
-  /// Values of the block whose keys were asked for last, and the next block's keys.
-  __device__ __forceinline__ void load_next() {
-    if (next_ + 1 < blocks_.begin) return;
-    const uint32_t stage = loaded_values_.stage();
-    load<TileV>(args_.v, args_.v_head_step, args_.v_batch_step, next_ + 1, shared_.v[stage], shared_.v_full[stage]);
-    loaded_values_.advance();
-    load_keys();
-  }
-
-  /// Where a block is in pages is looked up a block ahead.
-  __device__ __forceinline__ void load_keys() {
-    const uint32_t stage = loaded_keys_.stage();
-    if (next_ >= blocks_.begin) {
+  /// The next block's keys, or the values of the block whose keys were asked for last. Where a block is in pages is
+  /// looked up a block ahead.
+  __device__ __forceinline__ void load_next(bool values) {
+    const int n_block = next_ - values;
+    const uint32_t stage = values ? loaded_values_.stage() : loaded_keys_.stage();
+    if (n_block < blocks_.end) {
+      uint8_t* const to = values ? shared_.v[stage] : shared_.k[stage];
+      arch::Barrier& full = values ? shared_.v_full[stage] : shared_.k_full[stage];
+      const TmaOperand& from = values ? args_.v : args_.k;
       if (args_.paged()) {
-        const auto from = Boxed::source(args_, args_.k, work_);
-        here_ = Boxed::settled(from, ahead_);
-        ahead_ = Boxed::place(from, next_ - 1);
+        const auto source = Boxed::source(args_, from, work_);
+        if (!values) {
+          here_ = Boxed::settled(source, ahead_);
+          ahead_ = Boxed::place(source, n_block + 1);
+        }
+        Boxed::template load<TileK>(source, 0, n_block, here_, to, full);
+      } else {
+        load_contiguous(from, values ? args_.v_head_step : args_.k_head_step,
+                        values ? args_.v_batch_step : args_.k_batch_step, n_block, to, full);
       }
-      load<TileK>(args_.k, args_.k_head_step, args_.k_batch_step, next_, shared_.k[stage], shared_.k_full[stage]);
     }
-    loaded_keys_.advance();
-    --next_;
+    if (values) {
+      loaded_values_.advance();
+    } else {
+      loaded_keys_.advance();
+      ++next_;
+    }
   }
 
-  template <class Tile>
-  __device__ __forceinline__ void load(const TmaOperand& from, int head_step, int batch_step, int n_block, uint8_t* to,
-                                       arch::Barrier& full) const {
-    if (args_.paged()) {
-      Boxed::template load<Tile>(Boxed::source(args_, from, work_), 0, n_block, here_, to, full);
-    } else {
-      const typename Contiguous::Source source{
-          &from.map, work_.k_begin, work_.head_kv * head_step, work_.batch_kv * batch_step, {}};
-      Contiguous::template load<Tile>(source, 0, n_block, Contiguous::place(source, n_block), to, full);
-    }
+  __device__ __forceinline__ void load_contiguous(const TmaOperand& from, int head_step, int batch_step, int n_block,
+                                                  uint8_t* to, arch::Barrier& full) const {
+    const typename Contiguous::Source source{
+        &from.map, work_.k_begin, work_.head_kv * head_step, work_.batch_kv * batch_step, {}};
+    Contiguous::template load<TileK>(source, 0, n_block, Contiguous::place(source, n_block), to, full);
   }
 
   __device__ __forceinline__ void multiply_keys(float (&s)[kTileN / 2], const Queries& q, int stage) const {
@@ -270,14 +296,14 @@ class Decoder {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int query = query_of<Traits>(args_, work_, 0, 16 * warp_ + lane_ / 4 + 8 * r);
-      const KeyInterval seen = args_.visibility.keys(query, work_.seqlen_q, work_.seqlen_k);
+      const KeyInterval seen = visibility().keys(query, work_.seqlen_q, work_.seqlen_k);
       hide_columns(s, r, seen.begin - first_column, seen.end - first_column, args_.hidden);
     }
   }
 
   /// What follows the sequence's last key becomes 0: 0 times NaN is NaN. TMA does that at the array's own end.
   __device__ __forceinline__ void clear_values_past(int rows, int stage) const {
-    if (rows >= kTileN || !(args_.keys.cu_seqlens || args_.keys.seqused || args_.paged())) return;
+    if (rows >= kTileN || !(args_.keys.seqused || args_.paged())) return;
     clear_rows<TileV, 1>(shared_.v[stage], rows);
     arch::fence_async_proxy();
     __syncthreads();

@@ -115,6 +115,8 @@ class Consumer {
           finish_values(o, s, p, work);  // lest the next block find no room while this one waits
           if constexpr (!Traits::kTwoParts) wait_for_keys();
           wait_for_value_part();
+        } else if constexpr (Traits::kKeysFirst) {
+          wait_for_keys();
         } else {
           if (!Traits::kRunsFree || !here) {
             wait_for_keys();
@@ -124,7 +126,7 @@ class Consumer {
         }
         turns_.take();
         arch::wgmma_fence();
-        if (!promoted && !Traits::kHasQv) add_values(o, p);
+        if (!promoted && !Traits::kHasQv && !Traits::kKeysFirst) add_values(o, p);
         multiply_keys(s);
         turns_.pass();
         if constexpr (Traits::kValuesEarly) {  // V is asked for while the scores are still made
@@ -135,7 +137,10 @@ class Consumer {
         arch::wgmma_wrote(o);
         arch::wgmma_wrote(s);
         release_k();
-        if constexpr (!Traits::kHasQv && !Traits::kValuesEarly) release_v();
+        if constexpr (Traits::kKeysFirst)
+          finish_values(o, s, p, work);
+        else if constexpr (!Traits::kHasQv && !Traits::kValuesEarly)
+          release_v();
         if constexpr (Traits::kRunsFree) {
           const bool k_here = shared_.k_full[k_ring_.stage()].is_over(k_ring_.parity());
           const bool v_here = shared_.v_full[v_ring_.stage()].is_over(v_ring_.parity());
@@ -400,6 +405,7 @@ class Consumer {
       add_keys(s);
       finish_key_part(s, work);
     } else {
+      if constexpr (!Traits::kHasQv) shared_.v_full[v_ring_.stage()].wait(v_ring_.parity());  // else scores had them
       arch::wgmma_fence();
       add_values(o, p);
       arch::wgmma_wait<0>();

@@ -143,6 +143,10 @@ struct ForwardTraits {
   static constexpr bool kPromotes = kEightBits && !kSharedTotals && !kHasQv;
   static constexpr int kPastV = (ceil_div(kHeadDimV, kTileN) * kTileN - kHeadDimV) * kStepKeys;
 
+  // Where one warpgroup is all, memory is what it waits for: keys are given back when their scores are made, not when
+  // the values of the block before have come and are done too. More is asked for at a time that way. See NOTES.
+  static constexpr bool kKeysFirst = !kHasQv && kConsumers == 1 && kBlocksPerSm == 2 && !kPromotes;
+
   /// Which of the groups of rows and of columns a warpgroup has, and its first column of the output.
   FA3_HOST_DEVICE static constexpr int row_group(int warpgroup) { return kHasQv ? 0 : warpgroup; }
   FA3_HOST_DEVICE static constexpr int column_group(int warpgroup) { return kHasQv ? warpgroup : 0; }
