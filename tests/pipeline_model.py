@@ -63,20 +63,21 @@ class ThreadBlock:
     rows that no query is loaded to. `has_qv`: two warpgroups share their rows, read values for their scores too, and
     tell each other of these. `eight_bits`: values are turned on their way, or have been `turned` before. `third_keys`:
     K has a stage more than V. `values_early`: values are given back before the products are done, and asked for before
-    keys (Traits::kValuesEarly). `gathers`: rows come by ordinary copies, of as many loaders as there are warps for it.
-    `left_out`: the name of a wait, arrival or sync that is not there."""
+    keys (Traits::kValuesEarly). `keys_first`: a block's scores are done, and its keys given back, before the values of
+    the block before are waited for (Traits::kKeysFirst). `gathers`: rows come by ordinary copies, of as many loaders as
+    there are warps for it. `left_out`: the name of a wait, arrival or sync that is not there."""
 
     name = ""
     copies_of_block = 1  # of keys or values, that land each on their own
 
     def __init__(self, consumers, pieces, query_stages=1, counted=False, idle_rows=False, has_qv=False,
-                 eight_bits=False, third_keys=False, turned=False, values_early=False, gathers=False, left_out=None,
-                 events=None):
+                 eight_bits=False, third_keys=False, turned=False, values_early=False, keys_first=False, gathers=False,
+                 left_out=None, events=None):
         self.events = events or Events()
         self.consumers, self.pieces, self.left_out = consumers, pieces, left_out
         self.has_qv, self.row_groups = has_qv, 1 if has_qv else consumers
         self.eight_bits, self.two_parts = eight_bits, has_qv and eight_bits
-        self.values_early = values_early
+        self.values_early, self.keys_first = values_early, keys_first
         self.takes_turns = not has_qv and not eight_bits and consumers > 1
         self.query_stages, self.counted, self.idle_rows = query_stages, counted, idle_rows
         self.ahead = TILE_SLOTS
@@ -465,6 +466,16 @@ class ThreadBlock:
                 if piece.cut and end == piece.end and not self.eight_bits:
                     yield from clear_values_past_end()
                 for block in range(end - 2, first - 1, -1):
+                    if self.keys_first:
+                        yield from wait_for("consumer: k is there first", self.k, k_ring)
+                        product = self.multiply(*operands(block))
+                        yield from self.product_done("consumer: scores are done", product)
+                        release_k("consumer: k given back first")
+                        yield from wait_for("consumer: v of the block before is there", self.v, v_ring)
+                        product = self.multiply(values(block + 1))
+                        yield from self.product_done("consumer: product with values is done", product)
+                        release("consumer: v given back", self.v, v_ring)
+                        continue
                     if self.two_parts:
                         yield from wait_for("consumer: turned v is there", self.v, v_ring)
                         yield from wait_for("consumer: k of two parts is there", self.k, k_ring)

@@ -39,7 +39,8 @@ def thread_blocks(draw):
                 counted=draw(st.booleans()), idle_rows=draw(st.booleans()), has_qv=has_qv,
                 eight_bits=eight_bits, third_keys=runs_free and draw(st.booleans()),
                 turned=turned, gathers=not turned and draw(st.booleans()),
-                values_early=consumers == 2 and not has_qv and not eight_bits and draw(st.booleans()))
+                values_early=consumers == 2 and not has_qv and not eight_bits and draw(st.booleans()),
+                keys_first=consumers == 1 and draw(st.booleans()))
 
 
 @given(thread_blocks(), st.integers(0, 2**32))
@@ -69,7 +70,8 @@ def blocks_to_break():
     """Thread blocks that use every wait, arrival and sync, with the orders of events to try."""
     for seed in range(900):
         has_qv = seed % 3 == 2
-        consumers = 2 if has_qv else 2 + seed % 2
+        alone = not has_qv and seed % 7 == 6
+        consumers = 2 if has_qv else 1 if alone else 2 + seed % 2
         row_groups = 1 if has_qv else consumers
         whole, others = (0, 5), (((0, 5),) * (row_groups - 1))
         work = [Piece(0, 5, (whole, *others), cut=True), Piece(0, 5, ((4, 5), *others), cut=True, skipped=1),
@@ -83,7 +85,8 @@ def blocks_to_break():
                    counted=seed // 4 % 2 == 1, idle_rows=seed // 8 % 2 == 0, has_qv=has_qv,
                    eight_bits=eight_bits, third_keys=runs_free and seed // 64 % 2 == 0,
                    turned=runs_free and seed % 4 == 0, gathers=not (runs_free and seed % 4 == 0) and seed // 5 % 3 == 1,
-                   values_early=consumers == 2 and not has_qv and not eight_bits and seed % 5 == 0), choose
+                   values_early=consumers == 2 and not has_qv and not eight_bits and seed % 5 == 0,
+                   keys_first=alone), choose
 
 
 def names_of_sites(kind, to_break):
