@@ -1,5 +1,5 @@
-"""What goes on in a model of the forward kernel, one event at a time, and the barriers that it waits at: for
-pipeline_model.py and pipeline_pair.py.
+"""What goes on in a model of the forward kernel, one event at a time, and the barriers that it waits at,
+with the stages that they are for: for pipeline_model.py and pipeline_pair.py.
 """
 
 from dataclasses import dataclass
@@ -65,6 +65,29 @@ class NamedBarrier:
         generation = self.generation
         self.join(syncs=1)
         return lambda: self.generation != generation
+
+
+@dataclass
+class Ring:
+    size: int
+    count: int = 0
+
+    @property
+    def stage(self):
+        return self.count % self.size
+
+    @property
+    def parity(self):
+        return self.count // self.size % 2
+
+
+class Pipe:
+    """Stages of one operand, with their barriers."""
+
+    def __init__(self, size, readers, writers=1):
+        self.full = [Barrier(writers) for _ in range(size)]
+        self.empty = [Barrier(readers) for _ in range(size)]
+        self.content = [None] * size
 
 
 class Events:

@@ -12,7 +12,7 @@ thread blocks that share keys and values are in pipeline_pair.py.
 
 from dataclasses import dataclass, field
 
-from pipeline_events import Barrier, Events, NamedBarrier, expect
+from pipeline_events import Barrier, Events, NamedBarrier, Pipe, Ring, expect
 
 STAGES, TILE_SLOTS, LEAD = 2, 4, 2  # as the kernel
 TRANSPOSERS, GATHERERS = 2, 3
@@ -20,29 +20,6 @@ LATER = 2  # blocks of a gathering loader on their way while an older one is wai
 WARPS, LANES = 2, 2  # of a warpgroup, of a warp, in place of 4 and 32: enough to race
 GROUPS = 2  # of 64 columns, as an output of head dim 128 is staged
 SITES = set()  # names of all waits, arrivals and syncs, as they are met
-
-
-@dataclass
-class Ring:
-    size: int
-    count: int = 0
-
-    @property
-    def stage(self):
-        return self.count % self.size
-
-    @property
-    def parity(self):
-        return self.count // self.size % 2
-
-
-class Pipe:
-    """Stages of one operand, with their barriers."""
-
-    def __init__(self, size, readers, writers=1):
-        self.full = [Barrier(writers) for _ in range(size)]
-        self.empty = [Barrier(readers) for _ in range(size)]
-        self.content = [None] * size
 
 
 @dataclass(frozen=True)
