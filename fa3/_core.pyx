@@ -335,7 +335,7 @@ def plan(*, str dtype, int batch, int seqlen_q, int seqlen_k, int num_heads, int
          bint ragged=False, bint seqused_q=False, bint seqused_k=False, int max_seqlen_q=0, int max_seqlen_k=0,
          tuple q_strides=None, tuple k_strides=None, tuple v_strides=None, uintptr_t address=4096, int num_splits=0,
          bint batch_invariant=False, object pack_gqa=None, int sm_margin=0, object fp8_accumulate=None,
-         bint has_qv=False, int num_sms=132):
+         bint has_qv=False, int page_size=0, int num_sms=132):
     """What a forward call of these sizes would do, as a dict: see fa3_forward_plan in fa3.h. Needs no GPU.
 
     For a ragged batch, seqlen_q and seqlen_k are the totals. Strides are (batch, row, head) in elements; None:
@@ -352,8 +352,8 @@ def plan(*, str dtype, int batch, int seqlen_q, int seqlen_k, int num_heads, int
     p.batch, p.num_heads, p.num_heads_kv = batch, num_heads, num_heads_kv
     p.head_dim, p.head_dim_v = head_dim, head_dim_v
     set_strides(&p.q, q_strides, seqlen_q, num_heads, head_dim, address)
-    set_strides(&p.k, k_strides, seqlen_k, num_heads_kv, head_dim, address)
-    set_strides(&p.v, v_strides, seqlen_k, num_heads_kv, head_dim_v, address)
+    set_strides(&p.k, k_strides, page_size or seqlen_k, num_heads_kv, head_dim, address)
+    set_strides(&p.v, v_strides, page_size or seqlen_k, num_heads_kv, head_dim_v, address)
     set_strides(&p.out, None, seqlen_q, num_heads, head_dim_v, address)
     if has_qv:
         set_strides(&p.qv, None, seqlen_q, num_heads, head_dim_v, address)
@@ -365,6 +365,10 @@ def plan(*, str dtype, int batch, int seqlen_q, int seqlen_k, int num_heads, int
         p.queries.seqused = &placeholder
     if seqused_k:
         p.keys.seqused = &placeholder
+    if page_size:
+        p.cache.page_table, p.cache.page_size = &placeholder, page_size
+        p.cache.max_pages = (seqlen_k + page_size - 1) // page_size
+        p.cache.page_table_stride, p.cache.num_pages = p.cache.max_pages, batch * p.cache.max_pages
     p.mask.causal, p.mask.attention_chunk = causal, attention_chunk
     p.mask.window_left, p.mask.window_right = window_left, window_right
     p.softmax_scale = 1

@@ -24,6 +24,11 @@ def ragged(dtype, batch, seqlen, heads, heads_kv, head_dim, **more):
     return call(dtype, batch, batch * seqlen, batch * seqlen, heads, heads_kv, head_dim, ragged=True, **more)
 
 
+def cached(dtype, batch, seqlen_k, **more):
+    """A step of decoding, of lengths that the host does not know."""
+    return call(dtype, batch, 1, seqlen_k, 64, 8, 128, seqused_k=True, **more)
+
+
 def latent(batch, seqlen_q, seqlen_k, heads, **more):
     return call("bfloat16", batch, seqlen_q, seqlen_k, heads, 1, 64, head_dim_v=512, has_qv=True, **more)
 
@@ -64,6 +69,14 @@ CALLS = {
     "bf16 b8 s4096 h16 d128 ragged": ragged("bfloat16", 8, 4096, 16, 16, 128),
     "bf16 decode b1 k65536 h32/8 d128": call("bfloat16", 1, 1, 65536, 32, 8, 128),
     "bf16 decode b64 k4096 h32/8 d128": call("bfloat16", 64, 1, 4096, 32, 8, 128),
+    "bf16 decode b16 k4096 h64/8 d128": cached("bfloat16", 16, 4096),
+    "bf16 decode b16 k4096 h64/8 d128 pages of 16": cached("bfloat16", 16, 4096, page_size=16),
+    "bf16 decode b16 k4096 h64/8 d128 pages of 256": cached("bfloat16", 16, 4096, page_size=256),
+    "bf16 decode b16 k4096 h64/8 d128 pages of 1": cached("bfloat16", 16, 4096, page_size=1),
+    "bf16 decode b16 k32768 h64/8 d128 pages of 16": cached("bfloat16", 16, 32768, page_size=16),
+    "bf16 decode b16 k32768 h64/8 d128 pages of 256": cached("bfloat16", 16, 32768, page_size=256),
+    "bf16 decode b128 k8192 h64/8 d128 pages of 64": cached("bfloat16", 128, 8192, page_size=64),
+    "fp8 decode b16 k4096 h64/8 d128": cached("float8_e4m3fn", 16, 4096),
     "bf16 decode b4 q4 k8192 h32/4 d128 causal": call("bfloat16", 4, 4, 8192, 32, 4, 128, causal=True),
     "bf16 b1 q64 k8192 h8 d128": call("bfloat16", 1, 64, 8192, 8, 8, 128),
     "bf16 mla decode b1 k32768 h16": latent(1, 1, 32768, 16),

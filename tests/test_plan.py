@@ -289,7 +289,8 @@ def test_parts_of_short_rows_are_joined_in_clusters():
 
 @pytest.mark.parametrize("more, blocks", [
     ({}, 1), ({"batch": 128, "seqlen_k": 2048}, 1), ({"batch": 33}, 2), ({"batch": 256, "seqlen_k": 512}, 2),
-    ({"dtype": FP8}, 2), ({"window_left": 3000}, 2), ({"num_heads": 8}, 1), ({"seqlen_q": 3, "causal": True}, 1),
+    ({"dtype": FP8}, 2), ({"window_left": 3000}, 2), ({"page_size": 64}, 2), ({"num_heads": 8}, 1),
+    ({"seqlen_q": 3, "causal": True}, 1),
     ({"head_dim": 96, "head_dim_v": 96}, 1), ({"head_dim": 96, "head_dim_v": 96, "batch": 128}, 2),
 ], ids=str)
 def test_long_pieces_have_a_multiprocessor_to_themselves(more, blocks):
