@@ -3,6 +3,7 @@
 
 #include "arch/convert.cuh"
 #include "fa3.h"
+#include "kernels/launch.h"
 
 namespace fa3 {
 namespace {
@@ -139,24 +140,19 @@ __global__ void __launch_bounds__(kThreads)
 
 cudaError_t prepare_backward(const PrepareBackwardArgs& args, int dtype, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(args.scratch.query_tiles), args.num_heads);
-  if (dtype == FA3_FLOAT16)
-    prepare_backward_kernel<Float16><<<grid, kThreads, 0, stream>>>(args);
-  else
-    prepare_backward_kernel<BFloat16><<<grid, kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  const auto kernel = dtype == FA3_FLOAT16 ? prepare_backward_kernel<Float16> : prepare_backward_kernel<BFloat16>;
+  return launch_plainly(kernel, grid, kThreads, stream, args);
 }
 
 cudaError_t sum_sinks(const BackwardScratch& scratch, int num_heads, float* dsinks, cudaStream_t stream) {
-  sum_sinks_kernel<<<num_heads, kThreads, 0, stream>>>(scratch.sink_parts, scratch.query_tiles, dsinks);
-  return cudaGetLastError();
+  return launch_plainly(sum_sinks_kernel, num_heads, kThreads, stream, scratch.sink_parts, scratch.query_tiles, dsinks);
 }
 
 cudaError_t clear_unused_rows(const RowArray& array, const Lengths& lengths, int batch, int heads, int head_dim,
                               cudaStream_t stream) {
   const int64_t rows = int64_t{lengths.rows} * (lengths.ragged() ? 1 : batch);
   const auto grid = static_cast<unsigned>((rows + kThreads / 32 - 1) / (kThreads / 32));
-  clear_unused_rows_kernel<<<grid, kThreads, 0, stream>>>(array, lengths, batch, heads, head_dim);
-  return cudaGetLastError();
+  return launch_plainly(clear_unused_rows_kernel, grid, kThreads, stream, array, lengths, batch, heads, head_dim);
 }
 
 }  // namespace fa3

@@ -6,6 +6,7 @@
 #include "arch/convert.cuh"
 #include "arch/host_device.h"
 #include "fa3.h"
+#include "kernels/launch.h"
 
 namespace fa3 {
 namespace {
@@ -110,11 +111,8 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
 template <class Element>
 cudaError_t launch(const CombineArgs& args, cudaStream_t stream) {
   const int64_t threads = args.count * larger(ceil_div(args.head_dim_v, kColumns), 1);
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>((threads + kThreads - 1) / kThreads);
-  config.blockDim = kThreads;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, combine_kernel<Element>, args);
+  const auto blocks = static_cast<unsigned>((threads + kThreads - 1) / kThreads);
+  return launch_plainly(combine_kernel<Element>, blocks, kThreads, stream, args);
 }
 
 }  // namespace

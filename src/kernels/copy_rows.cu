@@ -1,6 +1,8 @@
 // A packed copy of an operand whose address or strides TMA cannot take.
 #include "kernels/copy_rows.h"
 
+#include "kernels/launch.h"
+
 namespace fa3 {
 namespace {
 
@@ -35,8 +37,7 @@ cudaError_t copy_rows(const RowsToCopy& source, void* packed, cudaStream_t strea
       int64_t{source.batch} * source.rows * source.heads * (source.head_dim * source.element_bytes / 16);
   const auto blocks = static_cast<unsigned>((count + kThreads - 1) / kThreads);
   const auto kernel = source.element_bytes == 1 ? copy_rows_kernel<uint8_t> : copy_rows_kernel<uint16_t>;
-  kernel<<<blocks, kThreads, 0, stream>>>(source, static_cast<uint4*>(packed), count);
-  return cudaGetLastError();
+  return launch_plainly(kernel, blocks, kThreads, stream, source, static_cast<uint4*>(packed), count);
 }
 
 }  // namespace fa3

@@ -7,6 +7,7 @@
 
 #include "arch/convert.cuh"
 #include "fa3.h"
+#include "kernels/launch.h"
 
 namespace fa3 {
 namespace {
@@ -202,11 +203,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
 
 template <class Element>
 cudaError_t launch(const PrepareArgs& args, cudaStream_t stream) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(args.blocks);
-  config.blockDim = kThreads;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, prepare_kernel<Element>, args);
+  return launch_plainly(prepare_kernel<Element>, static_cast<unsigned>(args.blocks), kThreads, stream, args);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // e4m3 values turned once, in device memory, for forward kernels whose tiles would each turn all of them.
 #include "arch/fragments.cuh"
+#include "kernels/launch.h"
 #include "kernels/turn_values.h"
 #include "tile/turn.cuh"
 
@@ -15,7 +16,7 @@ __global__ void __launch_bounds__(32 * kWarps, 4)
   using To = TurnedTile<32, kDims>;
   constexpr int kVectors = kDims / 16;           // of a row
   constexpr int kRowBytes = 16 * kVectors + 16;  // so that equal vectors of 8 rows meet all banks
-  __shared__ alignas(16) uint8_t rows[kWarps][32 * kRowBytes];
+  __shared__ __align__(16) uint8_t rows[kWarps][32 * kRowBytes];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t unit = int64_t{blockIdx.x} * kWarps + warp;
   if (unit >= units) return;
@@ -67,8 +68,7 @@ cudaError_t turn_values(const ValuesToTurn& values, int dims, int block_keys, vo
                                     : nullptr;
   if (!kernel) return cudaErrorInvalidValue;
   const auto blocks = static_cast<unsigned>((units + kWarps - 1) / kWarps);
-  kernel<<<blocks, 32 * kWarps, 0, stream>>>(values, static_cast<uint4*>(turned), steps, units);
-  return cudaGetLastError();
+  return launch_plainly(kernel, blocks, 32 * kWarps, stream, values, static_cast<uint4*>(turned), steps, units);
 }
 
 }  // namespace fa3

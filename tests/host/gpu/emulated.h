@@ -232,6 +232,11 @@ inline float half_to_float(fa3::Float16 half) {
   return half.bits >> 15 ? -size : size;
 }
 
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  operator unsigned() const { return x; }
+};
 using cudaError_t = int;
 using cudaStream_t = void*;
 enum { cudaSuccess = 0, cudaSharedmemCarveoutMaxShared = 100 };
