@@ -113,17 +113,11 @@ def flash_attn_varlen_func(
         As k.
     cu_seqlens_q, cu_seqlens_k : array (batch + 1,), int32
         Where each sequence begins; from 0 up, never falling. Rows past the last belong to no sequence, and
-        their results are not written. With `page_table`, cu_seqlens_k may be None; it then only gives the
-        lengths.
+        their results are not written. With `page_table`, cu_seqlens_k only gives the lengths, and may be
+        None: then seqused_k gives them, and without it all pages are full.
     max_seqlen_q, max_seqlen_k : int, optional
         The longest sequence's length, or more. Knowing it helps to choose tiles; it is never read from the
         GPU.
-    page_table : array (batch, max_pages), int32, optional
-        Key j of sequence b is row ``j % page_size`` of page ``page_table[b, j // page_size]``. Lengths come
-        from seqused_k or cu_seqlens_k; with neither, all pages are full. What it says of pages past a
-        sequence's end does not matter. On the GPU decoding in 16 bits from pages of a multiple of 8 rows
-        takes up to 5% longer than from one piece, from others 12 to 22%, and more where sequences are few and short.
-        A page that does not exist is an error on the CPU; on the GPU its rows count as zeros, and FA3_CHECK=1 raises.
     {options}
 
     Returns
@@ -158,8 +152,8 @@ def flash_attn_with_kvcache(
 
     What `flash_attn_func` says of masks, heads, NaN, strides and determinism holds here too, with seqlen_k
     the length in use: `cache_seqlens` plus the new keys. What only device memory knows is not checked on the
-    GPU: new keys that the cache has no room for are dropped, rows of a page that does not exist count as
-    zeros, and a position past rotary_cos counts as its last; FA3_CHECK=1 raises.
+    GPU: new keys that the cache has no room for are dropped, and a position past rotary_cos counts as its
+    last; FA3_CHECK=1 raises.
 
     Parameters
     ----------
@@ -186,11 +180,8 @@ def flash_attn_with_kvcache(
     cache_batch_idx : array (batch,), int32, optional
         The cache's batch entry of each sequence.
     cache_leftpad : array (batch,), int32, optional
-        First rows of each sequence's cache to leave out; positions count from there.
-    page_table : array (batch, max_pages), int32, optional
-        Key j of sequence b is row ``j % page_size`` of page ``page_table[b, j // page_size]``. On the GPU
-        decoding in 16 bits from pages of a multiple of 8 rows takes up to 5% longer than from one piece; from others,
-        and from any with `cache_leftpad`, 12 to 22%, and more where sequences are few and short.
+        First rows of each sequence's cache to leave out; positions count from there. With it the GPU reads
+        pages of any size as it reads those of no multiple of 8 rows: see `page_table`.
     cu_seqlens_q, cu_seqlens_k_new : array (batch + 1,), int32, optional
         Where each sequence's rows begin in a ragged q and in ragged new keys.
     max_seqlen_q : int, optional
