@@ -58,11 +58,12 @@ sm_margin : int, default 0
     Multiprocessors to leave to others. Ignored on the CPU.""",
     "fp8_accumulate": """\
 fp8_accumulate : int, optional
-    Of fp8 on the GPU: after how many keys a sum of weighted values, of which tensor cores keep some 14 bits,
-    moves on to one in float32, rounded down to whole blocks of keys, but at least two blocks. 0: never;
-    values whose mean is far from 0 then lose about 1/1000 for every 100 keys. Default: some 2,100, which costs
-    next to nothing; with head dims above 128 never up to 4,096 keys, unless with `batch_invariant`. There fewer than
-    1,024 mean each block, but with `qv` two blocks at least.""",
+    Of fp8 on the GPU: after how many keys a sum of weighted values, of which tensor cores keep 13 bits below
+    the largest of what they add, moves on to one in float32, rounded down to whole blocks of keys, but at least
+    two blocks. 0: never; values whose mean is far from 0 then lose about 1/1000 for every 100 keys. Default:
+    2,112; with head dims above 128 never up to 4,096 keys, unless with `batch_invariant`. There fewer than
+    1,024 mean each block, but with `qv` two blocks at least. Measured every 2,048 keys it costs 1 to 6% of the
+    time and leaves such values an error of 2%; every 512 keys, 7 to 12% and 0.5%.""",
     "dropout_p": """\
 dropout_p : float, default 0.0
     Drop each weight of the softmax with this probability, in steps of 2**-15, and multiply the others by

@@ -65,9 +65,9 @@ def flash_attn_func(
 
     *fp8.* On the GPU probabilities are rounded to float8_e4m3fn relative to a row's maximum so far, scaled to
     make use of its range; their sum and lse are of the unrounded ones. A row that one key dominates may so be
-    off by up to 1/17 of its size. Hopper's tensor cores keep 13 bits below the largest of the products that they
-    add: scores, and lse with them, are off by up to 2**-11 of ``softmax_scale·Σ|q_i·k_i|``, and usually by a
-    thirtieth of that.
+    off by up to 1/17 of its size. Of fp8 products tensor cores keep 13 bits below the largest of what they add:
+    scores, and lse with them, are off by up to 2**-11 of ``softmax_scale·Σ|q_i·k_i|``, and usually by a thirtieth
+    of that.
 
     *Gradients.* Arrays that require gradients are read as they are; nothing is recorded.
 

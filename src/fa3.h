@@ -156,10 +156,10 @@ typedef struct fa3_forward_params {
   int32_t pack_gqa;        /* -1: chosen; 0, 1 */
   int32_t sm_margin;       /* multiprocessors to leave free */
   int32_t tile_m, tile_n;  /* 0: chosen; else a tile of fa3_forward_variant, for measurements */
-  /* Of fp8. Tensor cores keep some 14 bits of a sum of weighted values. n > 0: it moves on to fp32 after n keys, or
-   * fewer, so that they are whole blocks, at least two; -1: never; 0: chosen, after 2,112 keys. Where shared memory has
-   * no room for such sums they are in the workspace: chosen if a row may sum more than 4,096 keys, or with
-   * batch_invariant, and n < 1,024 means each block, but not with qv. */
+  /* Of fp8, of whose products tensor cores keep 13 bits below the largest of what they add. n > 0: a sum of weighted
+   * values moves on to fp32 after n keys, or fewer, so that they are whole blocks, at least two; -1: never; 0: chosen,
+   * after 2,112 keys. Where shared memory has no room for such sums they are in the workspace: chosen if a row may sum
+   * more than 4,096 keys, or with batch_invariant, and n < 1,024 means each block, but not with qv. */
   int32_t fp8_accumulate;
 } fa3_forward_params;
 

@@ -1,4 +1,5 @@
-"""Long sums of fp8 products: tensor cores keep some 14 bits of them, so they move on to fp32 every so many keys.
+"""Long sums of fp8 products: tensor cores keep 13 bits below the largest of what they add, so sums move on to fp32
+every so many keys.
 
 Values of mean 1 make every product of the same sign, which is the worst case. Rows whose largest score comes early or
 late have totals that count relative to another maximum than what is added to them.

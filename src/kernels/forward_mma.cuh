@@ -174,8 +174,8 @@ class Consumer {
       take_dropped(p, philox, first_query, n_block);
       if constexpr (!Traits::kEightBits) clear_values_past(work.seqlen_k - n_block * kTileN);  // else when turned
 
-      // Sums of e4m3 products lose what lies below some 14 bits of them. So every few blocks they move on to totals in
-      // fp32, or each block's are added in fp32. A move shortly before the end is not worth its time.
+      // Of e4m3 products tensor cores keep 13 bits below the largest of what they add. So every few blocks sums move on
+      // to totals in fp32, or each block's are added in fp32. A move shortly before the end is not worth its time.
       auto move_after = [&](int n_block) {
         const int next = n_block - args_.accumulate_blocks;
         return args_.accumulate_blocks > 1 && next > blocks.begin + args_.accumulate_blocks / 8 ? next : kNoBlock;

@@ -1,4 +1,4 @@
-// Where sums of fp8 products move on to, of which tensor cores keep some 14 bits: O in fp32.
+// Where sums of fp8 products move on to: O in fp32. Tensor cores keep 13 bits below the largest of what they add.
 #pragma once
 #include "arch/l2.cuh"
 #include "arch/warpgroup.cuh"
