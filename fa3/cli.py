@@ -196,6 +196,7 @@ def _count(text: str) -> int:
 
 def _parser():
     parser = argparse.ArgumentParser(prog="fa3", description="Exact attention on Hopper GPUs and on any CPU.")
+    parser.add_argument("--version", action="version", version=f"fa3 {importlib.metadata.version('fa3')}")
     commands = parser.add_subparsers(dest="command", required=True)
     info_parser = commands.add_parser("info", help="versions, devices, frameworks and kernels")
     info_parser.set_defaults(function=info)

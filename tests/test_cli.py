@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import fa3
 from fa3 import _numpy, _run_device, cli
 from fa3 import _reference_check as check
 from fa3._progress import Progress
@@ -304,6 +305,13 @@ def test_info(capsys):
     out = capsys.readouterr().out
     for word in ("fa3 ", "library", "include", "CUDA runtime", "CUDA driver", "devices", "NumPy", "features", "CPU"):
         assert word in out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"fa3 {fa3.__version__}\n"
 
 
 def test_info_loads_no_framework(tmp_path):
