@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from compiled import MINIMAL
 from compilers import SRC
 
 import fa3
 from fa3 import _core
 
 LIBRARY = Path(fa3.get_library())
-MINIMAL = {(v["dtype"], v["head_dim"]) for v in _core.variants()} == {("bfloat16", 128)}
 
 
 def binutils(*command):

@@ -5,14 +5,13 @@ the same products in the same order, so the same bits.
 """
 
 import pytest
+from compiled import MINIMAL
 from gpu_problems import among_nan, exact, largest, tile
 
 import fa3
 from fa3 import _core
 
-COMPILED = {v["head_dim_v"] for v in _core.variants() if v["dtype"] == "float8_e4m3fn" and not v["has_qv"]}
-MINIMAL = not {192, 256} <= COMPILED
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(MINIMAL, reason="a minimal build has one head dim")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(MINIMAL, reason="a minimal build has no fp8")]
 DIMS = [256, 240, 192, 176, 128, 112, 80, 64, 48]
 QUERIES = 12350  # enough for causal calls too, and no multiple of a tile
 

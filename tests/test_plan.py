@@ -6,6 +6,7 @@ import ctypes
 import numpy as np
 import plan_choices
 import pytest
+from compiled import MINIMAL
 from compilers import HERE, SRC, host_library
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -14,7 +15,6 @@ from test_host_math import INT_MAX, MAX_ROWS, visible
 from fa3 import _core
 
 VARIANTS = _core.variants()
-MINIMAL = {(v["dtype"], v["head_dim"], v["head_dim_v"]) for v in VARIANTS} == {("bfloat16", 128, 128)}
 DTYPES = sorted({v["dtype"] for v in VARIANTS})
 FP8 = "float8_e4m3fn"
 LARGEST = max(v["head_dim"] for v in VARIANTS)
