@@ -1,10 +1,12 @@
 """Hypothesis profiles, and the backends that this machine can test.
 
 `pytest` runs the quick profile; `pytest --hypothesis-profile=long` draws many more examples. Tests marked `gpu`
-run by themselves where a GPU of compute capability 9.0 is present, and report why not where there is none.
+run by themselves where a GPU of compute capability 9.0 is present, and report why not where there is none. With
+FA3_REQUIRE_GPU=1 in the environment they then fail: on a machine that has one, all skipped must not pass for all well.
 """
 
 import functools
+import os
 import sys
 import types
 from pathlib import Path
@@ -48,7 +50,8 @@ def pytest_configure(config):
 
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and missing_gpu():
-        pytest.skip(f"needs a GPU of compute capability 9.0: {missing_gpu()}")
+        stop = pytest.fail if os.environ.get("FA3_REQUIRE_GPU") == "1" else pytest.skip
+        stop(f"needs a GPU of compute capability 9.0: {missing_gpu()}")
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
