@@ -51,9 +51,9 @@ def flash_attn_func(
     *Latent attention.* Rows of one cache hold the latent values and, behind them, the keys' rotary part. With `qv`
     these are ``v = cache[..., :512]`` and ``k = cache[..., 512:]``; absorbed, with head dims (576, 512), k is
     the cache itself, v the same as before, and q has in front what `qv` has else. The GPU computes both alike and
-    reads the cache once; absorbed it needs v to be k's memory. Of fp8, all of an absorbed score has q_descale and
-    k_descale, and the output v_descale. A model's own softmax_scale may be another than the default, which is of
-    the dims that make the scores.
+    reads the cache once; absorbed it needs v to be k's memory. Of fp8, q_descale and k_descale are then the
+    factors of the whole score, its latent part too, and v_descale is that of the output alone. A model's own
+    softmax_scale may be another than the default, which is of the dims that make the scores.
 
     *Nothing to see.* A query without a visible key has out 0 and lse -inf (or its sink). Empty arrays are no
     error.

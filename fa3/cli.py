@@ -229,7 +229,7 @@ def _add_problem_flags(parser):
     add("--num_heads_k", type=_count, metavar="N", help="heads of k and v (those of q)")
     add("--head_size", type=_count, default=128, metavar="N", help="head dim of q and k (128)")
     add("--head_size_v", type=_count, metavar="N", help="head dim of v (that of q)")
-    add("--seed", type=_count, default=0, metavar="N", help="of lengths and values (0)")
+    add("--seed", type=_count, default=0, metavar="N", help="seed of lengths and values (0)")
     add("--device", choices=("auto", "cpu", "gpu"), default="auto",
         help="auto: a GPU that fa3 runs on if there is one and CuPy or PyTorch is installed, else the CPU")
     add("--no_time", dest="time", action="store_false", help="check the answer only")
@@ -238,14 +238,14 @@ def _add_problem_flags(parser):
 def _add_option_flags(parser):
     add = parser.add_argument_group("options of the call").add_argument
     add("--causal", action="store_true", help="query i sees keys up to its own position, aligned at the end")
-    add("--softmax_scale", type=float, metavar="X", help="1/sqrt(head_size)")
+    add("--softmax_scale", type=float, metavar="X", help="scale of the scores (default: 1/sqrt(head_size))")
     add("--window_size", type=int, nargs=2, default=(-1, -1), metavar=("LEFT", "RIGHT"), help="-1: no bound")
     add("--attention_chunk", type=_count, default=0, metavar="N", help="see only the own chunk of N keys")
     add("--softcap", type=float, default=0.0, metavar="X", help="scores become X·tanh(score/X)")
     add("--sinks", action="store_true", help="one random extra logit per head in the softmax")
     add("--qv", action="store_true", help="scores add qv·v")
     for name in ("q_descale", "k_descale", "v_descale"):
-        add(f"--{name}", type=float, metavar="X", help="that factor for each sequence and head")
+        add(f"--{name}", type=float, metavar="X", help="constant fp8 factor, of every sequence and head")
     add("--seqused_q", action="store_true", help="use a random part of each sequence's queries")
     add("--seqused_k", action="store_true", help="use a random part of each sequence's keys; the rest is NaN")
     add("--page_size", type=_count, default=0, metavar="N", help="keys and values in shuffled pages of N rows")
@@ -257,5 +257,5 @@ def _add_option_flags(parser):
     add("--out_dtype", choices=("fp16", "bf16"), help="of the result (that of q; fp8: bf16)")
     add("--return_lse", action="store_true", help="ask for the log-sum-exp and check it too")
     add("--dropout_p", type=float, default=0.0, metavar="P", help="drop each probability with P")
-    add("--dropout_seed", type=_count, metavar="N", help="of the dropped ones (that of --seed)")
+    add("--dropout_seed", type=_count, metavar="N", help="seed of the dropout mask (default: --seed)")
     add("--backward", action="store_true", help="compute, check and time the gradients as well")

@@ -128,7 +128,7 @@ typedef struct fa3_dropout {
 } fa3_dropout;
 
 typedef struct fa3_forward_params {
-  size_t struct_size; /* sizeof(fa3_forward_params): lets the struct grow */
+  size_t struct_size; /* sizeof(fa3_forward_params): any other, as of another version's struct, is refused */
   int32_t device;     /* CUDA ordinal of every array */
   int32_t dtype;      /* of q, k, v: fa3_dtype */
   int32_t out_dtype;  /* dtype, or for fp8 FA3_BFLOAT16 / FA3_FLOAT16 */

@@ -1,4 +1,4 @@
-// The maths of this folder runs on the host too, so that a machine without a GPU can brute-force it.
+// Functions marked so run on the host too: a machine without a GPU brute-forces them in tests.
 #pragma once
 
 #ifdef __CUDACC__

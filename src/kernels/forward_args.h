@@ -36,7 +36,7 @@ struct Descale {
 #endif
 };
 
-/// What most calls do without.
+/// What PlainArgs fixes when it is compiled.
 struct ForwardExtras {
   Packing packing;      // of the query heads of each KV head
   Splits splits;        // along the keys

@@ -160,8 +160,8 @@ class Scheduler {
   }
 
   /// The index of this thread block's next piece; its first is its own number. Without a counter they are dealt out to
-  /// and fro: who got the longest of one round gets the shortest of the next. Who takes from a counter takes late, lest
-  /// another could do it sooner: when the loader has little left to ask for.
+  /// and fro: who got the longest of one round gets the shortest of the next. From a counter a block takes its next
+  /// piece as late as it can, so that whoever is free first gets it: when the loader has little left to ask for.
   __device__ __forceinline__ void take_index() {
     if (args_.piece_counter) {
       if (tiles_.count > 0) shared_.tile_nearly_loaded.wait((tiles_.count - 1) % 2);

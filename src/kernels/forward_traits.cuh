@@ -65,8 +65,8 @@ struct ForwardTraits {
   static constexpr bool kHasDropout = !kEightBits && !kHasQv && kHeadDim != 48 && kHeadDim != 112 && kHeadDim != 160 &&
                                       (kHeadDim > 128 ? kConsumers == 2 : kConsumers == 3 && kTileN > 64);
 
-  // Calls without extras have a kernel of their own where that is faster: above head dim 128 it is not. Few heads have
-  // 32 dims or 112.
+  // Calls without extras have a kernel of their own where that is faster: above head dim 128 it is not. Head dims 32
+  // and 112 are rare: not worth the time to compile.
   using Args = ForwardArgs;
   static constexpr bool kHasPlain = !kHasQv && !kTurnedV && kHeadDim > 32 && kHeadDim <= 128 && kHeadDim != 112;
   static constexpr bool kHasDecode = kHasPlain && kConsumers == 1 && !kEightBits;  // see forward_decode.cuh
@@ -137,14 +137,14 @@ struct ForwardTraits {
   static constexpr int kKeyStages = kStages + kThirdKeys;
   // With a second place for Q, the next tile's arrives while this one is worked on. With qv registers are too few.
   static constexpr int kQueryStages = !kHasQv && (kThirdKeys ? TileK::kBytes : 0) + kQueryBytes <= kRoom ? 2 : 1;
-  // Those are far, so for sums of few keys each block's products are added in fp32 instead; with qv there are no
-  // registers for another kind of step. Bytes behind V that
-  // Consumer::promote_values then reads, whose products have a block's keys of columns each:
+  // Totals in the workspace are far, so for sums of few keys each block's products are added in fp32 instead; with qv
+  // there are no registers for another kind of step. Bytes behind V that Consumer::promote_values then reads, whose
+  // products have a block's keys of columns each:
   static constexpr bool kPromotes = kEightBits && !kSharedTotals && !kHasQv;
   static constexpr int kPastV = (ceil_div(kHeadDimV, kTileN) * kTileN - kHeadDimV) * kStepKeys;
 
   // Where one warpgroup is all, memory is what it waits for: keys are given back when their scores are made, not when
-  // the values of the block before have come and are done too. More is asked for at a time that way. See NOTES.
+  // the values of the block before have come and are done too. So more bytes are under way. See bench/NOTES.md.
   static constexpr bool kKeysFirst = !kHasQv && kConsumers == 1 && kBlocksPerSm == 2 && !kPromotes;
 
   /// Which of the groups of rows and of columns a warpgroup has, and its first column of the output.
