@@ -20,21 +20,6 @@ Examples:
   fa3 run --bf16 --seqlens 64x21,48x7,100 --num_heads 16 --head_size 128 --device cpu
 """
 
-# (feature, on an NVIDIA GPU of compute capability 9.0, on the CPU)
-FEATURES = (
-    ("forward, fp16 and bf16", "yes", "yes"),
-    ("forward, fp8 (e4m3) with descales", "yes", "yes"),
-    ("sequences of different lengths, seqused", "yes", "yes"),
-    ("GQA and MQA, any ratio", "yes", "yes"),
-    ("causal, window, attention_chunk, softcap, sinks", "yes", "yes"),
-    ("lse, batch_invariant, num_splits, pack_gqa", "yes", "yes"),
-    ("paged cache, appending, rotary, leftpad", "yes", "yes"),
-    ("flash_attn_combine", "yes", "yes"),
-    ("qv, absorbed MLA", "yes", "yes"),
-    ("quantize_fp8, hadamard rotation", "yes", "yes"),
-    ("backward", "yes", "yes"),
-    ("dropout", "yes", "yes"),
-)
 _FRAMEWORKS = (
     ("NumPy", ("numpy",)),
     ("ml_dtypes", ("ml_dtypes",)),
@@ -140,11 +125,9 @@ def info(args) -> int:
         print(f"  {index}: {device['name']}, compute capability {major}.{minor} ({runs}), "
               f"{device['num_sms']} SMs, {device['total_memory'] / 2**30:.0f} GiB")
     print("frameworks    " + ", ".join(_installed_frameworks()))
-    _print_table("features", ("feature", "GPU", "CPU"), FEATURES)
-    variants = _core.variants()
-    if variants:
-        columns = tuple(variants[0])
-        _print_table("GPU kernels", columns, [tuple(str(variant[c]) for c in columns) for variant in variants])
+    for title, variants in (("forward", _core.variants()), ("backward", _core.backward_variants())):
+        columns = tuple(variants[0]) if variants else ("none",)
+        _print_table(f"{title} kernels", columns, [tuple(str(variant[c]) for c in columns) for variant in variants])
     return 0
 
 

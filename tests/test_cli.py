@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fa3
-from fa3 import _numpy, _run_device, cli
+from fa3 import _core, _numpy, _run_device, cli
 from fa3 import _reference_check as check
 from fa3._progress import Progress
 from fa3._run_problem import parse_seqlens
@@ -303,8 +303,11 @@ def test_nothing_to_compute(flags, more):
 def test_info(capsys):
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
-    for word in ("fa3 ", "library", "include", "CUDA runtime", "CUDA driver", "devices", "NumPy", "features", "CPU"):
+    for word in ("fa3 ", "library", "include", "CUDA runtime", "CUDA driver", "devices", "NumPy", "CPU"):
         assert word in out
+    for title, variants in (("forward kernels", _core.variants()), ("backward kernels", _core.backward_variants())):
+        table = out.partition(f"{title}\n")[2].splitlines()
+        assert [line.split()[0] for line in table[1:1 + len(variants)]] == [variant["name"] for variant in variants]
 
 
 def test_version(capsys):
