@@ -4,6 +4,7 @@ import ctypes
 import functools
 import shutil
 import subprocess
+import warnings
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,15 @@ def compile_with(compiler, output, sources, *flags):
 
 @functools.cache
 def sanitizer_flags():
-    """Undefined behaviour is told on stderr as "runtime error: …", where g++ has the runtime for it."""
+    """Undefined behaviour is told on stderr as "runtime error: …", where g++ has the runtime for it; a warning, once,
+    where it has not."""
     flags = ("-fsanitize=undefined",)
     probe = subprocess.run(["g++", *flags, "-shared", "-fPIC", "-x", "c++", "-", "-o", "/dev/null"],
                            input="int f(int a) { return a + 1; }", capture_output=True, text=True)
-    return flags if probe.returncode == 0 else ()
+    if probe.returncode == 0:
+        return flags
+    warnings.warn("g++ has no runtime for -fsanitize=undefined: undefined behaviour is not looked for", stacklevel=2)
+    return ()
 
 
 def host_library(folder, name, sources, *flags, sanitize=True):
