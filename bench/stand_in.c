@@ -55,7 +55,7 @@ const char* stand_in_describe(void) {
 #define ARRAY(field)                                                                                        \
   SAY(#field " 0x%" PRIxPTR " %" PRId64 " %" PRId64 " %" PRId64 " %" PRId64 "\n", (uintptr_t)p->field.data, \
       p->field.stride[0], p->field.stride[1], p->field.stride[2], p->field.stride[3])
-#define DESCALE(field)                                                                                  \
+#define DESCALE(field)                                                                                     \
   SAY(#field " 0x%" PRIxPTR " %" PRId64 " %" PRId64 " %d\n", (uintptr_t)p->field.data, p->field.stride[0], \
       p->field.stride[1], p->field.group)
   INT(struct_size);

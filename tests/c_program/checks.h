@@ -7,24 +7,24 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define CHECK(condition, ...)                                 \
-  do {                                                        \
-    if (!(condition)) {                                       \
-      printf("%s:%d: %s: ", __FILE__, __LINE__, #condition);  \
-      printf(__VA_ARGS__);                                    \
-      printf("\n(last error: \"%s\")\n", fa3_last_error());   \
-      exit(1);                                                \
-    }                                                         \
+#define CHECK(condition, ...)                                \
+  do {                                                       \
+    if (!(condition)) {                                      \
+      printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      printf(__VA_ARGS__);                                   \
+      printf("\n(last error: \"%s\")\n", fa3_last_error());  \
+      exit(1);                                               \
+    }                                                        \
   } while (0)
 
 /* A contiguous (batch, rows, heads, dim) array. */
-static inline fa3_array packed(void *data, int64_t rows, int64_t heads, int64_t dim) {
+static inline fa3_array packed(void* data, int64_t rows, int64_t heads, int64_t dim) {
   fa3_array array = {data, {rows * heads * dim, heads * dim, dim, 1}};
   return array;
 }
 
 /* Dense bfloat16 attention of head dim 128, which every build has; `data` is every array's address. */
-static inline fa3_forward_params dense_call(int batch, int rows_q, int rows_k, int heads, int heads_kv, void *data) {
+static inline fa3_forward_params dense_call(int batch, int rows_q, int rows_k, int heads, int heads_kv, void* data) {
   fa3_forward_params p;
   memset(&p, 0, sizeof p);
   p.struct_size = sizeof p;
