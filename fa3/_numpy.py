@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fa3._numpy_cache import Rotary, Sequence, append, find_sequences
+from fa3._numpy_cache import Rotary, Sequence, append, find_sequences, rounded
 from fa3._numpy_softmax import Keys, OnlineSoftmax, Visible, merge
 from fa3._philox import Dropout
 
@@ -171,7 +171,7 @@ class _Task:
         if self.rotate is not None:
             position = self.sequence.rotary_offset + (m_first if self.rotate_each_query else 0)
             self.rotate(q, position, each_row=self.rotate_each_query)
-            q = q.astype(self.q.dtype).astype(self.dtype)  # as the turned keys are in the cache
+            q = rounded(q, self.q.dtype).astype(self.dtype)  # as the turned keys are in the cache
         q *= (self.scale_qk[heads] / divisor)[:, None, None]
         if self.qv is None:
             return q

@@ -11,6 +11,8 @@ from itertools import pairwise
 
 import numpy as np
 
+MAX_E4M3 = np.float32(448)
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -129,9 +131,14 @@ def append(sequence, k, v, k_new, v_new, rotate):
     if rotate is not None:
         rows = np.array(rows.swapaxes(0, 1), dtype=rotate.dtype, order="C")
         rotate(rows, sequence.rotary_offset, each_row=True)
-        rows = rows.swapaxes(0, 1)
+        rows = rounded(rows.swapaxes(0, 1), k.dtype)
     sequence.keys.write(k, sequence.append_at, rows.astype(k.dtype, copy=False))
     sequence.keys.write(v, sequence.append_at, sequence.new(v_new).astype(v.dtype, copy=False))
+
+
+def rounded(x, dtype):
+    """x in `dtype`. e4m3 has no infinity, and a cast past 448 gives NaN: such numbers become ±448, as on the GPU."""
+    return (np.clip(x, -MAX_E4M3, MAX_E4M3) if dtype.itemsize == 1 else x).astype(dtype)
 
 
 class Rotary:

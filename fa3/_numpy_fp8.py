@@ -8,9 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from fa3._dtypes import FP8, numpy_dtype
-from fa3._numpy_cache import cumulated
+from fa3._numpy_cache import MAX_E4M3, cumulated, rounded
 
-MAX_E4M3 = np.float32(448)
 # So that a descale has an inverse, and norms over it are finite.
 MIN_DESCALE = np.float32(2.0**-90)
 # What is larger counts as infinite. With a rotation, sums of up to 1,024 inputs clipped to HUGE are finite, and one
@@ -60,14 +59,13 @@ def quantize(x, codes, descale, cu_seqlens, hadamard):
                 np.maximum(largest, size.max(axis=(0, 2), initial=0, where=size <= limit), out=largest)
         descale[...] = _descale(amax.max(axis=tuple(range(2 - descale.ndim)), initial=0))
         of_sequence = np.broadcast_to(descale, amax.shape)
-        for factor, (rows, rounded) in zip(of_sequence, sequences, strict=True):
+        for factor, (rows, target) in zip(of_sequence, sequences, strict=True):
             for chunk in _chunks(rows):
                 if hadamard:
                     scaled = rotation(rows[chunk]) * (rotation.norms / factor[:, None])
                 else:
                     scaled = _widened(rows[chunk]) * (1 / factor[:, None])
-                np.clip(scaled, -MAX_E4M3, MAX_E4M3, out=scaled)  # e4m3 has no inf: past 448 a cast gives NaN
-                rounded[chunk] = scaled.astype(numpy_dtype(FP8))
+                target[chunk] = rounded(scaled, numpy_dtype(FP8))
 
 
 def _descale(amax):

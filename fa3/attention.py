@@ -170,7 +170,8 @@ def flash_attn_with_kvcache(
         Rotary position embedding of q and of the new keys. rotary_dim is a multiple of 16. New key i stands
         at cache_seqlens[b] + i; query i there too if the mask depends on positions (causal, window, chunk),
         else at cache_seqlens[b]. Both are turned in float32 (float64 arrays in float64) and then rounded to
-        their dtype, the queries just as the keys in the cache. Needs `k`.
+        their dtype, the queries just as the keys in the cache; of fp8, what a turn takes past ±448 becomes
+        ±448. Needs `k`.
     rotary_interleaved : bool, default True
         Rotate dimensions 2i and 2i + 1 (GPT-J's way); else i and i + rotary_dim/2 (GPT-NeoX's way).
     rotary_seqlens : array (batch,), int32, optional

@@ -5,6 +5,7 @@ Also the rules on lengths, offsets and pages, which only the CPU can look at.
 
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 import pytest
 import reference
@@ -282,6 +283,27 @@ def test_rotary_positions_of_queries_that_see_all_keys_are_one():
     out = np.empty_like(q)
     forward(q, cache, cache.copy(), out, None, seqused_k=ints(5), **TABLES)
     assert np.array_equal(out, np.ones_like(out))
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_fp8_pairs_that_rotary_turns_past_the_largest_number(interleaved):
+    """448 and 448 turned by 45 degrees are 0 and 634, which e4m3 does not have: ±448, and NaN stays NaN."""
+    fp8, half = ml_dtypes.float8_e4m3fn, np.sqrt(np.float32(0.5))
+    q, new = np.full((1, 1, 1, 16), 448, fp8), np.full((1, 1, 1, 16), -448, fp8)
+    new[..., 0] = np.nan
+    k, v = np.zeros((1, 2, 1, 16), fp8), np.zeros((1, 2, 1, 16), fp8)
+    v[0, 1] = 2
+    out, lse = np.empty((1, 1, 1, 16), ml_dtypes.bfloat16), np.empty((1, 1, 1), np.float32)
+    tables = dict(rotary_cos=np.full((2, 8), half), rotary_sin=np.full((2, 8), half), rotary_interleaved=interleaved)
+    forward(q, k, v, out, lse, seqused_k=ints(1), k_new=new, v_new=v[:, :1].copy(), **tables)
+    turned = np.tile([0.0, -448], 8) if interleaved else np.repeat([0.0, -448], 8)
+    turned[[0, 1 if interleaved else 8]] = np.nan
+    assert np.array_equal(k[0, 1, 0].astype(float), turned, equal_nan=True) and not k[0, 0].any()
+
+    new[..., 0] = -448
+    forward(q, k, v, out, lse, seqused_k=ints(1), k_new=new, v_new=v[:, :1].copy(), **tables)
+    assert np.isfinite(out.astype(float)).all()  # the first key has a score of 0, the second of -8 * 448² / 4
+    assert np.isclose(lse, 0, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_splits", [1, 4])
