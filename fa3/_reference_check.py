@@ -234,17 +234,26 @@ class _Sequence:
 
     def _score_error(self, rows, kv_head, hidden):
         """What tensor cores may lose of an fp8 score, at most over a query's keys: (rows, group)."""
-        q, k = (np.abs(x.astype(np.float64)) for x in (self.q[rows, self.group(kv_head)], self.k[:, kv_head]))
-        sums = np.where(hidden, 0.0, product(q, k.T) * np.abs(self._qk_descale(kv_head)))
+        sums = 0.0
+        for queries, keys, descale in self._factors(rows, kv_head):
+            q, k = np.abs(queries.astype(np.float64)), np.abs(keys.astype(np.float64))
+            sums = sums + product(q, k.T) * np.abs(descale)
+        sums = np.where(hidden, 0.0, sums)
         return _FP8_SCORE_ERROR * abs(self.formula.scale) * sums.max(axis=-1, initial=0.0)
+
+    def _factors(self, rows, kv_head):
+        """The products that a score is summed from: (queries, keys, descale), with qv a second of qv and v."""
+        group, formula = self.group(kv_head), self.formula
+        factors = [(self.q[rows, group], self.k[:, kv_head], self._descale(kv_head, formula.k_descale))]
+        if self.qv is not None:
+            factors.append((self.qv[rows, group], self.v[:, kv_head], self._descale(kv_head, formula.v_descale)))
+        return factors
 
     def _exact(self, rows, kv_head, hidden):
         formula, group = self.formula, self.group(kv_head)
-        k, v = self.k[:, kv_head].astype(np.float64), self.v[:, kv_head].astype(np.float64)
-        s = product(self.q[rows, group].astype(np.float64), k.T)
-        if self.qv is not None:
-            s += product(self.qv[rows, group].astype(np.float64), v.T)
-        s *= formula.scale * self._qk_descale(kv_head)
+        v = self.v[:, kv_head].astype(np.float64)
+        s = sum(product(queries.astype(np.float64), keys.astype(np.float64).T) * (formula.scale * descale)
+                for queries, keys, descale in self._factors(rows, kv_head))
         if formula.softcap > 0:
             s = formula.softcap * np.tanh(s / formula.softcap)
         s = np.where(hidden, -np.inf, s)
@@ -264,12 +273,10 @@ class _Sequence:
         def rounded(x, dtype=work):
             return x.astype(dtype).astype(np.float32)
 
-        k, v = self.k[:, kv_head].astype(np.float32), self.v[:, kv_head].astype(np.float32)
+        v = self.v[:, kv_head].astype(np.float32)
         scale = np.float32(formula.scale)
-        s = product(rounded(self.q[rows, group].astype(np.float32) * scale), k.T)
-        if self.qv is not None:
-            s += product(rounded(self.qv[rows, group].astype(np.float32) * scale), v.T)
-        s = rounded(s * np.float32(self._qk_descale(kv_head)))
+        s = rounded(sum(product(rounded(queries.astype(np.float32) * scale), keys.astype(np.float32).T)
+                        * np.float32(descale) for queries, keys, descale in self._factors(rows, kv_head)))
         if formula.softcap > 0:
             s = rounded(np.float32(formula.softcap) * np.tanh(s / np.float32(formula.softcap)))
         p, _ = _softmax(np.where(hidden, np.float32(-np.inf), s), self._sinks(group))
@@ -288,13 +295,13 @@ class _Sequence:
             worst = np.where(worse[..., None], out, worst)
         return worst
 
-    def _qk_descale(self, kv_head):
-        """q_descale · k_descale, broadcastable over (rows, group, keys)."""
+    def _descale(self, kv_head, of_keys):
+        """q_descale times that of keys, k_descale or v_descale: broadcastable over (rows, group, keys)."""
         product = np.ones((self.group_size, 1))
         if self.formula.q_descale is not None:
             product = product * self.formula.q_descale[self.b, self.group(kv_head), None]
-        if self.formula.k_descale is not None:
-            product = product * self.formula.k_descale[self.b, kv_head]
+        if of_keys is not None:
+            product = product * of_keys[self.b, kv_head]
         return product
 
     def _dropout(self, rows, group):

@@ -54,6 +54,7 @@ OPTIONS = {
     "backward": "--backward --bf16 --head_size_v 48 --num_splits 2 --batch_invariant --no_pack_gqa",
     "backward, left window": "--backward --causal --window_size 9 -1 --softcap 5.5 --softmax_scale 0.5",
     "backward, everything": "--backward --attention_chunk 32 --sinks --seqused_q --seqused_k --dropout_p 0.2",
+    "fp8 latent": "--fp8 --qv --q_descale 0.5 --k_descale 4 --v_descale 0.25 --return_lse",
     "fp8 descales": "--fp8 --q_descale 0.5 --k_descale 2.5 --v_descale 3 --out_dtype fp16",
 }
 FEW = "--batch_size 3 --max_seqlen_q 40 --max_seqlen_k 70 --num_heads 4 --num_heads_k 2 --head_size 32 --no_time"
@@ -362,6 +363,23 @@ def test_the_check_accepts_rounding_and_no_more(dtype):
     eps = float(ml_dtypes.finfo(dtype).eps)
     report = check.check_forward((out * (1 + 20 * eps)).astype(dtype), None, *problem)
     assert not report.ok and report.share > 1
+
+
+def test_the_check_allows_fp8_what_tensor_cores_drop_of_each_product():
+    """Of an lse the share of qv · v counts too: all of the score, where k is 0."""
+    rng = np.random.default_rng(0)
+    q, qv, v = (rng.standard_normal((8, 1, 32)).astype(ml_dtypes.float8_e4m3fn) for _ in range(3))
+    rows = check.Packed(*(np.array([n]) for n in (0, 8, 0, 8)))
+    descales = {name: np.full((1, 1), 8, np.float32) for name in ("q_descale", "v_descale")}
+    problem = q, np.zeros_like(q), v, rows, check.Formula(1.0, **descales)
+    s = qv[:, 0].astype(float) @ v[:, 0].astype(float).T * 64
+    p = np.exp(s - s.max(axis=1, keepdims=True))
+    out = (p / p.sum(axis=1, keepdims=True) @ v[:, 0].astype(float) * 8)[:, None].astype(ml_dtypes.bfloat16)
+    lse = (np.log(p.sum(axis=1)) + s.max(axis=1))[None]
+    allowed = 2.0**-11 * 64 * (np.abs(qv[:, 0].astype(float)) @ np.abs(v[:, 0].astype(float)).T).max()
+    assert check.check_forward(out, lse, *problem, qv=qv).ok
+    assert check.check_forward(out, lse + allowed / 4, *problem, qv=qv).ok
+    assert not check.check_forward(out, lse + 2 * allowed, *problem, qv=qv).ok
 
 
 def test_a_small_budget_checks_a_sample_with_first_and_last():
