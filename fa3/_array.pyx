@@ -243,7 +243,7 @@ cdef class Border:
         cdef ArrayView view = read_parts(parts, array, name)
         set_device(view, device_type, device_id, name)
         check_memory(view, array, name)
-        if self.place(device_type, device_id, name, same_device):
+        if self.place(view.device_type, view.device_id, name, same_device):
             self.follow(_stream.current("torch", device_id), kind, array)
         return view
 
@@ -251,7 +251,13 @@ cdef class Border:
         """An array that orders our stream itself, when it is told of it."""
         cdef ArrayView view
         cdef bint ordered = False
-        device_type, device_id = ask(array, name, "__dlpack_device__", {})
+        cdef int device_type, device_id
+        device = ask(array, name, "__dlpack_device__", {})
+        try:
+            device_type, device_id = device
+        except (TypeError, ValueError):
+            raise TypeError(f"{name}: __dlpack_device__ of {type_text(array)} gave {device!r}, "
+                            "needs (device_type, device_id)") from None
         if device_type == DL_CUDA:
             ordered = self.place(device_type, device_id, name, same_device)
         elif device_type == DL_CUDA_MANAGED:  # where it lives shows later

@@ -133,11 +133,16 @@ cdef Kind _describe_kind(type kind):
 
 cdef str _framework(type kind):
     for base in kind.__mro__:
-        package = base.__module__.partition(".")[0]
+        package = package_of(base)
         package = ALIASES.get(package, package)
         if package in FRAMEWORKS:
             return package
     return ""
+
+
+cdef str package_of(kind):
+    module = kind.__module__  # whatever a class says it is
+    return module.partition(".")[0] if isinstance(module, str) else ""
 
 
 cdef str _refusal(type kind, str framework):
@@ -172,10 +177,10 @@ cdef str device_text(int device_type, int device_id):
 cdef str type_text(array):
     """An array's type in messages: torch.Tensor, list …"""
     kind = type(array)
-    package = kind.__module__.partition(".")[0]
+    package = package_of(kind)
     if array is None:
         return "None"
-    return kind.__name__ if package == "builtins" else f"{package}.{kind.__name__}"
+    return kind.__name__ if package in ("builtins", "") else f"{package}.{kind.__name__}"
 
 
 def pointer_device(uintptr_t address):
@@ -208,11 +213,11 @@ cdef int set_ndim(ArrayView view, Py_ssize_t ndim, str name) except -1:
 
 
 cdef int set_device(ArrayView view, int device_type, int device_id, str name) except -1:
-    if device_type == DL_CUDA_HOST:
-        device_type, device_id = DL_CPU, 0
+    if device_type == DL_CUDA_HOST or device_type == DL_CPU:
+        device_type, device_id = DL_CPU, 0  # JAX counts several CPU devices, of one memory
     elif device_type == DL_CUDA_MANAGED:
         device_type, device_id = DL_CUDA, pointer_device(view.data) if view.data else 0
-    elif device_type != DL_CPU and device_type != DL_CUDA:
+    elif device_type != DL_CUDA:
         raise BufferError(f"{name}: on a device of DLPack's type {device_type}; fa3 works on CUDA devices "
                           "and the CPU")
     view.device_type = device_type

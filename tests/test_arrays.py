@@ -1,6 +1,7 @@
 """Arrays of the installed frameworks on the CPU: in as views, out as results."""
 
 import gc
+import subprocess
 import sys
 import threading
 import time
@@ -179,6 +180,14 @@ def test_not_an_array(thing):
 def test_numpy_dtypes_without_a_meaning(dtype):
     with pytest.raises(TypeError, match=r"q: "):
         Border(np.zeros(4, dtype), "q")
+
+
+@pytest.mark.parametrize("module", [None, 1, property(lambda self: "numpy")])
+def test_types_of_no_module(module):
+    with pytest.raises(TypeError, match=r"^q: expected an array \(DLPack or __cuda_array_interface__\), got Odd$"):
+        Border(type("Odd", (), {"__module__": module})(), "q")
+    array = np.ones(3).view(type("Odd", (np.ndarray,), {"__module__": module}))
+    assert Border(array, "q").framework == "numpy"
 
 
 def test_masked_arrays():
@@ -389,6 +398,22 @@ def test_jax_results_stay_on_their_device():
     with jax.default_device(cpu):
         array = jax.numpy.zeros(3)
     assert Border(array, "q").empty((2,), "float32").array().devices() == {cpu}
+
+
+def test_all_cpu_devices_of_jax_are_the_cpu():
+    pytest.importorskip("jax")
+    code = """if True:
+        import os
+        os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        import jax, fa3
+        first, second = jax.devices("cpu")
+        q, k, v = (jax.device_put(jax.numpy.ones((1, 3, 2, 16)), device) for device in (second, first, second))
+        out, lse = fa3.flash_attn_func(q, k, v, return_lse=True)
+        assert (out == 1).all() and out.devices() == lse.devices() == {second}
+    """
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_jax_reimport_aliases_what_was_written():

@@ -52,6 +52,12 @@ def test_asked_for_the_newest_version_and_no_stream_on_the_cpu():
     assert exporter.asked == [{"max_version": (1, 3)}]
 
 
+@pytest.mark.parametrize("device", [None, 1, (1,), (1, None), "cpu"])
+def test_device_that_is_none(device):
+    with pytest.raises(TypeError, match=r"q: __dlpack_device__ of capsules.Exporter gave .*, needs \(device_type, "):
+        Border(Exporter(ARRAY, device=device), "q")
+
+
 def test_capsule_of_an_unknown_major_version_stays_its_producers():
     exporter = Exporter(ARRAY, version=(2, 0))
     with pytest.raises(BufferError, match=r"q: DLPack 2\.0 is not supported"):
@@ -143,7 +149,7 @@ def test_results_for_an_unknown_framework():
 # ---- devices -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device, seen", [((CPU, 0), (1, 0)), ((CUDA_HOST, 0), (1, 0)), ((CUDA, 3), (2, 3)),
+@pytest.mark.parametrize("device, seen", [((CPU, 0), (1, 0)), ((CPU, 1), (1, 0)), ((CUDA_HOST, 0), (1, 0)), ((CUDA, 3), (2, 3)),
                                           ((CUDA_MANAGED, 0), (2, 5))])
 def test_devices(device, seen, owner):
     owner.device = 5  # where the managed pages are
