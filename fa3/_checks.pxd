@@ -8,6 +8,7 @@ cdef enum:
 # Each returns 0 (or the value), or raises what is said of it in _checks.pyx.
 cdef int64_t integer(value, str name, int64_t least, int64_t most=*) except? -2
 cdef double number(value, str name) except? -1
+cdef double cap(value, str name) except? -1
 cdef bint flag(value, str name) except -1
 cdef int window(value, int *left, int *right) except -1
 cdef int chunk(value) except -1

@@ -4,6 +4,7 @@
 Every message names the argument, what it got, and what it needs: ``k: head_dim 96, but q has 128``. Every call pays
 for these rules, so they look at C numbers, and make objects only for a message.
 """
+from libc.float cimport FLT_MIN
 from libc.math cimport isfinite
 from libc.stdint cimport int64_t
 
@@ -67,13 +68,30 @@ cdef int64_t integer(value, str name, int64_t least, int64_t most=MAX_INT) excep
 
 
 cdef double number(value, str name) except? -1:
-    """`value` as a finite float. Arrays are refused: reading one on a GPU would wait for it."""
-    cdef double found
-    if type(value) is not float and not isinstance(value, numbers.Real):
+    """`value` as a float that is finite in fp32 too. Arrays are refused: reading one on a GPU would wait for it."""
+    cdef double found = value if type(value) is float else as_float(value, name)
+    if not isfinite(<float>found):
+        raise ValueError(f"{name}: {found}, needs a finite {'float32' if isfinite(found) else 'number'}")
+    return found
+
+
+cdef double as_float(value, str name) except? -1:
+    """A real number of another type as a float."""
+    if not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: got {type(value).__name__}, needs a number")
-    found = float(value)
-    if not isfinite(found):
-        raise ValueError(f"{name}: {found}, needs a finite number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: past every float64, needs a finite float32") from None
+
+
+cdef double cap(value, str name) except? -1:
+    """A softcap: 0 (none), or a number that fp32 can divide by without losing its digits."""
+    cdef double found = number(value, name)
+    if found < 0:
+        raise ValueError(f"{name}: {found}, needs at least 0")
+    if 0 < found < FLT_MIN:
+        raise ValueError(f"{name}: {found}, needs 0 or at least {FLT_MIN}, float32's smallest normal number")
     return found
 
 

@@ -325,9 +325,7 @@ cdef class Problem:
         check.window(window_size, &options.window_left, &options.window_right)
         if options.causal:
             options.window_right = 0
-        options.softcap = check.number(softcap, "softcap")
-        if options.softcap < 0:
-            raise ValueError(f"softcap: {options.softcap}, needs at least 0")
+        options.softcap = check.cap(softcap, "softcap")
         options.attention_chunk = check.chunk(attention_chunk)
         options.num_splits = <int>min(check.integer(num_splits, "num_splits", 0), max(self.max_seqlen_k, 1))
         options.batch_invariant = check.flag(batch_invariant, "batch_invariant")

@@ -5,6 +5,7 @@ Each case starts from a call that works and breaks one thing. The GPU's own rule
 
 import pickle
 import re
+from fractions import Fraction
 
 import frameworks
 import ml_dtypes
@@ -157,6 +158,10 @@ RULES = [
     (dense, {"softmax_scale": zeros(1)}, TypeError, "softmax_scale: got ndarray, needs a number"),
     (dense, {"softmax_scale": float("nan")}, ValueError, "softmax_scale: nan, needs a finite number"),
     (dense, {"softmax_scale": float("inf")}, ValueError, "softmax_scale: inf, needs a finite number"),
+    (dense, {"softmax_scale": 10**400}, ValueError,
+     "softmax_scale: past every float64, needs a finite float32"),
+    (dense, {"softmax_scale": 1e39}, ValueError, "softmax_scale: 1e+39, needs a finite float32"),
+    (dense, {"softmax_scale": Fraction(-10**400)}, ValueError, "softmax_scale: past every float64"),
     (dense, {"causal": "yes"}, TypeError, "causal: got str, needs True or False"),
     (dense, {"window_size": 5}, TypeError, "window_size: got 5, needs two ints (left, right)"),
     (dense, {"window_size": (1, 2, 3)}, TypeError, "window_size: got (1, 2, 3), needs two ints (left, right)"),
@@ -166,6 +171,10 @@ RULES = [
     (dense, {"attention_chunk": -1}, ValueError, "attention_chunk: -1, needs at least 0"),
     (dense, {"softcap": -1.0}, ValueError, "softcap: -1.0, needs at least 0"),
     (dense, {"softcap": float("inf")}, ValueError, "softcap: inf, needs a finite number"),
+    (dense, {"softcap": 1e39}, ValueError, "softcap: 1e+39, needs a finite float32"),
+    (dense, {"softcap": 1e-40}, ValueError, "softcap: 1e-40, needs 0 or at least 1.17549435"),
+    (backward, {"softcap": 10**400}, ValueError, "softcap: past every float64"),
+    (dense, {"dropout_p": 10**400}, ValueError, "dropout_p: past every float64"),
     (dense, {"num_splits": -1}, ValueError, "num_splits: -1, needs at least 0"),
     (dense, {"num_splits": 2**31}, ValueError, "num_splits: 2147483648, needs at most 2147483647"),
     (dense, {"batch_invariant": 2}, TypeError, "batch_invariant: got int, needs True or False"),
