@@ -124,8 +124,8 @@ cdef forward(Problem problem, out, out_dtype, return_lse):
     cdef tuple results = (problem.q.dtype,)
     if problem.q.dtype == FP8:
         results = FP8_RESULTS
-    elif problem.narrows:
-        results = results + FP8_RESULTS
+    elif problem.narrows:  # q's own first
+        results = FP8_RESULTS if problem.q.dtype == FP8_RESULTS[0] else FP8_RESULTS[::-1]
     problem.finish()
     result = result_of(border, out, "out", out_dtype, problem.out_shape(shape), shape, "the result's shape", results)
     if out is not None:
@@ -135,8 +135,8 @@ cdef forward(Problem problem, out, out_dtype, return_lse):
     if with_lse:
         lse = border.make(problem.lse_shape(shape), shape, "float32")
         lse_view = lse.view
-    if check.empty(result.view) and problem.k_new is None:
-        return (result.array(), lse.array()) if with_lse else result.array()  # nothing to compute, or to append
+    if problem.on_gpu and check.empty(result.view) and problem.k_new is None:  # nothing to compute, or to append
+        return (result.array(), lse.array()) if with_lse else result.array()  # the CPU still looks at lengths
     if problem.narrows:
         narrow(problem)
     if problem.on_gpu:
@@ -147,6 +147,7 @@ cdef forward(Problem problem, out, out_dtype, return_lse):
         _numpy.forward(problem.q.numpy(), problem.k.numpy(), problem.v.numpy(), result.view.numpy(),
                        None if lse is None else lse.view.numpy(), batch=problem.batch,
                        max_seqlen_q=problem.max_seqlen_q, max_seqlen_k=problem.max_seqlen_k,
+                       seqused_k_name="cache_seqlens" if problem.k_name == "k_cache" else "seqused_k",
                        **problem.arrays(), **<dict>problem.options)
     return (result.array(), lse.array()) if with_lse else result.array()
 
@@ -156,22 +157,21 @@ cdef int narrow(Problem problem) except -1:
     cdef int64_t[2] scales = [problem.batch, problem.num_heads]
     cdef Output codes = problem.border.make(problem.q.ndim, problem.q.c_shape, FP8)
     cdef Output descale = problem.border.make(2, scales, "float32")
-    fill_codes(problem.border, problem.q, codes.view, descale.view, problem.cu_seqlens_q, False)
+    fill_codes(problem.border, problem.q, codes.view, descale.view, problem.cu_seqlens_q, "cu_seqlens_q", False)
     problem.q, problem.q_descale = codes.view, descale.view
     problem.narrowed = (codes, descale)
     return 0
 
 
-cdef int fill_codes(Border border, ArrayView x, ArrayView codes, ArrayView descale, ArrayView ends,
+cdef int fill_codes(Border border, ArrayView x, ArrayView codes, ArrayView descale, ArrayView ends, str ends_name,
                     bint rotated) except -1:
-    """Have a backend quantise x."""
-    if check.empty(descale):
-        return 0  # and so is x
+    """Have a backend quantise x, whose sequences begin where `ends` says, which the caller calls `ends_name`."""
     if border.device_type == DL_CUDA:
-        return _core.quantize(border, x, codes, descale, ends, rotated)
+        return 0 if check.empty(descale) else _core.quantize(border, x, codes, descale, ends, rotated)
     from fa3 import _numpy_fp8
 
-    _numpy_fp8.quantize(x.numpy(), codes.numpy(), descale.numpy(), None if ends is None else ends.numpy(), rotated)
+    _numpy_fp8.quantize(x.numpy(), codes.numpy(), descale.numpy(), None if ends is None else ends.numpy(), rotated,
+                        ends_name)
     return 0
 
 
@@ -345,7 +345,7 @@ cdef Output result_of(Border border, out, str name, out_dtype, int ndim, const i
 
     Of the dtypes of `allowed`, the first by default; `axes` says in words what the shape is.
     """
-    cdef str dtype = <str>allowed[0] if out_dtype is None else _dtypes.name_of(out_dtype)
+    cdef str dtype = <str>allowed[0] if out_dtype is None else _dtypes.name_of(out_dtype, "out_dtype")
     cdef Output result
     if dtype not in allowed:
         raise TypeError(f"out_dtype: {dtype}, needs {' or '.join(allowed)}")
@@ -397,5 +397,5 @@ def quantize(x, granularity, hadamard, cu_seqlens, stream, dtype):
     scales[1] = view.c_shape[view.ndim - 2]
     codes = border.make(view.ndim, view.c_shape, FP8)
     descale = border.make(shared, &scales[2 - shared], "float32")
-    fill_codes(border, view, codes.view, descale.view, ends, rotated)
+    fill_codes(border, view, codes.view, descale.view, ends, "cu_seqlens", rotated)
     return codes.array(), descale.array()

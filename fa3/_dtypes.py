@@ -32,16 +32,16 @@ STORAGE = {"bfloat16": "uint16", "float8_e4m3fn": "uint8"}
 _TAKEN_AS = {"uint16": "bfloat16", "void16": "bfloat16", "uint8": "float8_e4m3fn", "void8": "float8_e4m3fn"}
 
 
-def name_of(dtype):
+def name_of(dtype, argument="dtype"):
     """fa3's name of a dtype given as a name, or as an object of NumPy, ml_dtypes, JAX or PyTorch."""
     if isinstance(dtype, str):
-        return sys.intern(dtype)
+        return sys.intern(str.__str__(dtype))  # the text of a NumPy str or a StrEnum, which cannot be interned
     if type(dtype).__module__ == "torch":
         return sys.intern(str(dtype).rpartition(".")[2])
     try:
         return sys.intern(numpy.dtype(dtype).name)
-    except TypeError:
-        raise TypeError(f"dtype: expected the name of a dtype or a dtype object, got {dtype!r}") from None
+    except (TypeError, ValueError):
+        raise TypeError(f"{argument}: expected the name of a dtype or a dtype object, got {dtype!r}") from None
 
 
 def retyped(found, dtype, name):

@@ -32,7 +32,7 @@ def forward(
     q_descale=None, k_descale=None, v_descale=None, sinks=None,
     batch, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_left, window_right,
     attention_chunk, softcap, num_splits, batch_invariant, pack_gqa, sm_margin, fp8_accumulate=0, dropout_p=0.0,
-    dropout_seed=0,
+    dropout_seed=0, seqused_k_name="seqused_k",
 ):
     """Compute attention into `out` and `lse` (which may be None), appending new keys to k and v in place.
 
@@ -43,6 +43,8 @@ def forward(
         dtypes are checked by the caller; values (lengths, offsets, pages) are checked here.
     max_seqlen_k, pack_gqa, sm_margin, fp8_accumulate
         Change nothing in the result: a sequence is always computed by itself, its query heads packed.
+    seqused_k_name : str
+        What the caller calls seqused_k, for messages.
     batch_invariant
         Keeps the keys in one part: `num_splits` is cut to the batch's longest sequence before it comes here.
 
@@ -63,7 +65,7 @@ def forward(
         cu_seqlens_k_new=cu_seqlens_k_new, seqused_q=seqused_q, seqused_k=seqused_k,
         cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, page_table=page_table,
         rotary_cos=rotary_cos, rotary_seqlens=rotary_seqlens, rotate_each_query=rotate_each_query,
-        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, seqused_k_name=seqused_k_name,
     )
     dtype = np.float64 if q.dtype == np.float64 else np.float32
     num_heads, num_heads_kv = q.shape[-2], k.shape[-2]

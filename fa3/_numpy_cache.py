@@ -80,26 +80,30 @@ class Sequence:
 def find_sequences(
     q, k, *, batch, max_seqlen_q, max_seqlen_k, k_new, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new,
     seqused_q, seqused_k, cache_batch_idx, cache_leftpad, page_table, rotary_cos, rotary_seqlens, rotate_each_query,
+    seqused_k_name="seqused_k",
 ):
-    """Find every sequence's rows, or raise ValueError naming the argument that does not fit."""
+    """Find every sequence's rows, or raise ValueError naming the argument that does not fit.
+
+    flash_attn_with_kvcache hands its cache_seqlens over as seqused_k; `seqused_k_name` is what the caller says.
+    """
     query_starts, rows_q = _spans("cu_seqlens_q", cu_seqlens_q, q, batch)
     seqlens_q = _used("seqused_q", seqused_q, rows_q)
     _check_maximum("max_seqlen_q", max_seqlen_q, seqlens_q)
 
     keys, capacities = _key_rows(k, batch, cu_seqlens_k, cache_batch_idx, page_table)
-    # flash_attn_with_kvcache hands its cache_seqlens over as seqused_k; only varlen calls say seqused_k.
-    name = "seqused_k" if cu_seqlens_k is not None else "cache_seqlens (seqused_k)"
-    cached = _used(name, seqused_k, capacities)
-    if cu_seqlens_k is not None:
-        _check_maximum("max_seqlen_k", max_seqlen_k, cached)
+    cached = _used(seqused_k_name, seqused_k, capacities)
+    _check_maximum("max_seqlen_k", max_seqlen_k, cached)
 
     if k_new is None:
         new_starts, seqlens_new = [None] * batch, [0] * batch
     else:
         new_starts, seqlens_new = _spans("cu_seqlens_k_new", cu_seqlens_k_new, k_new, batch)
         for b, (length, new, capacity) in enumerate(zip(cached, seqlens_new, capacities, strict=True)):
+            if new > capacity:
+                raise ValueError(f"k: {new} rows for sequence {b}, but it has room for {capacity}")
             if length + new > capacity:
-                raise ValueError(f"{name}: sequence {b} has {length} keys and gets {new}, but has room for {capacity}")
+                raise ValueError(f"{seqused_k_name}: sequence {b} has {length} keys and gets {new}, but has room "
+                                 f"for {capacity}")
 
     leftpads = [0] * batch if cache_leftpad is None else _integers(cache_leftpad)
     for b, (leftpad, length) in enumerate(zip(leftpads, cached, strict=True)):

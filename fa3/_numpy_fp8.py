@@ -23,7 +23,7 @@ CHUNK = 1 << 18  # elements worked on at a time: 1 MiB in fp32, which stays in a
 _SEED = 738
 
 
-def quantize(x, codes, descale, cu_seqlens, hadamard):
+def quantize(x, codes, descale, cu_seqlens, hadamard, cu_seqlens_name="cu_seqlens"):
     """Fill `codes` and `descale`.
 
     Parameters
@@ -35,6 +35,8 @@ def quantize(x, codes, descale, cu_seqlens, hadamard):
     cu_seqlens : numpy.ndarray or None
         Where the sequences of a ragged x begin, for a descale (batch, heads).
     hadamard : bool
+    cu_seqlens_name : str
+        What the caller calls cu_seqlens.
 
     Raises
     ------
@@ -42,7 +44,7 @@ def quantize(x, codes, descale, cu_seqlens, hadamard):
         Where cu_seqlens does not fit; nothing has been written then.
     """
     if cu_seqlens is not None:
-        starts, lengths = cumulated("cu_seqlens", cu_seqlens, len(x))
+        starts, lengths = cumulated(cu_seqlens_name, cu_seqlens, len(x))
         spans = [slice(start, start + length) for start, length in zip(starts, lengths, strict=True)]
         sequences = [(x[span], codes[span]) for span in spans]
     elif x.ndim == 3:

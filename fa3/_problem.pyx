@@ -213,6 +213,9 @@ cdef class Problem:
         if isinstance(cache_seqlens, numbers.Integral):
             rows = check.integer(cache_seqlens, "cache_seqlens", 0)
             if self.k_new is not None and self.k_new.ndim == 4:
+                if self.k_new.c_shape[1] > room:
+                    raise ValueError(f"k: seqlen_k_new {self.k_new.c_shape[1]}, needs at most {room}, the rows of "
+                                     f"{self.k_name}")
                 room -= self.k_new.c_shape[1]
             if rows > room:
                 raise ValueError(f"cache_seqlens: {rows}, needs at most {room}, the rows of {self.k_name}"

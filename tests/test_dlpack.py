@@ -149,8 +149,8 @@ def test_results_for_an_unknown_framework():
 # ---- devices -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device, seen", [((CPU, 0), (1, 0)), ((CPU, 1), (1, 0)), ((CUDA_HOST, 0), (1, 0)), ((CUDA, 3), (2, 3)),
-                                          ((CUDA_MANAGED, 0), (2, 5))])
+@pytest.mark.parametrize("device, seen", [((CPU, 0), (1, 0)), ((CPU, 1), (1, 0)), ((CUDA_HOST, 0), (1, 0)),
+                                          ((CUDA, 3), (2, 3)), ((CUDA_MANAGED, 0), (2, 5))])
 def test_devices(device, seen, owner):
     owner.device = 5  # where the managed pages are
     border = Border(Exporter(ARRAY, device=device), "q")

@@ -3,6 +3,7 @@
 Each case starts from a call that works and breaks one thing. The GPU's own rules are in test_gpu_rules.py.
 """
 
+import enum
 import pickle
 import re
 from fractions import Fraction
@@ -17,6 +18,10 @@ from fa3._errors import raise_status
 
 BF16 = ml_dtypes.bfloat16
 FP8 = ml_dtypes.float8_e4m3fn
+
+
+class Named(enum.StrEnum):
+    SINGLE = "float32"
 
 
 def zeros(*shape, dtype=np.float32):
@@ -68,6 +73,17 @@ def fp8(**changes):
     return dense(**{"q": Q.astype(FP8), "k": K.astype(FP8), "v": V.astype(FP8), **changes})
 
 
+def narrow(**changes):
+    call = {"q": zeros(10, 4, 16, dtype=np.float16), "k": zeros(14, 2, 16, dtype=FP8), "v": zeros(14, 2, 8, dtype=FP8)}
+    return varlen(**{**call, **changes})
+
+
+def pages(**changes):
+    call = {"k": zeros(6, 4, 2, 16), "v": zeros(6, 4, 2, 8), "page_table": ints([0, 1], [2, 3]), "cu_seqlens_k": None,
+            "seqused_k": ints(7, 6)}
+    return varlen(**{**call, **changes})
+
+
 def combine(**changes):
     call = {"out_partial": zeros(3, 2, 5, 4, 8), "lse_partial": zeros(3, 2, 5, 4)}
     return fa3.flash_attn_combine(**{**call, **changes})
@@ -85,7 +101,7 @@ def varlen_backward(**changes):
     return fa3.flash_attn_varlen_backward(**{**call, **changes})
 
 
-CALLS = [dense, varlen, kvcache, append, rotary, paged, fp8, combine, backward, varlen_backward]
+CALLS = [dense, varlen, kvcache, append, rotary, paged, fp8, narrow, pages, combine, backward, varlen_backward]
 
 # (call, what to change, exception, message)
 RULES = [
@@ -208,6 +224,11 @@ RULES = [
     (dense, {"v": zeros(2, 7, 2, 16), "out": Q}, ValueError, "out: is the memory of q, needs memory of its own"),
     (dense, {"out_dtype": "float16"}, TypeError, "out_dtype: float16, needs float32"),
     (fp8, {"out_dtype": "float32"}, TypeError, "out_dtype: float32, needs bfloat16 or float16"),
+    (fp8, {"q": Q.astype(np.float16), "out_dtype": "float32"}, TypeError,
+     "out_dtype: float32, needs float16 or bfloat16"),
+    (fp8, {"q": Q.astype(BF16), "out_dtype": "float32"}, TypeError, "out_dtype: float32, needs bfloat16 or float16"),
+    (dense, {"out_dtype": 5}, TypeError, "out_dtype: expected the name of a dtype or a dtype object, got 5"),
+    (dense, {"dtype": ("f2", (1, 2, 3, "x"))}, TypeError, "dtype: expected the name of a dtype or a dtype object, got"),
     (fp8, {"out": zeros(2, 5, 4, 8)}, TypeError, "out: dtype float32, needs bfloat16 or float16"),
     (fp8, {"out": zeros(2, 5, 4, 8, dtype=BF16), "out_dtype": "float16"}, TypeError,
      "out: dtype bfloat16, needs float16"),
@@ -230,6 +251,8 @@ RULES = [
     (append, {"cache_seqlens": None}, ValueError, "cache_seqlens: got None, but k is given and needs it"),
     (append, {"cache_seqlens": 5}, ValueError,
      "cache_seqlens: 5, needs at most 4, the rows of k_cache less those of k"),
+    (append, {"cache_seqlens": 0, "k": zeros(2, 9, 2, 16), "v": zeros(2, 9, 2, 8)}, ValueError,
+     "k: seqlen_k_new 9, needs at most 7, the rows of k_cache"),
     (append, {"k": zeros(3, 2, 16)}, ValueError,
      "k: 3 dimensions, needs 4: (batch, seqlen_k_new, num_heads_kv, head_dim)"),
     (append, {"k": zeros(1, 3, 2, 16)}, ValueError, "k: batch 1, but q has 2"),
@@ -329,14 +352,22 @@ RULES = [
 ]
 
 # What only the values in memory tell; the CPU can look.
+RAGGED = (varlen, narrow, pages)
 VALUES = [
     (varlen, {"cu_seqlens_q": ints(1, 5, 10)}, "cu_seqlens_q"),
     (varlen, {"cu_seqlens_q": ints(0, 6, 5)}, "cu_seqlens_q"),
     (varlen, {"cu_seqlens_k": ints(0, 7, 15)}, "cu_seqlens_k"),
     (varlen, {"max_seqlen_q": 4}, "max_seqlen_q"),
+    (varlen, {"q": zeros(0, 4, 16), "cu_seqlens_q": ints(0, 5, 10)}, "cu_seqlens_q"),
+    (varlen, {"q": zeros(0, 4, 16), "cu_seqlens_q": ints(0, 0, 0), "cu_seqlens_k": ints(3, 7, 99)}, "cu_seqlens_k"),
+    (varlen, {"q": zeros(10, 0, 16), "cu_seqlens_k": ints(3, 7, 99)}, "cu_seqlens_k"),
+    (narrow, {"cu_seqlens_q": ints(0, 6, 5)}, "cu_seqlens_q"),
+    (narrow, {"q": zeros(10, 0, 16, dtype=np.float16), "cu_seqlens_q": ints(0, 6, 5)}, "cu_seqlens_q"),
+    (pages, {"max_seqlen_k": 6}, "max_seqlen_k"),
     (dense, {"seqused_q": ints(6, 0)}, "seqused_q"),
     (dense, {"seqused_k": ints(0, -1)}, "seqused_k"),
     (kvcache, {"cache_seqlens": ints(8, 0)}, "cache_seqlens"),
+    (append, {"k": zeros(2, 9, 2, 16), "v": zeros(2, 9, 2, 8)}, "k"),
     (kvcache, {"cache_batch_idx": ints(0, 2)}, "cache_batch_idx"),
     (kvcache, {"cache_leftpad": ints(0, 8)}, "cache_leftpad"),
     (append, {"cache_seqlens": ints(5, 0)}, "cache_seqlens"),
@@ -369,7 +400,7 @@ def test_rule(call, changes, error, message):
 
 @pytest.mark.parametrize(("call", "changes", "name"), VALUES, ids=rule_id)
 def test_value_rule_on_the_cpu(call, changes, name):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=f"^{name}: "):
         call(**changes)
 
 
@@ -384,7 +415,8 @@ def test_nothing_is_written_before_the_last_check(call, changes, name):
         assert all((x == 3).all() for x in gradients.values())
         return
     k_cache, v_cache = np.full_like(K, 3), np.full_like(V, 3)
-    out = np.full((10, 4, 8) if call is varlen else (2, 5, 4, 8), 3, np.float32)
+    rows_and_heads = changes["q"].shape[:-1] if "q" in changes else (2, 5, 4) if call not in RAGGED else (10, 4)
+    out = np.full((*rows_and_heads, 8), 3, np.float16 if call is narrow else np.float32)
     if call in (kvcache, append, rotary):
         changes = {"k_cache": k_cache, "v_cache": v_cache, **changes}
     with pytest.raises(ValueError):
@@ -396,7 +428,7 @@ def test_nothing_is_written_before_the_last_check(call, changes, name):
     {"softmax_scale": np.float32(0.5)}, {"softmax_scale": 1}, {"causal": np.True_}, {"causal": 1},
     {"window_size": [np.int64(3), 2**40 // 2**12]}, {"attention_chunk": np.int32(4)}, {"dropout_seed": 7},
     {"window_size": (2**31 - 1, 0)}, {"attention_chunk": 2**31 - 1}, {"out_dtype": np.float32},
-    {"out_dtype": np.dtype("float32")}, {"stream": None},
+    {"out_dtype": np.dtype("float32")}, {"out_dtype": np.str_("float32")}, {"dtype": Named.SINGLE}, {"stream": None},
 ])
 def test_numbers_of_other_types_are_taken(changes):
     dense(**changes)

@@ -223,7 +223,7 @@ def as_the_cpu(call):
     c, n = call.case, call.integers
     k, v = call.k.copy(), call.v.copy()
     sequences = find_sequences(
-        call.q, k, batch=c.batch, max_seqlen_q=100, max_seqlen_k=100, k_new=call.k_new, cu_seqlens_k=None,
+        call.q, k, batch=c.batch, max_seqlen_q=100, max_seqlen_k=1000, k_new=call.k_new, cu_seqlens_k=None,
         cache_leftpad=None, seqused_k=np.array(c.cached, np.int32), rotary_cos=call.cos, rotate_each_query=c.causal,
         **{name: n.get(name) for name in ("cu_seqlens_q", "cu_seqlens_k_new", "seqused_q", "cache_batch_idx",
                                           "page_table", "rotary_seqlens")})

@@ -463,6 +463,8 @@ ENDS = np.array([0, 5], np.int32)
      "cu_seqlens: ends with 9, but the array has 5 rows"),
     ({"x": X[0], "granularity": "batch_head", "cu_seqlens": np.array([0, 4, 2], np.int32)}, ValueError,
      "cu_seqlens: falls from 4 to 2"),
+    ({"x": X[0, :, :0], "granularity": "batch_head", "cu_seqlens": np.array([0, 4, 2], np.int32)}, ValueError,
+     "cu_seqlens: falls from 4 to 2"),
     ({"dtype": "bfloat16"}, TypeError, "x: dtype= says bfloat16, but the array is float16"),
 ])
 def test_refusals(changes, error, message):
