@@ -81,7 +81,7 @@ def forward(
         sinks = None if sinks is None else sinks.astype(dtype)
         dropout = Dropout(dropout_p, dropout_seed) if dropout_p > 0 else None
         for sequence in sequences:
-            if sequence.seqlen_q == 0:
+            if sequence.seqlen_q == 0 or num_heads == 0:
                 continue
             b = sequence.batch_index
             scale_out = v_descale[b] if dropout is None else v_descale[b] * dtype(dropout.scale)

@@ -58,7 +58,7 @@ def backward(
         gradient[...] = 0
     with np.errstate(all="ignore"):  # NaN and inf are values like others here
         for sequence in sequences:
-            if sequence.seqlen_q == 0:
+            if sequence.seqlen_q == 0 or num_heads == 0:
                 continue
             task = _Task(
                 q=sequence.queries(q), k=k, v=v, out=sequence.queries(out), lse=sequence.lse(lse),

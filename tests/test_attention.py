@@ -368,3 +368,17 @@ def test_no_keys_in_an_odd_layout(framework, varlen):
     out, lse = pose(framework, problem, strategies.make(problem), return_lse=True)
     assert not framework.numpy(out).any()
     assert np.isneginf(framework.numpy(lse)).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn"])
+def test_no_heads(dtype):
+    """Results are empty, and new keys go into the cache all the same."""
+    dtype = strategies.DTYPES[dtype]
+    q, cache, new = np.zeros((2, 3, 0, 16), dtype), np.zeros((2, 8, 2, 16), dtype), np.ones((2, 2, 2, 16), dtype)
+    keys, values = cache.copy(), cache.copy()
+    out, lse = fa3.flash_attn_with_kvcache(q, keys, values, k=new, v=new, cache_seqlens=3, return_lse=True,
+                                           sinks=np.zeros(0, np.float32))
+    assert out.shape == q.shape and lse.shape == (2, 0, 3)
+    cache[:, 3:5] = 1
+    assert keys.tobytes() == values.tobytes() == cache.tobytes()
+    assert fa3.flash_attn_func(q, keys, values).shape == q.shape

@@ -319,3 +319,10 @@ def test_case_7(framework, shape, causal):
     reference.assert_lse_close(framework.numpy(case.inputs["lse"]), exact.lse)
     gradients = [framework.numpy(x) for x in case.gradients()]
     reference_gradients.assert_gradients_close(*gradients, None, exact, naive)
+
+
+def test_no_heads():
+    q, k = np.zeros((2, 3, 0, 16), np.float32), np.ones((2, 8, 2, 16), np.float32)
+    gradients = fa3.flash_attn_backward(q, q, k, k, q, np.zeros((2, 0, 3), np.float32), sinks=np.zeros(0, np.float32))
+    assert [x.shape for x in gradients] == [q.shape, k.shape, k.shape, (0,)]
+    assert not any(x.any() for x in gradients)
