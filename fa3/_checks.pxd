@@ -24,7 +24,7 @@ cdef int shape(ArrayView view, str name, int needed_ndim, const int64_t *needed,
 cdef int same_size(int64_t size, str name, str axis, int64_t other_size, str other_name) except -1
 cdef int contiguous_rows(ArrayView view, str name) except -1
 cdef int no_overlap(ArrayView view, str name) except -1
-cdef int not_input(ArrayView view, str name, ArrayView other, str other_name) except -1
+cdef int apart(ArrayView view, str name, ArrayView other, str other_name) except -1
 cdef int fits(int64_t size, str name, str axis) except -1
 cdef int head_dims(int64_t head_dim, int64_t head_dim_v, str q_dtype, bint has_qv, str v_name) except -1
 cdef int quantized_head_dim(int64_t head_dim) except -1

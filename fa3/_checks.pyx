@@ -4,9 +4,10 @@
 Every message names the argument, what it got, and what it needs: ``k: head_dim 96, but q has 128``. Every call pays
 for these rules, so they look at C numbers, and make objects only for a message.
 """
+cimport cython
 from libc.float cimport FLT_MIN
 from libc.math cimport isfinite
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uintptr_t
 
 from fa3._view cimport ArrayView
 
@@ -28,6 +29,7 @@ cdef enum:
     MAX_LATENT_HEAD_DIM_V = 512       # and v's
     MAX_QUANTIZED_HEAD_DIM = 576      # the largest that any attention takes
     MAX_INT = 0x7fffffff              # what the C interface's 32 bits hold
+    MAX_TRIES = 100000                # to tell two arrays apart: less than a millisecond
     MAX_ROWS = 1 << 30                # of a sequence, so that positions and a window add up in 32 bits
 
 cdef object MAX_SEED = 2**64 - 1
@@ -256,11 +258,91 @@ cdef int no_overlap(ArrayView view, str name) except -1:
     return 0
 
 
-cdef int not_input(ArrayView view, str name, ArrayView other, str other_name) except -1:
-    """Not the memory of an input, which is read while `out` is written. Looks only for the slip of out=q."""
-    if view.data == other.data and not empty(view) and not empty(other):
-        raise ValueError(f"{name}: is the memory of {other_name}, needs memory of its own")
+cdef void extent(ArrayView view, uintptr_t *lowest, uintptr_t *end) noexcept:
+    """The addresses between which the elements of an array lie."""
+    cdef int64_t distance
+    cdef int axis
+    lowest[0] = end[0] = view.data
+    for axis in range(view.ndim):
+        distance = view.c_strides[axis] * (view.c_shape[axis] - 1) * view.itemsize
+        if distance < 0:
+            lowest[0] += distance
+        else:
+            end[0] += distance
+    end[0] += view.itemsize
+
+
+cdef int apart(ArrayView view, str name, ArrayView other, str other_name) except -1:
+    """No byte in common: not with an input, which is read while `out` is written, nor of two results.
+
+    Arrays may interleave, as q, k and v of one packed array do.
+    """
+    cdef uintptr_t lowest, end, other_lowest, other_end
+    if other is None or empty(view) or empty(other):
+        return 0
+    extent(view, &lowest, &end)
+    extent(other, &other_lowest, &other_end)
+    if (lowest < other_end and other_lowest < end
+            and meet(view, other, <int64_t>other_end - <int64_t>lowest - 1)):
+        raise ValueError(f"{name}: shares memory with {other_name}, needs memory of its own")
     return 0
+
+
+cdef bint meet(ArrayView view, ArrayView other, int64_t distance) noexcept:
+    """Whether two arrays have a byte in common; `distance` is from the first byte of `view` to the last of `other`.
+
+    Counted from there, up in `view` and down in `other`, each dimension is so many equal steps, and so are the bytes
+    of an element: steps that add up to the distance meet. Dimensions of one stride are one; arrays of one layout have
+    few then, of which each leaves few counts of the next smaller open.
+    """
+    cdef int64_t[2 * MAX_NDIM + 1] steps
+    cdef int64_t[2 * MAX_NDIM + 1] counts
+    cdef int count = 1, tries = MAX_TRIES
+    steps[0], counts[0] = 1, view.itemsize + other.itemsize - 2
+    count = add_steps(steps, counts, count, view)
+    count = add_steps(steps, counts, count, other)
+    return add_up(steps, counts, count - 1, distance, &tries)
+
+
+cdef int add_steps(int64_t *steps, int64_t *counts, int count, ArrayView view) noexcept:
+    """Add the steps of an array's dimensions to a list in order of their size; returns how many sizes there are."""
+    cdef int64_t step
+    cdef int axis, place, i
+    for axis in range(view.ndim):
+        step = abs(view.c_strides[axis]) * view.itemsize
+        if step == 0 or view.c_shape[axis] == 1:
+            continue
+        place = count
+        while steps[place - 1] > step:
+            place -= 1
+        if steps[place - 1] == step:
+            counts[place - 1] += view.c_shape[axis] - 1
+            continue
+        for i in range(count, place, -1):
+            steps[i], counts[i] = steps[i - 1], counts[i - 1]
+        steps[place], counts[place] = step, view.c_shape[axis] - 1
+        count += 1
+    return count
+
+
+@cython.cdivision(True)
+cdef bint add_up(const int64_t *steps, const int64_t *counts, int last, int64_t distance, int *tries) noexcept:
+    """Whether some of the steps up to the `last` come to the distance; what takes too many tries counts as if so."""
+    cdef int64_t below = 0, least, most, taken
+    cdef int i
+    tries[0] -= 1
+    if tries[0] < 0:
+        return True
+    if last == 0:  # single bytes
+        return distance <= counts[0]
+    for i in range(last):
+        below += steps[i] * counts[i]
+    most = min(counts[last], distance // steps[last])
+    least = 0 if distance <= below else (distance - below - 1) // steps[last] + 1
+    for taken in range(least, most + 1):
+        if add_up(steps, counts, last - 1, distance - taken * steps[last], tries):
+            return True
+    return False
 
 
 cdef int fits(int64_t size, str name, str axis) except -1:

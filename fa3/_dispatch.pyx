@@ -129,9 +129,12 @@ cdef forward(Problem problem, out, out_dtype, return_lse):
     problem.finish()
     result = result_of(border, out, "out", out_dtype, problem.out_shape(shape), shape, "the result's shape", results)
     if out is not None:
-        check.not_input(result.view, "out", problem.q, "q")
-        check.not_input(result.view, "out", problem.k, problem.k_name)
-        check.not_input(result.view, "out", problem.v, problem.v_name)
+        check.apart(result.view, "out", problem.q, "q")
+        check.apart(result.view, "out", problem.k, problem.k_name)
+        check.apart(result.view, "out", problem.v, problem.v_name)
+        check.apart(result.view, "out", problem.qv, "qv")
+        check.apart(result.view, "out", problem.k_new, "k")
+        check.apart(result.view, "out", problem.v_new, "v")
     if with_lse:
         lse = border.make(problem.lse_shape(shape), shape, "float32")
         lse_view = lse.view
@@ -204,8 +207,8 @@ def combine(out_partial, lse_partial, out, out_dtype):
         raise ValueError("out_partial: splits 0, needs at least 1")
     result = result_of(border, out, "out", out_dtype, 4, parts.c_shape + 1, "the result's shape", COMBINED)
     if out is not None:
-        check.not_input(result.view, "out", parts, "out_partial")
-        check.not_input(result.view, "out", lse_parts, "lse_partial")
+        check.apart(result.view, "out", parts, "out_partial")
+        check.apart(result.view, "out", lse_parts, "lse_partial")
     lse = border.make(3, parts.c_shape + 1, "float32")
     if border.device_type == DL_CPU:
         from fa3 import _numpy
@@ -268,7 +271,8 @@ cdef backward(Problem problem, dout, out, lse, dlse, deterministic, dq, dk, dv, 
     if dlse is not None:
         dlse_view = like_lse(problem, dlse, "dlse")
     problem.finish()
-    inputs = ((problem.q, "q"), (problem.k, "k"), (problem.v, "v"), (dout_view, "dout"), (out_view, "out"))
+    inputs = ((problem.q, "q"), (problem.k, "k"), (problem.v, "v"), (dout_view, "dout"), (out_view, "out"),
+              (lse_view, "lse"), (dlse_view, "dlse"))
     gradients = [gradient_of(border, dq, "dq", problem.q, "q", inputs),
                  gradient_of(border, dk, "dk", problem.k, "k", inputs),
                  gradient_of(border, dv, "dv", problem.v, "v", inputs)]
@@ -328,16 +332,16 @@ cdef Output gradient_of(Border border, array, str name, ArrayView of, str of_nam
     cdef Output gradient = result_of(border, array, name, None, of.ndim, of.c_shape, f"{of_name}'s shape", (of.dtype,))
     if array is not None:
         for view, input_name in inputs:
-            check.not_input(gradient.view, name, <ArrayView>view, <str>input_name)
+            check.apart(gradient.view, name, <ArrayView>view, <str>input_name)
     return gradient
 
 
 cdef int apart(list gradients) except -1:
     """No gradient in the memory of another."""
     cdef Output dq = gradients[0], dk = gradients[1], dv = gradients[2]
-    check.not_input(dk.view, "dk", dq.view, "dq")
-    check.not_input(dv.view, "dv", dq.view, "dq")
-    return check.not_input(dv.view, "dv", dk.view, "dk")
+    check.apart(dk.view, "dk", dq.view, "dq")
+    check.apart(dv.view, "dv", dq.view, "dq")
+    return check.apart(dv.view, "dv", dk.view, "dk")
 
 
 cdef Output result_of(Border border, out, str name, out_dtype, int ndim, const int64_t *shape, str axes, tuple allowed):
