@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import ml_dtypes
@@ -15,7 +16,7 @@ DTYPES = {"fp8": np.dtype(ml_dtypes.float8_e4m3fn), "fp16": np.dtype(np.float16)
 
 
 # Options of the forward that change no gradient.
-_FORWARD_ALONE = ("num_splits", "batch_invariant", "pack_gqa", "out_dtype", "return_lse")
+_FORWARD_ALONE = ("num_splits", "batch_invariant", "pack_gqa", "fp8_accumulate", "out_dtype", "return_lse")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Problem:
     page_size: int = 0
     options: dict = field(default_factory=dict)  # plain values for the call, by the public functions' names
     arrays: dict = field(default_factory=dict)  # likewise, arrays that go to the device
+    backward_options: dict = field(default_factory=dict)  # plain values for the gradients' call alone
 
     @property
     def packed(self) -> Packed:
@@ -102,7 +104,7 @@ class Problem:
             "causal" if self.formula.masking.causal else "full" if self.formula.masking.is_full else "masked",
         ]
         parts += [name if value is True else f"{name} {value}"
-                  for name, value in self.options.items() if name != "causal"]
+                  for name, value in (self.options | self.backward_options).items() if name != "causal"]
         parts += self.arrays
         if self.page_size:
             parts.append(f"page_size {self.page_size}")
@@ -135,6 +137,7 @@ class Problem:
         if given:
             raise ValueError(f"--backward: given with --{given[0]}, which is of the forward alone")
         options = {name: value for name, value in self.options.items() if name not in _FORWARD_ALONE}
+        options |= self.backward_options
         options |= {name: device.put(array) for name, array in self.arrays.items()}
         named = device.named_dtype(self.q.dtype)
         if named is not None:
@@ -165,6 +168,11 @@ class Problem:
 
 def make_problem(args) -> Problem:
     """Turn the parsed flags of ``fa3 run`` into lengths, random arrays and options."""
+    for name in ("num_heads", "num_heads_k", "head_size", "head_size_v"):
+        if getattr(args, name) == 0:
+            raise ValueError(f"--{name}: 0, needs at least 1")
+    if args.deterministic and not args.backward:
+        raise ValueError("--deterministic: given without --backward, which alone can take it")
     rng = np.random.default_rng(args.seed)
     q_lengths, k_lengths = _lengths(args, rng)
     dtype = DTYPES[args.dtype]
@@ -201,7 +209,8 @@ def make_problem(args) -> Problem:
     formula = Formula(scale, masking, args.softcap, arrays.get("sinks"), arrays.get("q_descale"),
                       arrays.get("k_descale"), arrays.get("v_descale"), args.dropout_p, _dropout_seed(args) or 0)
     options = {name: value for name, (value, default) in _options(args).items() if value != default}
-    return Problem(args.dtype, q_lengths, k_lengths, q, k, v, qv, formula, args.page_size, options, arrays)
+    return Problem(args.dtype, q_lengths, k_lengths, q, k, v, qv, formula, args.page_size, options, arrays,
+                   {"deterministic": True} if args.deterministic else {})
 
 
 def _options(args):
@@ -216,6 +225,7 @@ def _options(args):
         "batch_invariant": (args.batch_invariant, False),
         "pack_gqa": (args.pack_gqa, None),
         "sm_margin": (args.sm_margin, 0),
+        "fp8_accumulate": (args.fp8_accumulate, None),
         "dropout_p": (args.dropout_p, 0.0),
         "dropout_seed": (_dropout_seed(args), None),
         "out_dtype": (None if args.out_dtype is None else DTYPES[args.out_dtype].name, None),
@@ -229,11 +239,15 @@ def _dropout_seed(args):
 
 
 def _lengths(args, rng):
+    if args.seqlens is not None and args.seqlens_file is not None:
+        raise ValueError("--seqlens: given with --seqlens_file, which says the lengths too")
     if args.seqlens is not None or args.seqlens_file is not None:
         given = _given_lengths(args.seqlens, args.seqlens_file)
         q_allocated, k_allocated = given, given if args.seqlens_k is None else parse_seqlens(args.seqlens_k)
         if len(k_allocated) != len(q_allocated):
-            raise ValueError(f"--seqlens_k: {len(k_allocated)} lengths, but --seqlens has {len(q_allocated)}")
+            raise ValueError(f"--seqlens_k: {len(k_allocated)} lengths, but the queries have {len(q_allocated)}")
+    elif args.seqlens_k is not None:
+        raise ValueError("--seqlens_k: given without --seqlens or --seqlens_file, and needs the queries' lengths")
     else:
         max_q = args.max_seqlen_q
         max_k = max_q if args.max_seqlen_k is None else args.max_seqlen_k
@@ -267,11 +281,18 @@ def parse_seqlens(text: str) -> np.ndarray:
 def _given_lengths(text, path):
     if text is not None:
         return parse_seqlens(text)
-    content = json.loads(Path(path).read_text())
-    cumulative = np.array(content["cu_seqlens"] if isinstance(content, dict) else content, dtype=np.int64)
-    if cumulative.ndim != 1 or cumulative.size == 0 or cumulative[0] != 0 or (np.diff(cumulative) < 0).any():
-        raise ValueError(f"--seqlens_file: {path} needs a list of cumulative lengths that starts at 0 and never falls")
-    return np.diff(cumulative)
+    ends = json.loads(Path(path).read_text())
+    if isinstance(ends, dict):
+        ends = ends.get("cu_seqlens")
+    if not _are_cumulative(ends):
+        raise ValueError(f"--seqlens_file: {path} needs a list of cumulative lengths that starts at 0 and never falls, "
+                         'or {"cu_seqlens": list}')
+    return np.diff(np.array(ends, dtype=np.int64))
+
+
+def _are_cumulative(ends):
+    return (isinstance(ends, list) and all(type(end) is int for end in ends) and ends[:1] == [0]
+            and all(end <= following for end, following in pairwise(ends)))
 
 
 def _in_use(lengths):

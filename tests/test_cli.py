@@ -54,6 +54,9 @@ OPTIONS = {
     "backward": "--backward --bf16 --head_size_v 48 --num_splits 2 --batch_invariant --no_pack_gqa",
     "backward, left window": "--backward --causal --window_size 9 -1 --softcap 5.5 --softmax_scale 0.5",
     "backward, everything": "--backward --attention_chunk 32 --sinks --seqused_q --seqused_k --dropout_p 0.2",
+    "backward, deterministic": "--backward --deterministic --causal",
+    "fp8 sums": "--fp8 --fp8_accumulate 64",
+    "lengths of keys": "--seqlens 40x2,7 --seqlens_k 70,3x2",
     "fp8 latent": "--fp8 --qv --q_descale 0.5 --k_descale 4 --v_descale 0.25 --return_lse",
     "fp8 descales": "--fp8 --q_descale 0.5 --k_descale 2.5 --v_descale 3 --out_dtype fp16",
 }
@@ -259,6 +262,15 @@ def test_a_small_budget_checks_gradients_on_a_sample():
     ("--seqlens 3,x", "ValueError: --seqlens"),
     ("--seqlens_file no-such-file.json", "FileNotFoundError: "),
     ("--q_descale 1", "ValueError: q_descale"),
+    ("--num_heads 0", "ValueError: --num_heads: 0, needs at least 1"),
+    ("--num_heads_k 0", "ValueError: --num_heads_k: 0, needs at least 1"),
+    ("--head_size 0", "ValueError: --head_size: 0, needs at least 1"),
+    ("--head_size_v 0", "ValueError: --head_size_v: 0, needs at least 1"),
+    ("--seqlens_k 3", "ValueError: --seqlens_k: given without --seqlens or --seqlens_file"),
+    ("--seqlens 3 --seqlens_k 3,4", "ValueError: --seqlens_k: 2 lengths, but the queries have 1"),
+    ("--seqlens 3 --seqlens_file no-such-file.json", "ValueError: --seqlens: given with --seqlens_file"),
+    ("--deterministic", "ValueError: --deterministic: given without --backward"),
+    ("--fp8_accumulate 64", "ValueError: fp8_accumulate: 64, needs None with q of dtype float16"),
 ])
 def test_refusals_exit_2_with_one_line(flags, words, capsys):
     assert run(f"{FEW} {flags}") == cli.ERROR == 2
@@ -288,6 +300,28 @@ def test_lengths_from_a_file(tmp_path, capsys):
     path.write_text(json.dumps({"cu_seqlens": [0, 64, 112, 112, 176]}))
     assert run(f"--seqlens_file {path} --num_heads 2 --head_size 32 --no_time") == 0
     assert "batch_size 4, seqlen_q 0…64 (176 tokens)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [{}, {"lengths": [0, 3]}, {"cu_seqlens": "0"}, {"cu_seqlens": None}, [], [1, 2],
+                                     [0, 3, 2], [0, 1.5], [0, None], [[0, 1]], 3, [0, True]])
+def test_a_file_without_lengths(tmp_path, capsys, content):
+    path = tmp_path / "lengths.json"
+    path.write_text(json.dumps(content))
+    assert run(f"--seqlens_file {path}") == cli.ERROR
+    assert "ValueError: --seqlens_file: " in capsys.readouterr().err
+
+
+def test_deterministic_goes_to_the_backward(monkeypatch, capsys):
+    seen, backward = [], fa3.flash_attn_varlen_backward
+
+    def watched(*arrays, **options):
+        seen.append(options.get("deterministic"))
+        return backward(*arrays, **options)
+
+    monkeypatch.setattr(fa3, "flash_attn_varlen_backward", watched)
+    assert run(f"{FEW} --backward --deterministic") == run(f"{FEW} --backward") == 0
+    assert seen == [True, None]
+    assert "deterministic, backward" in capsys.readouterr().out.splitlines()[0]
 
 
 def test_parse_seqlens():
