@@ -185,12 +185,30 @@ cdef int take_metadata(Border border, array) except -1:
     return check.shape(view, "scheduler_metadata", 1, &METADATA, "(16,), as of get_scheduler_metadata")
 
 
-def scheduler_metadata(batch, cache_seqlens, stream):
+def scheduler_metadata(
+    batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, cache_seqlens,
+    headdim_v, page_size, max_seqlen_k_new, causal, window_size, attention_chunk, has_softcap, num_splits,
+    pack_gqa, sm_margin, stream,
+):
     """`fa3.get_scheduler_metadata`."""
     cdef Border border = border_of(cache_seqlens, "cache_seqlens", stream, None)
-    cdef int64_t sequences = check.integer(batch, "batch", 0)
+    cdef int64_t sequences = check.integer(batch_size, "batch_size", 0)
+    cdef int left, right
     check.dtype(border.view, "cache_seqlens", INT32)
-    check.shape(border.view, "cache_seqlens", 1, &sequences, "(batch,)")
+    check.shape(border.view, "cache_seqlens", 1, &sequences, "(batch_size,)")
+    for name, size, least in (
+            ("max_seqlen_q", max_seqlen_q, 0), ("max_seqlen_k", max_seqlen_k, 0), ("num_heads_q", num_heads_q, 0),
+            ("num_heads_kv", num_heads_kv, 1), ("headdim", headdim, 1), ("headdim_v", headdim_v, 1),
+            ("page_size", page_size, 1), ("max_seqlen_k_new", max_seqlen_k_new, 0), ("num_splits", num_splits, 0),
+            ("sm_margin", sm_margin, 0)):
+        if size is not None or name not in ("headdim_v", "page_size"):
+            check.integer(size, name, least)
+    check.flag(causal, "causal")
+    check.window(window_size, &left, &right)
+    check.chunk(attention_chunk)
+    check.flag(has_softcap, "has_softcap")
+    if pack_gqa is not None:
+        check.flag(pack_gqa, "pack_gqa")
     return border.make(1, &METADATA, "int32").array()
 
 

@@ -247,26 +247,28 @@ def flash_attn_combine(out_partial, lse_partial, *, out=None, out_dtype=None):
 
 
 def get_scheduler_metadata(
-    batch, max_seqlen_q, max_seqlen_k, num_heads, num_heads_kv, head_dim, cache_seqlens, *,
-    head_dim_v=None, dtype="bfloat16", cu_seqlens_q=None, page_size=None, causal=False, window_size=(-1, -1),
-    attention_chunk=0, num_splits=0, pack_gqa=None, sm_margin=0, stream=None,
+    batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, cache_seqlens, *,
+    qkv_dtype="bfloat16", headdim_v=None, cu_seqlens_q=None, cu_seqlens_k_new=None, cache_leftpad=None,
+    page_size=None, max_seqlen_k_new=0, causal=False, window_size=(-1, -1), attention_chunk=0, has_softcap=False,
+    num_splits=0, pack_gqa=None, sm_margin=0, stream=None,
 ):
     """An array for the ``scheduler_metadata`` of later calls, of which none needs it.
 
     FlashAttention-3 prepares a schedule once for all layers of a decoding step, by a kernel of its own. Here each
     thread block finds its work from the lengths in device memory as it goes, and the host chooses tiles and splits
     from shapes alone, within microseconds. So this launches nothing and reads nothing: code that was written for
-    FlashAttention keeps working, and may reuse the array for as long as it likes, also in CUDA graphs.
+    FlashAttention keeps working, and may reuse the array for as long as it likes, also in CUDA graphs. The names are
+    FlashAttention-3's.
 
     Parameters
     ----------
-    batch, max_seqlen_q, max_seqlen_k, num_heads, num_heads_kv, head_dim : int
-        The sizes of the calls to come. All but `batch` are of no account.
-    cache_seqlens : array (batch,), int32
+    batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim : int
+        The sizes of the calls to come. All but `batch_size` are of no account.
+    cache_seqlens : array (batch_size,), int32
         Names the framework and the device.
-    head_dim_v, dtype, cu_seqlens_q, page_size, causal, window_size : optional
-    attention_chunk, num_splits, pack_gqa, sm_margin : optional
-        Of no account.
+    qkv_dtype, headdim_v, cu_seqlens_q, cu_seqlens_k_new, cache_leftpad, page_size, max_seqlen_k_new : optional
+    causal, window_size, attention_chunk, has_softcap, num_splits, pack_gqa, sm_margin : optional
+        Of no account; numbers are checked as in the calls to come.
     stream : int or stream object, optional
         CUDA stream that the array is made on. Default: the current stream of cache_seqlens' framework.
 
@@ -280,4 +282,7 @@ def get_scheduler_metadata(
     TypeError, ValueError, BufferError, CudaError
         As `flash_attn_func`.
     """
-    return _dispatch.scheduler_metadata(batch, cache_seqlens, stream)
+    return _dispatch.scheduler_metadata(
+        batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, cache_seqlens,
+        headdim_v, page_size, max_seqlen_k_new, causal, window_size, attention_chunk, has_softcap, num_splits,
+        pack_gqa, sm_margin, stream)

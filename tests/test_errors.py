@@ -462,14 +462,41 @@ def test_scheduler_metadata(framework):
     assert outs[0].tobytes() == outs[1].tobytes()
 
 
+METADATA = {"batch_size": 3, "max_seqlen_q": 1, "max_seqlen_k": 7, "num_heads_q": 4, "num_heads_kv": 2, "headdim": 64,
+            "cache_seqlens": ints(3, 0, 7)}
+
+
+def test_scheduler_metadata_takes_the_names_of_flashattention():
+    more = {"qkv_dtype": BF16, "headdim_v": 64, "cu_seqlens_q": ints(0, 1, 2, 3), "cu_seqlens_k_new": None,
+            "cache_leftpad": ints(0, 0, 0), "page_size": 16, "max_seqlen_k_new": 1, "causal": True,
+            "window_size": (-1, -1), "attention_chunk": 0, "has_softcap": False, "num_splits": 0, "pack_gqa": None,
+            "sm_margin": 0}
+    for given in (METADATA, METADATA | more):
+        metadata = fa3.get_scheduler_metadata(**given)
+        assert metadata.shape == (16,) and metadata.dtype == np.int32
+
+
 @pytest.mark.parametrize(("changes", "error", "message"), [
-    ({"batch": 2}, ValueError, "cache_seqlens: shape (3,), needs (2,)"), ({"batch": "3"}, TypeError, "batch: "),
+    ({"batch_size": 2}, ValueError, "cache_seqlens: shape (3,), needs (2,): (batch_size,)"),
+    ({"batch_size": "3"}, TypeError, "batch_size: "),
     ({"cache_seqlens": np.zeros(3, np.int64)}, TypeError, "cache_seqlens: dtype int64, needs int32"),
-    ({"cache_seqlens": 3}, TypeError, "cache_seqlens: expected an array")])
+    ({"cache_seqlens": 3}, TypeError, "cache_seqlens: expected an array"),
+    ({"max_seqlen_q": "a"}, TypeError, "max_seqlen_q: got str, needs an int"),
+    ({"max_seqlen_k": None}, TypeError, "max_seqlen_k: got NoneType, needs an int"),
+    ({"num_heads_q": -1}, ValueError, "num_heads_q: -1, needs at least 0"),
+    ({"num_heads_kv": 0}, ValueError, "num_heads_kv: 0, needs at least 1"),
+    ({"headdim": 0}, ValueError, "headdim: 0, needs at least 1"),
+    ({"headdim_v": 0}, ValueError, "headdim_v: 0, needs at least 1"),
+    ({"page_size": 0}, ValueError, "page_size: 0, needs at least 1"),
+    ({"max_seqlen_k_new": -1}, ValueError, "max_seqlen_k_new: -1, needs at least 0"),
+    ({"causal": "yes"}, TypeError, "causal: got str"), ({"has_softcap": 1.5}, TypeError, "has_softcap: got float"),
+    ({"window_size": "zz"}, TypeError, "window_size[0]: got str"),
+    ({"attention_chunk": -1}, ValueError, "attention_chunk: -1"), ({"num_splits": -1}, ValueError, "num_splits: -1"),
+    ({"pack_gqa": 3}, TypeError, "pack_gqa: got int"), ({"sm_margin": 0.5}, TypeError, "sm_margin: got float"),
+])
 def test_scheduler_metadata_of_what_does_not_fit(changes, error, message):
-    call = {"batch": 3, "cache_seqlens": np.zeros(3, np.int32)} | changes
     with pytest.raises(error, match=re.escape(message)):
-        fa3.get_scheduler_metadata(call["batch"], 1, 7, 4, 2, 64, call["cache_seqlens"])
+        fa3.get_scheduler_metadata(**METADATA | changes)
 
 
 # Status codes.
