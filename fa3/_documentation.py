@@ -35,7 +35,7 @@ qv : array, q's shape with head_dim_v, q's dtype, optional
 q_descale, k_descale, v_descale : array, float32, optional
     Factors of fp8 operands, q ≈ q_descale·q: one (shape ()), one for each KV head (num_heads_kv,), or for
     each sequence and KV head (batch, num_heads_kv); q_descale also by query head, (num_heads,) or
-    (batch, num_heads). Any strides, 0 included.""",
+    (batch, num_heads). Any strides, 0 included. On the CPU a number is taken for shape ().""",
     "seqused_q": """\
 seqused_q : array (batch,), int32, optional
     How many of each sequence's query rows are in use, from its first row on.""",

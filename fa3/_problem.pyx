@@ -22,6 +22,7 @@ cdef str FP8 = _dtypes.FP8
 cdef tuple HALF = _dtypes.HALF
 cdef tuple INT32 = ("int32",)
 cdef tuple FLOAT32 = ("float32",)
+cdef type NUMPY_NUMBER = numpy.generic  # an array's item, or 0-d arrays after arithmetic
 cdef tuple SEEDS = ("int64", "uint64", "int32", "uint32")
 
 
@@ -271,6 +272,11 @@ cdef class Problem:
         cdef bint fits
         if array is None:
             return None
+        if type(array) is float or type(array) is int or isinstance(array, NUMPY_NUMBER):
+            number = check.number(array, name)
+            if self.on_gpu:  # to make an array there would be a copy, and no part of a graph
+                raise TypeError(f"{name}: got {type(array).__name__}, needs an array on the GPU")
+            array = numpy.array(number, "float32")
         view = self.border.take(array, name)
         if (self.q.dtype if name == "q_descale" else self.backend_dtype()) != FP8:
             raise ValueError(f"{name}: needs q of dtype {FP8}, but q has {self.q.dtype}")

@@ -230,6 +230,20 @@ def check_the_backward_looks_at_lse(gpu):
         raise AssertionError("no TypeError")
 
 
+def check_descales_that_are_numbers(gpu):
+    import torch
+
+    import fa3
+
+    eight = {name: gpu.tensor(x.to(torch.float8_e4m3fn)) for name, x in dense(gpu).items()}
+    try:
+        fa3.flash_attn_func(**eight, q_descale=1.0)
+    except TypeError as error:
+        assert str(error) == "q_descale: got float, needs an array on the GPU", error
+    else:
+        raise AssertionError("no TypeError")
+
+
 def check_failure(gpu):
     import fa3
 

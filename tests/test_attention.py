@@ -349,6 +349,15 @@ def test_dtype_names_what_bytes_are():
     assert out.tobytes() == expected_out.tobytes()
 
 
+@pytest.mark.parametrize("number", [float, np.float32, np.float64, lambda x: int(2 * x)])
+def test_descales_that_are_numbers(number):
+    arrays = strategies.make(Problem(seqlens_q=(5,), seqlens_k=(7,), dtype="float8_e4m3fn"))
+    values = {"q_descale": number(0.5), "k_descale": number(2.5), "v_descale": number(3)}
+    out, expected = (fa3.flash_attn_func(arrays.q, arrays.k, arrays.v, **descales)
+                     for descales in (values, {name: np.array(x, "f") for name, x in values.items()}))
+    assert out.tobytes() == expected.tobytes()
+
+
 @every_backend
 @pytest.mark.parametrize(("rows", "num_splits"), [(3, 1), (400, 3)])
 def test_a_row_that_sees_only_nan_is_nan(framework, rows, num_splits):
