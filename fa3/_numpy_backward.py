@@ -218,7 +218,7 @@ class _Task:
     def sink_weights(self, rows, heads):
         """The share of each row's softmax that its head's sink has."""
         sinks = np.repeat(self.sinks[heads], len(rows.begin)).reshape(rows.shift.shape)
-        return np.exp(sinks - rows.shift)
+        return np.where(sinks == rows.shift, 1, np.exp(sinks - rows.shift))  # inf takes all
 
     def sharpen(self, rows, heads, keys, tile_k, scratch):
         """Make up for what the fp32 lse lacks in fp64: P of a row sums to 1 with its sink.

@@ -78,7 +78,7 @@ class OnlineSoftmax:
         shift = np.where(new_max == -np.inf, 0, new_max)
         s -= shift
         p = np.exp(s, out=s)
-        correction = np.exp(self.row_max - shift)
+        correction = np.where(self.row_max == new_max, 1, np.exp(self.row_max - shift))  # both inf: a sink's
         self.row_sum *= correction
         self.row_sum += np.matmul(p, np.ones(n_last - n_first, p.dtype))[..., None]
         self.acc *= correction
@@ -141,7 +141,7 @@ def merge(outs, lses):
     """Join results over disjoint keys: outs, a list of (…, dim), and lses (splits, …) become one of each."""
     lse_max = lses.max(axis=0)
     lse_max = np.where(lse_max == -np.inf, 0, lse_max)
-    weights = np.exp(lses - lse_max)
+    weights = np.where(lses == lse_max, 1, np.exp(lses - lse_max))  # inf - inf is NaN, of a sink too
     total = weights.sum(axis=0)
     divisor = np.where(total == 0, 1, total)
     merged = np.zeros_like(outs[0])

@@ -379,6 +379,19 @@ def test_no_keys_in_an_odd_layout(framework, varlen):
     assert np.isneginf(framework.numpy(lse)).all()
 
 
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_an_infinite_sink_takes_all(dtype, num_splits):
+    """On the CPU. The other head is as it would be without."""
+    q, k, v, dout = np.random.default_rng(0).standard_normal((4, 1, 600, 2, 16)).astype(dtype)
+    sinks = np.array([np.inf, 0.5], np.float32)
+    out, lse = fa3.flash_attn_func(q, k, v, sinks=sinks, num_splits=num_splits, return_lse=True)
+    assert not out[:, :, 0].any() and (lse[:, 0] == np.inf).all() and np.isfinite(lse[:, 1]).all()
+    *gradients, dsinks = fa3.flash_attn_backward(dout, q, k, v, out, lse, sinks=sinks, dlse=np.ones_like(lse))
+    assert not any(x[:, :, 0].any() for x in gradients) and all(np.isfinite(x).all() for x in gradients)
+    assert dsinks[0] == 600 and np.isfinite(dsinks[1])
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float8_e4m3fn"])
 def test_no_heads(dtype):
     """Results are empty, and new keys go into the cache all the same."""
