@@ -57,6 +57,7 @@ struct BackwardLaunch {
       if (auto status = main_kernel()) return status;
     if (plan.query_tiles)
       if (auto status = finish_queries()) return status;
+    if (auto status = clear(params.dq, params.queries, params.num_heads, params.head_dim)) return status;
     if (auto status = clear(params.dk, params.keys, params.num_heads_kv, params.head_dim)) return status;
     return clear(params.dv, params.keys, params.num_heads_kv, params.head_dim_v);
   }
@@ -141,14 +142,12 @@ struct BackwardLaunch {
     args.head_dim = p.head_dim;
     args.softmax_scale = p.softmax_scale;
     if (auto status = checked(variant.convert(args, stream), "convert_dq")) return status;
-    if (p.sinks)
-      if (auto status = checked(sum_sinks(scratch, p.num_heads, p.dsinks, stream), "sum_sinks")) return status;
-    return clear(p.dq, p.queries, p.num_heads, p.head_dim);
+    return p.sinks ? checked(sum_sinks(scratch, p.num_heads, p.dsinks, stream), "sum_sinks") : FA3_OK;
   }
 
-  /// What no sequence has in use.
+  /// What no sequence has in use: all rows of a ragged batch without sequences.
   fa3_status clear(const fa3_array& array, const fa3_lengths& lengths, int heads, int head_dim) const {
-    if (lengths.rows == 0 || !(lengths.cu_seqlens || lengths.seqused)) return FA3_OK;
+    if (no_rows(lengths, params.batch) || !(lengths.cu_seqlens || lengths.seqused)) return FA3_OK;
     const cudaError_t error =
         clear_unused_rows(row_array(array), lengths_of(lengths), params.batch, heads, head_dim, stream);
     return checked(error, "clear_unused_rows");
@@ -170,7 +169,6 @@ fa3_status backward(const fa3_backward_params* params, void* workspace, cudaStre
     const cudaError_t error = cudaMemsetAsync(params->dsinks, 0, params->num_heads * sizeof(float), stream);
     if (auto status = checked(error, "cudaMemsetAsync")) return status;
   }
-  if (params->batch == 0) return FA3_OK;
   return BackwardLaunch{*params, plan, backward_variants()[plan.variant], num_sms, Workspace(workspace), stream}.run();
 }
 

@@ -56,6 +56,7 @@ fa3_status plan_backward(const fa3_backward_params& p, BackwardPlan& plan) {
                 p.head_dim_v);
   const BackwardVariant& variant = backward_variants()[plan.variant];
   const Lengths queries{p.queries.rows, p.queries.cu_seqlens, p.queries.seqused};
+  if (p.batch == 0) return FA3_OK;  // no tile: what there is of gradients is cleared
   plan.query_tiles = p.queries.rows > 0 ? QueryTiles{queries, variant.tile_m}.count(p.batch) : 0;
   const int64_t most = ceil_div(p.keys.rows, variant.tile_n * variant.blocks);
   const int64_t key_tiles = (p.keys.cu_seqlens ? most + p.batch : most * p.batch) * p.num_heads_kv;

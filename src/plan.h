@@ -17,6 +17,11 @@ struct Visibility visibility_of(const fa3_forward_params& params);
 /// Rows of a typical sequence: between the mean and the caller's maximum, or the mean where no maximum was given.
 int typical_seqlen(const fa3_lengths& lengths, int batch);
 
+/// Whether an array with these rows has none. A ragged one may have some that belong to no sequence.
+inline bool no_rows(const fa3_lengths& lengths, int batch) {
+  return lengths.rows == 0 || (batch == 0 && !lengths.cu_seqlens);
+}
+
 /// Dropout as the kernels take it.
 struct Dropout dropout_of(const fa3_dropout& dropout);
 

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "latent.h"
+#include "plan.h"
 #include "status.h"
 
 namespace fa3 {
@@ -249,7 +250,7 @@ fa3_status check_backward_kinds(const fa3_backward_params& p) {
 }
 
 fa3_status check_backward_arrays(const fa3_backward_params& p) {
-  const bool no_queries = p.batch == 0 || p.queries.rows == 0, no_keys = p.batch == 0 || p.keys.rows == 0;
+  const bool no_queries = no_rows(p.queries, p.batch), no_keys = no_rows(p.keys, p.batch);
   const struct {
     const fa3_array& array;
     bool empty;

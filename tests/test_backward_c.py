@@ -98,5 +98,24 @@ def test_workspace(library):
     assert workspace(library, params(sinks=4096, dsinks=4096)) == (0, dense + 256)
     assert workspace(library, params(q__data=4098)) == (0, dense + 2 * 300 * 4 * 128 * 2)
     assert workspace(library, params(rows=0)) == (0, 0)
+    assert workspace(library, params(batch=0)) == (0, 0)
     ragged = params(batch=7, queries__cu_seqlens=4096)
     assert workspace(library, ragged) == (0, plain((5 + 7) * 4))
+
+
+GRADIENTS = ("dq", "dk", "dv")
+
+
+def of_no_sequences(**changes):
+    """All rows of the gradients are still to become 0."""
+    return params(batch=0, queries__cu_seqlens=4096, keys__cu_seqlens=4096, **changes)
+
+
+def test_a_ragged_batch_without_sequences_needs_its_arrays_and_no_workspace(library):
+    assert workspace(library, of_no_sequences(sinks=4096, dsinks=4096)) == (0, 0)
+    for name in GRADIENTS:
+        assert workspace(library, of_no_sequences(**{f"{name}__data": None})) == (-1, 0)
+        assert f"{name}: null data" in library.fa3_last_error().decode()
+    nothing = {f"{name}__data": None for name in ("dout", "q", "k", "v", "out", "lse", *GRADIENTS)}
+    assert workspace(library, of_no_sequences(queries__rows=0, keys__rows=0, **nothing)) == (0, 0)
+    assert workspace(library, params(batch=0, **nothing)) == (0, 0)
