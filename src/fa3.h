@@ -170,7 +170,7 @@ typedef struct fa3_backward_params {
   int32_t device;     /* CUDA ordinal of every array */
   int32_t dtype;      /* of q, k, v, out and their gradients: fa3_dtype */
 
-  int32_t batch, num_heads, num_heads_kv; /* num_heads % num_heads_kv == 0 */
+  int32_t batch, num_heads, num_heads_kv; /* num_heads % num_heads_kv == 0; at most 65,535 */
   int32_t head_dim, head_dim_v;           /* of q, k; of v, out */
 
   fa3_array dout, q, k, v, out; /* dout like out */

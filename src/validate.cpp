@@ -249,6 +249,14 @@ fa3_status check_backward_kinds(const fa3_backward_params& p) {
   return FA3_OK;
 }
 
+/// Heads are an axis of a grid of thread blocks.
+fa3_status check_backward_heads(const fa3_backward_params& p) {
+  constexpr int kMostHeads = 65535;
+  if (p.num_heads > kMostHeads)
+    return fail(FA3_ERROR_SHAPE, "num_heads: %d, but the backward takes at most %d", p.num_heads, kMostHeads);
+  return FA3_OK;
+}
+
 fa3_status check_backward_arrays(const fa3_backward_params& p) {
   const bool no_queries = no_rows(p.queries, p.batch), no_keys = no_rows(p.keys, p.batch);
   const struct {
@@ -374,6 +382,7 @@ fa3_status validate(const fa3_backward_params* params) {
   if (auto status = check_backward_struct(p)) return status;
   if (auto status = check_backward_kinds(p)) return status;
   if (auto status = check_sizes(p.batch, p.num_heads, p.num_heads_kv)) return status;
+  if (auto status = check_backward_heads(p)) return status;
   if (auto status = check_head_dims(p.head_dim, p.head_dim_v, p.dtype)) return status;
   if (auto status = check_lengths(p.queries, "q")) return status;
   if (auto status = check_lengths(p.keys, "k")) return status;

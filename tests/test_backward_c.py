@@ -74,6 +74,7 @@ def workspace(library, filled):
     ({"dropout__seed_data": 4}, -5, "dropout_seed: its address is not a multiple of its 8 bytes"),
     ({"batch": -1}, -5, "batch: -1 is negative"),
     ({"num_heads_kv": 3}, -5, "num_heads: 4, not a multiple of num_heads_kv 3"),
+    ({"num_heads": 65536}, -5, "num_heads: 65536, but the backward takes at most 65535"),
     ({"head_dim": 12}, -2, "head_dim: 12"),
     ({"keys__rows": -1}, -5, "k: -1 rows"), ({"mask__window_left": -2}, -5, "window_size: (-2, -1)"),
     ({"softmax_scale": float("nan")}, -5, "softmax_scale: nan"), ({"softcap": -1.0}, -5, "softcap: -1"),
@@ -98,6 +99,7 @@ def test_workspace(library):
     assert workspace(library, params(sinks=4096, dsinks=4096)) == (0, dense + 256)
     assert workspace(library, params(q__data=4098)) == (0, dense + 2 * 300 * 4 * 128 * 2)
     assert workspace(library, params(rows=0)) == (0, 0)
+    assert workspace(library, params(batch=1, rows=64, heads=65535, heads_kv=1)) == (0, plain(65535))
     assert workspace(library, params(batch=0)) == (0, 0)
     ragged = params(batch=7, queries__cu_seqlens=4096)
     assert workspace(library, ragged) == (0, plain((5 + 7) * 4))
