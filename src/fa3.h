@@ -196,7 +196,7 @@ typedef enum fa3_granularity {
 } fa3_granularity;
 
 /* x = out * descale, out rounded to float8_e4m3fn, descale = amax / 448. NaN and infinity do not count for amax; NaN
- * stays NaN, infinity saturates. descale is 1 where all is 0, and at least 2^-90. */
+ * stays NaN, infinity saturates. descale is 1 where all is 0, and at least 2^-90. It has at most 2^30 elements. */
 typedef struct fa3_quantize_params {
   size_t struct_size;  /* sizeof(fa3_quantize_params) */
   int32_t device;      /* CUDA ordinal of every array */

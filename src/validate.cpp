@@ -293,12 +293,14 @@ fa3_status check_quantize_sizes(const fa3_quantize_params& p) {
   if (p.rows < 0) return fail(FA3_ERROR_SHAPE, "rows: %d is negative", p.rows);
   if (p.num_heads < 0) return fail(FA3_ERROR_SHAPE, "num_heads: %d is negative", p.num_heads);
   const int64_t entries = p.cu_seqlens ? 1 : p.batch, rows = int64_t{p.rows} * p.num_heads;
-  // Rows are counted in 32 bits, and so are scales.
+  // Rows are counted in 32 bits; so are scales, and what comes after one is at most as many further on.
   if (rows >= 1ll << 31 || entries * rows >= 1ll << 31)
     return fail(FA3_ERROR_SHAPE, "x: %d x %d x %d rows of head_dim, but fewer than 2^31 are possible",
                 static_cast<int>(entries), p.rows, p.num_heads);
-  if (int64_t{p.batch} * p.num_heads >= 1ll << 31)
-    return fail(FA3_ERROR_SHAPE, "descale: %d x %d, but fewer than 2^31 are possible", p.batch, p.num_heads);
+  const int64_t scales = (p.granularity == FA3_PER_BATCH_HEAD ? p.batch : int64_t{1}) *
+                         (p.granularity == FA3_PER_TENSOR ? 1 : p.num_heads);
+  if (scales > 1ll << 30)
+    return fail(FA3_ERROR_SHAPE, "descale: %lld scales, but at most 2^30 are possible", static_cast<long long>(scales));
   if (p.head_dim < 8 || p.head_dim % 8 || p.head_dim > kMaxQuantizedHeadDim)
     return fail(FA3_ERROR_HEAD_DIM, "head_dim: %d, but it must be a multiple of 8 up to %d", p.head_dim,
                 kMaxQuantizedHeadDim);
