@@ -102,11 +102,13 @@ typedef struct fa3_cache {
   int32_t batch_entries;          /* with cache_batch_idx: batch entries of k and v */
   const int32_t* cache_leftpad;   /* device (batch), or null: first rows to leave out; positions count from there */
   const void *rotary_cos, *rotary_sin; /* device (rotary_rows, rotary_dim / 2), contiguous, or null */
-  const int32_t* rotary_seqlens;       /* device (batch), or null: the rows in use before the new ones */
-  int32_t rotary_rows;                 /* at most 2^30 */
-  int32_t rotary_dim;                  /* a multiple of 16 up to head_dim */
-  int32_t rotary_dtype;                /* dtype, or FA3_FLOAT32 */
-  int32_t rotary_interleaved;          /* 1: elements 2i and 2i + 1 are a pair; 0: i and i + rotary_dim / 2 */
+  /* device (batch), or null: the rows in use before the new ones. With keys.cu_seqlens one of it and keys.seqused is
+   * needed. */
+  const int32_t* rotary_seqlens;
+  int32_t rotary_rows;        /* at most 2^30 */
+  int32_t rotary_dim;         /* a multiple of 16 up to head_dim */
+  int32_t rotary_dtype;       /* dtype, or FA3_FLOAT32 */
+  int32_t rotary_interleaved; /* 1: elements 2i and 2i + 1 are a pair; 0: i and i + rotary_dim / 2 */
 } fa3_cache;
 
 /* Per-head factors of fp8 operands: fp32, strides (batch, head), 0 to broadcast; null: 1. Heads h of q share the factor

@@ -177,6 +177,9 @@ fa3_status check_rotary(const fa3_forward_params& p) {
     if (c.rotary_seqlens) return fail(FA3_ERROR_NULL, "rotary_cos: null pointer, but rotary_seqlens is given");
     return FA3_OK;
   }
+  if (p.keys.cu_seqlens && !p.keys.seqused && !c.rotary_seqlens)
+    return fail(FA3_ERROR_NULL,
+                "rotary_seqlens: null pointer, but with cu_seqlens of the keys it or seqused is needed");
   if (c.rotary_dtype != FA3_FLOAT32 && c.rotary_dtype != p.dtype)
     return fail(FA3_ERROR_DTYPE, "rotary_dtype: %d, but it must be FA3_FLOAT32 or q's %d", c.rotary_dtype, p.dtype);
   if (c.rotary_dim < 16 || c.rotary_dim % 16 || c.rotary_dim > p.head_dim)

@@ -122,6 +122,12 @@ static fa3_forward_params cache_call(void) {
   return p;
 }
 
+/* Nothing is appended. */
+static void turn_queries_alone(fa3_forward_params* p) {
+  p->cache.k_new.data = p->cache.v_new.data = NULL;
+  p->cache.rows_new = p->cache.seqlen = 0;
+}
+
 #define CACHE_REFUSES(code, words, ...)  \
   do {                                   \
     fa3_forward_params p = cache_call(); \
@@ -203,6 +209,15 @@ static void check_cache_arguments(void) {
   CACHE_REFUSES(FA3_ERROR_NULL, "rotary_sin: null", c->rotary_sin = NULL);
   CACHE_REFUSES(FA3_ERROR_NULL, "rotary_cos: null", c->rotary_cos = NULL);
   REFUSES(FA3_ERROR_NULL, "rotary_seqlens", p.cache.rotary_seqlens = integers);
+  CACHE_REFUSES(FA3_ERROR_NULL, "rotary_seqlens: null pointer, but with cu_seqlens", turn_queries_alone(&p);
+                p.keys.cu_seqlens = integers);
+  p = cache_call();
+  turn_queries_alone(&p);
+  p.keys.cu_seqlens = p.keys.seqused = integers;
+  CHECK(fa3_plan_forward(&p, 132, &plan) == FA3_OK, "seqused says where queries stand");
+  p.keys.seqused = NULL;
+  p.cache.rotary_seqlens = integers;
+  CHECK(fa3_plan_forward(&p, 132, &plan) == FA3_OK, "rotary_seqlens says it");
   CACHE_REFUSES(FA3_ERROR_DTYPE, "rotary_dtype: 1", c->rotary_dtype = FA3_FLOAT16);
   CACHE_REFUSES(FA3_ERROR_SHAPE, "rotary_dim: 24", c->rotary_dim = 24);
   CACHE_REFUSES(FA3_ERROR_SHAPE, "rotary_dim: 0", c->rotary_dim = 0);
