@@ -211,6 +211,7 @@ struct Launch {
 
 fa3_status forward(const fa3_forward_params* params, void* workspace, cudaStream_t stream) {
   if (auto status = validate(params)) return status;
+  if (auto status = check_workspace(workspace)) return status;
   const fa3_forward_params p = as_computed(*params);
   if (nothing_to_do(p)) return FA3_OK;
   const DeviceScope scope(p.device);

@@ -156,6 +156,7 @@ struct BackwardLaunch {
 
 fa3_status backward(const fa3_backward_params* params, void* workspace, cudaStream_t stream) {
   if (auto status = validate(params)) return status;
+  if (auto status = check_workspace(workspace)) return status;
   const DeviceScope scope(params->device);
   if (scope.status()) return scope.status();
   int num_sms = 0;

@@ -56,8 +56,9 @@ typedef enum fa3_integer { FA3_INT64 = 0, FA3_INT32 = 1, FA3_UINT32 = 2 } fa3_in
 
 /* A strided device array. Strides count elements and may be 0 or negative, except the last axis of q, k, v and out,
  * which must be contiguous. Axes are (batch, row, head, dim) for q, k, v, out and (batch, head, row, -) for lse;
- * a ragged batch (cu_seqlens) has no batch axis: its stride[0] is ignored. 16-byte aligned addresses and strides are
- * read by TMA as they are; others are first copied into the workspace. */
+ * a ragged batch (cu_seqlens) has no batch axis: its stride[0] is ignored. Addresses are multiples of an element's
+ * bytes, as are those of all other arrays. 16-byte aligned addresses and strides are read by TMA as they are; others
+ * are first copied into the workspace. */
 typedef struct fa3_array {
   void* data; /* device; may be null when the array has no elements */
   int64_t stride[4];

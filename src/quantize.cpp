@@ -58,6 +58,7 @@ fa3_status launch(const QuantizePlan& plan, int device, cudaStream_t stream) {
 
 fa3_status quantize(const fa3_quantize_params* params, void* workspace, cudaStream_t stream) {
   if (auto status = validate(params)) return status;
+  if (auto status = check_workspace(workspace)) return status;
   if (no_scales(*params)) return FA3_OK;
   const DeviceScope scope(params->device);
   if (scope.status()) return scope.status();

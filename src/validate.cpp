@@ -101,22 +101,61 @@ fa3_status check_lengths(const fa3_lengths& lengths, const char* name) {
   return FA3_OK;
 }
 
-fa3_status check_array(const fa3_array& array, bool empty, const char* name) {
-  if (!empty && !array.data) return fail(FA3_ERROR_NULL, "%s: null data", name);
-  if (array.stride[3] != 1 && !empty)
+/// Of a power of two: nothing is read or written across the bounds of its elements.
+fa3_status check_aligned(const void* address, int bytes, const char* name) {
+  if ((reinterpret_cast<uintptr_t>(address) & (bytes - 1)) == 0) return FA3_OK;
+  return fail(FA3_ERROR_SHAPE, "%s: its address is not a multiple of %d bytes", name, bytes);
+}
+
+struct Words {
+  const void* address;  // of 4-byte elements
+  const char* name;
+};
+template <int kCount>
+fa3_status check_aligned(const Words (&arrays)[kCount]) {
+  for (const auto& [address, name] : arrays)
+    if (auto status = check_aligned(address, 4, name)) return status;
+  return FA3_OK;
+}
+
+fa3_status check_array(const fa3_array& array, bool empty, int element_bytes, const char* name) {
+  if (empty) return FA3_OK;
+  if (!array.data) return fail(FA3_ERROR_NULL, "%s: null data", name);
+  if (array.stride[3] != 1)
     return fail(FA3_ERROR_SHAPE, "%s: stride %lld along head_dim, but it must be contiguous (1)", name,
                 static_cast<long long>(array.stride[3]));
-  return FA3_OK;
+  return check_aligned(array.data, element_bytes, name);
+}
+
+/// What says how long sequences are, and the numbers beside out.
+fa3_status check_words(const fa3_forward_params& p) {
+  const fa3_cache& c = p.cache;
+  return check_aligned({{p.lse.data, "lse"},
+                        {p.sinks, "sinks"},
+                        {p.queries.cu_seqlens, "cu_seqlens_q"},
+                        {p.queries.seqused, "seqused_q"},
+                        {p.keys.cu_seqlens, "cu_seqlens_k"},
+                        {p.keys.seqused, "seqused_k"},
+                        {p.q_descale.data, "q_descale"},
+                        {p.k_descale.data, "k_descale"},
+                        {p.v_descale.data, "v_descale"},
+                        {c.cu_seqlens_k_new, "cu_seqlens_k_new"},
+                        {c.page_table, "page_table"},
+                        {c.cache_batch_idx, "cache_batch_idx"},
+                        {c.cache_leftpad, "cache_leftpad"},
+                        {c.rotary_seqlens, "rotary_seqlens"}});
 }
 
 fa3_status check_arrays(const fa3_forward_params& p) {
   const bool no_queries = p.batch == 0 || p.queries.rows == 0,
              no_keys = p.batch == 0 || p.keys.rows == 0 || (p.cache.page_table && p.cache.num_pages == 0);
-  if (auto status = check_array(p.q, no_queries, "q")) return status;
-  if (auto status = check_array(p.out, no_queries, "out")) return status;
-  if (auto status = check_array(p.qv, no_queries || !has_qv(p), "qv")) return status;
-  if (auto status = check_array(p.k, no_keys, "k")) return status;
-  return check_array(p.v, no_keys, "v");
+  const int bytes = element_bytes(p.dtype);
+  if (auto status = check_array(p.q, no_queries, bytes, "q")) return status;
+  if (auto status = check_array(p.out, no_queries, 2, "out")) return status;
+  if (auto status = check_array(p.qv, no_queries || !has_qv(p), bytes, "qv")) return status;
+  if (auto status = check_array(p.k, no_keys, bytes, "k")) return status;
+  if (auto status = check_array(p.v, no_keys, bytes, "v")) return status;
+  return check_words(p);
 }
 
 /// What says which rows of k and v are a sequence's.
@@ -157,8 +196,8 @@ fa3_status check_new_keys(const fa3_forward_params& p) {
   }
   if (auto status = check_lengths({c.rows_new, 0, c.cu_seqlens_k_new, nullptr}, "k_new")) return status;
   const bool empty = p.batch == 0 || c.rows_new == 0;
-  if (auto status = check_array(c.k_new, empty, "k_new")) return status;
-  if (auto status = check_array(c.v_new, empty, "v_new")) return status;
+  if (auto status = check_array(c.k_new, empty, element_bytes(p.dtype), "k_new")) return status;
+  if (auto status = check_array(c.v_new, empty, element_bytes(p.dtype), "v_new")) return status;
   if (p.keys.seqused) return FA3_OK;
   const int least_new = c.cu_seqlens_k_new ? 0 : c.rows_new;
   if (c.seqlen < 0 || c.seqlen > p.keys.rows - least_new)
@@ -189,6 +228,9 @@ fa3_status check_rotary(const fa3_forward_params& p) {
     return fail(FA3_ERROR_SHAPE, "rotary_interleaved: %d, but it must be 0 or 1", c.rotary_interleaved);
   if (c.rotary_rows < 1 || c.rotary_rows > kMaxRows)
     return fail(FA3_ERROR_SHAPE, "rotary_rows: %d, but 1 to 2^30 are possible", c.rotary_rows);
+  const int bytes = c.rotary_dtype == FA3_FLOAT32 ? 4 : 2;
+  if (auto status = check_aligned(c.rotary_cos, bytes, "rotary_cos")) return status;
+  if (auto status = check_aligned(c.rotary_sin, bytes, "rotary_sin")) return status;
   // Where the first position is in device memory, it is at least 0.
   const bool known = !c.rotary_seqlens && !p.keys.seqused;
   const int64_t first = !known ? 0 : c.k_new.data ? c.seqlen : p.keys.rows;
@@ -234,10 +276,7 @@ fa3_status check_dropout(const fa3_dropout& dropout) {
     return fail(FA3_ERROR_SHAPE, "dropout_p: %g, but it must be from 0 to below 1", dropout.p);
   if (dropout.seed_type < FA3_INT64 || dropout.seed_type > FA3_UINT32)
     return fail(FA3_ERROR_DTYPE, "dropout_seed: type %d is no fa3_integer", dropout.seed_type);
-  const int bytes = dropout.seed_type == FA3_INT64 ? 8 : 4;
-  if (reinterpret_cast<uintptr_t>(dropout.seed_data) % bytes)
-    return fail(FA3_ERROR_SHAPE, "dropout_seed: its address is not a multiple of its %d bytes", bytes);
-  return FA3_OK;
+  return check_aligned(dropout.seed_data, dropout.seed_type == FA3_INT64 ? 8 : 4, "dropout_seed");
 }
 
 fa3_status check_backward_struct(const fa3_backward_params& p) {
@@ -269,10 +308,17 @@ fa3_status check_backward_arrays(const fa3_backward_params& p) {
   } arrays[] = {{p.dout, no_queries, "dout"}, {p.q, no_queries, "q"},   {p.k, no_keys, "k"},   {p.v, no_keys, "v"},
                 {p.out, no_queries, "out"},   {p.dq, no_queries, "dq"}, {p.dk, no_keys, "dk"}, {p.dv, no_keys, "dv"}};
   for (const auto& [array, empty, name] : arrays)
-    if (auto status = check_array(array, empty, name)) return status;
+    if (auto status = check_array(array, empty, 2, name)) return status;
   if (!no_queries && !p.lse.data) return fail(FA3_ERROR_NULL, "lse: null data");
   if (!p.sinks != !p.dsinks) return fail(FA3_ERROR_NULL, "sinks, dsinks: one is null, but both or none must be given");
-  return FA3_OK;
+  return check_aligned({{p.lse.data, "lse"},
+                        {p.dlse.data, "dlse"},
+                        {p.sinks, "sinks"},
+                        {p.dsinks, "dsinks"},
+                        {p.queries.cu_seqlens, "cu_seqlens_q"},
+                        {p.queries.seqused, "seqused_q"},
+                        {p.keys.cu_seqlens, "cu_seqlens_k"},
+                        {p.keys.seqused, "seqused_k"}});
 }
 
 fa3_status check_quantize_struct(const fa3_quantize_params& p) {
@@ -314,10 +360,10 @@ fa3_status check_quantize_arrays(const fa3_quantize_params& p) {
   const bool empty = (p.batch == 0 && !p.cu_seqlens) || p.rows == 0 || p.num_heads == 0;
   const bool no_scale =
       (p.granularity == FA3_PER_BATCH_HEAD && p.batch == 0) || (p.granularity != FA3_PER_TENSOR && p.num_heads == 0);
-  if (auto status = check_array(p.x, empty, "x")) return status;
-  if (auto status = check_array(p.out, empty, "out")) return status;
+  if (auto status = check_array(p.x, empty, p.dtype == FA3_FLOAT32 ? 4 : 2, "x")) return status;
+  if (auto status = check_array(p.out, empty, 1, "out")) return status;
   if (!no_scale && !p.descale) return fail(FA3_ERROR_NULL, "descale: null pointer");
-  return FA3_OK;
+  return check_aligned({{p.descale, "descale"}, {p.cu_seqlens, "cu_seqlens"}});
 }
 
 fa3_status check_combine_sizes(const fa3_combine_params& p) {
@@ -341,10 +387,13 @@ fa3_status check_combine_arrays(const fa3_combine_params& p) {
   if (p.batch == 0 || p.rows == 0 || p.num_heads == 0) return FA3_OK;
   if (!p.lse_partial.data) return fail(FA3_ERROR_NULL, "lse_partial: null data");
   if (p.head_dim_v > 0 && !p.out_partial.data) return fail(FA3_ERROR_NULL, "out_partial: null data");
-  return check_array(p.out, p.head_dim_v == 0, "out");
+  if (auto status = check_array(p.out, p.head_dim_v == 0, p.out_dtype == FA3_FLOAT32 ? 4 : 2, "out")) return status;
+  return check_aligned({{p.out_partial.data, "out_partial"}, {p.lse_partial.data, "lse_partial"}, {p.lse.data, "lse"}});
 }
 
 }  // namespace
+
+fa3_status check_workspace(const void* workspace) { return check_aligned(workspace, kWorkspaceAlignment, "workspace"); }
 
 fa3_status validate(const fa3_combine_params* params) {
   if (!params) return fail(FA3_ERROR_NULL, "params: null pointer");

@@ -11,5 +11,7 @@ fa3_status validate(const fa3_backward_params* params);
 fa3_status validate(const fa3_quantize_params* params);
 /// The same of a call that joins parts.
 fa3_status validate(const fa3_combine_params* params);
+/// What a caller gives as workspace, if it gives one.
+fa3_status check_workspace(const void* workspace);
 
 }  // namespace fa3

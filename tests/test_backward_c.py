@@ -71,7 +71,7 @@ def workspace(library, filled):
     ({"dtype": 3}, -4, "dtype: 3 is no fa3_dtype that q, k, v can have"),
     ({"dropout__p": 1.0}, -5, "dropout_p: 1, but it must be from 0 to below 1"),
     ({"dropout__seed_type": 3}, -4, "dropout_seed: type 3"),
-    ({"dropout__seed_data": 4}, -5, "dropout_seed: its address is not a multiple of its 8 bytes"),
+    ({"dropout__seed_data": 4}, -5, "dropout_seed: its address is not a multiple of 8 bytes"),
     ({"batch": -1}, -5, "batch: -1 is negative"),
     ({"num_heads_kv": 3}, -5, "num_heads: 4, not a multiple of num_heads_kv 3"),
     ({"num_heads": 65536}, -5, "num_heads: 65536, but the backward takes at most 65535"),
@@ -80,11 +80,24 @@ def workspace(library, filled):
     ({"softmax_scale": float("nan")}, -5, "softmax_scale: nan"), ({"softcap": -1.0}, -5, "softcap: -1"),
     ({"sinks": 4096}, -1, "sinks, dsinks: one is null"), ({"dsinks": 4096}, -1, "sinks, dsinks: one is null"),
     ({"lse__data": None}, -1, "lse: null data"),
+    *(({f"{name}__data": 4097}, -5, f"{name}: its address is not a multiple of 2 bytes")
+      for name in ("dout", "q", "k", "v", "out", "dq", "dk", "dv")),
+    *(({name: 4098}, -5, f"{which}: its address is not a multiple of 4 bytes") for name, which in {
+        "lse__data": "lse", "dlse__data": "dlse", "queries__cu_seqlens": "cu_seqlens_q",
+        "queries__seqused": "seqused_q", "keys__cu_seqlens": "cu_seqlens_k", "keys__seqused": "seqused_k"}.items()),
+    ({"sinks": 4098, "dsinks": 4096}, -5, "sinks: its address"),
+    ({"sinks": 4096, "dsinks": 4098}, -5, "dsinks: its address"),
     *(({f"{name}__data": None}, -1, f"{name}: null data") for name in ("dout", "q", "k", "v", "out", "dq", "dk", "dv")),
     *(({f"{name}__stride": [0, 0, 0, 2]}, -5, f"{name}: stride 2 along head_dim") for name in ("dout", "dq", "dv"))])
 def test_refused(library, changes, status, words):
     assert workspace(library, params(**changes)) == (status, 0)
     assert words in library.fa3_last_error().decode()
+
+
+def test_a_workspace_off_its_alignment_is_refused(library):
+    """The one that CUDA's allocators give has it."""
+    assert library.fa3_backward(ctypes.byref(params()), ctypes.c_void_p(4096 + 128), None) == -5
+    assert b"workspace: its address is not a multiple of 256 bytes" in library.fa3_last_error()
 
 
 def test_workspace(library):

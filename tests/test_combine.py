@@ -102,3 +102,30 @@ def test_kernel(host, splits, shape, dtype, empty, placement, placement_out):
     assert (lse.base[..., 1] == 7).all()
     out[...] = 7
     assert (buffer.astype(np.float32) == 7).all()
+
+
+@pytest.fixture(scope="module")
+def library():
+    found = ctypes.CDLL(fa3.get_library())
+    found.fa3_last_error.restype = ctypes.c_char_p
+    return found
+
+
+def arguments(shape=(2, 3, 4, 8), **changes):
+    """Of a call past Python's checks, whose arrays are an address."""
+    p = Params(struct_size=ctypes.sizeof(Params), out_dtype=CODES["float32"], splits=2)
+    p.batch, p.rows, p.num_heads, p.head_dim_v = shape
+    for name in ("out_partial", "lse_partial", "out", "lse"):
+        getattr(p, name).data, getattr(p, name).stride[3] = changes.pop(name, 4096), 1
+    for name, value in changes.items():
+        setattr(p, name, value)
+    return p
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    *(({name: 4098}, f"{name}: its address is not a multiple of 4 bytes")
+      for name in ("out_partial", "lse_partial", "out", "lse")),
+    ({"out": 4097, "out_dtype": CODES["float16"]}, "out: its address is not a multiple of 2 bytes")], ids=str)
+def test_refused_by_the_library(library, changes, words):
+    assert library.fa3_combine(ctypes.byref(arguments(**changes)), None) == -5
+    assert words in library.fa3_last_error().decode()

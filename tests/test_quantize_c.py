@@ -49,6 +49,10 @@ def call(**changes):
     ({"rows": 0, "num_heads": 2**30 + 1}, -5, "descale: 1073741825 scales"),
     ({"x__data": None}, -1, "x: null data"), ({"out__data": None}, -1, "out: null data"),
     ({"descale": None}, -1, "descale: null pointer"),
+    ({"x__data": 4097}, -5, "x: its address is not a multiple of 2 bytes"),
+    ({"x__data": 4098, "dtype": 4}, -5, "x: its address is not a multiple of 4 bytes"),
+    ({"descale": 4098}, -5, "descale: its address is not a multiple of 4 bytes"),
+    ({"cu_seqlens": ENDS + 2, "granularity": 2}, -5, "cu_seqlens: its address is not a multiple of 4 bytes"),
     ({"x__last": 2}, -5, "x: stride 2 along head_dim"), ({"out__last": -1}, -5, "out: stride -1 along head_dim"),
 ])
 def test_refused(library, changes, status, words):
@@ -57,6 +61,11 @@ def test_refused(library, changes, status, words):
     assert nbytes.value == 0 and words in library.fa3_last_error().decode()
     assert library.fa3_quantize_fp8(ctypes.byref(filled), None, None) == status
     assert words in library.fa3_last_error().decode() and library.fa3_last_cuda_error() == 0
+
+
+def test_a_workspace_off_its_alignment_is_refused(library):
+    assert library.fa3_quantize_fp8(ctypes.byref(call()), ctypes.c_void_p(4096 + 128), None) == -5
+    assert b"workspace: its address is not a multiple of 256 bytes" in library.fa3_last_error()
 
 
 def test_null(library):

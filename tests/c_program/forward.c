@@ -5,7 +5,7 @@
 
 #include "checks.h"
 
-static char memory[4096]; /* stands for device memory that nothing reads */
+static _Alignas(256) char memory[4096]; /* stands for device memory that nothing reads */
 static void* const address = memory;
 
 static void check_statuses(void) {
@@ -136,6 +136,38 @@ static void turn_queries_alone(fa3_forward_params* p) {
     __VA_ARGS__;                         \
     expect(&p, code, words);             \
   } while (0)
+
+/* An address that is not a multiple of an element's bytes. */
+static void check_alignment(void) {
+  static void* const odd = memory + 1;
+  static void* const half = memory + 2;
+  static const int32_t* const integers = (const int32_t*)(const void*)(memory + 2);
+  REFUSES(FA3_ERROR_SHAPE, "q: its address is not a multiple of 2 bytes", p.q.data = odd);
+  REFUSES(FA3_ERROR_SHAPE, "k: its address", p.k.data = odd);
+  REFUSES(FA3_ERROR_SHAPE, "v: its address", p.v.data = odd);
+  REFUSES(FA3_ERROR_SHAPE, "out: its address", p.out.data = odd);
+  REFUSES(FA3_ERROR_SHAPE, "qv: its address", p.head_dim = 64; p.qv = p.q; p.qv.data = odd);
+  REFUSES(FA3_ERROR_SHAPE, "lse: its address is not a multiple of 4 bytes", p.lse.data = half);
+  REFUSES(FA3_ERROR_SHAPE, "sinks: its address", p.sinks = half);
+  REFUSES(FA3_ERROR_SHAPE, "cu_seqlens_q: its address", p.queries.cu_seqlens = integers);
+  REFUSES(FA3_ERROR_SHAPE, "seqused_q: its address", p.queries.seqused = integers);
+  REFUSES(FA3_ERROR_SHAPE, "cu_seqlens_k: its address", p.keys.cu_seqlens = integers);
+  REFUSES(FA3_ERROR_SHAPE, "seqused_k: its address", p.keys.seqused = integers);
+  REFUSES(FA3_ERROR_SHAPE, "k_descale: its address", p.dtype = FA3_FLOAT8_E4M3; p.k_descale.data = half);
+  CACHE_REFUSES(FA3_ERROR_SHAPE, "k_new: its address is not a multiple of 2 bytes", c->k_new.data = odd);
+  CACHE_REFUSES(FA3_ERROR_SHAPE, "v_new: its address", c->v_new.data = odd);
+  CACHE_REFUSES(FA3_ERROR_SHAPE, "cu_seqlens_k_new: its address", c->cu_seqlens_k_new = integers);
+  CACHE_REFUSES(FA3_ERROR_SHAPE, "page_table: its address", c->page_table = integers);
+  CACHE_REFUSES(FA3_ERROR_SHAPE, "cache_batch_idx: its address", c->cache_batch_idx = integers);
+  CACHE_REFUSES(FA3_ERROR_SHAPE, "cache_leftpad: its address", c->cache_leftpad = integers);
+  CACHE_REFUSES(FA3_ERROR_SHAPE, "rotary_seqlens: its address", c->rotary_seqlens = integers);
+  CACHE_REFUSES(FA3_ERROR_SHAPE, "rotary_cos: its address is not a multiple of 4 bytes", c->rotary_cos = half);
+  CACHE_REFUSES(FA3_ERROR_SHAPE, "rotary_sin: its address is not a multiple of 2 bytes", c->rotary_dtype = FA3_BFLOAT16;
+                c->rotary_sin = odd);
+  const fa3_forward_params p = dense_call(2, 10, 20, 4, 2, address);
+  CHECK(fa3_forward(&p, memory + 128, NULL) == FA3_ERROR_SHAPE, "a workspace off its alignment");
+  CHECK(strstr(fa3_last_error(), "workspace: its address is not a multiple of 256 bytes"), "which says so");
+}
 
 /* Two sequences of at most 5 pages of 16 rows, out of 7 pages. */
 static fa3_forward_params paged_call(void) {
@@ -369,6 +401,7 @@ static const struct {
 } checks[] = {
     {"statuses", check_statuses},
     {"arguments", check_arguments},
+    {"alignment", check_alignment},
     {"fp8", check_fp8},
     {"missing_features", check_missing_features},
     {"pages", check_pages},
