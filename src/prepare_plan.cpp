@@ -25,6 +25,10 @@ int rows_per_block(int units) { return std::max(kPrepareThreads / units, 1); }
 bool appends(const fa3_forward_params& params) { return params.cache.k_new.data; }
 bool rotates(const fa3_forward_params& params) { return params.cache.rotary_cos; }
 
+bool turns_each_query(const fa3_mask& mask) {
+  return mask.causal || mask.window_left >= 0 || mask.window_right >= 0 || mask.attention_chunk > 0;
+}
+
 int key_entries(const fa3_forward_params& params) {
   const fa3_cache& c = params.cache;
   return c.page_table ? c.num_pages : c.cache_batch_idx ? c.batch_entries : params.batch;
@@ -58,7 +62,6 @@ PrepareArgs plan_prepare(const fa3_forward_params& p) {
   args.cached = {p.keys.rows, c.k_new.data ? c.seqlen : p.keys.rows, p.keys.seqused};
   args.cache = cache_rows(p);
   if (rotates(p)) {
-    const fa3_mask& m = p.mask;
     args.rotary = {.cos = c.rotary_cos,
                    .sin = c.rotary_sin,
                    .seqlens = c.rotary_seqlens,
@@ -67,7 +70,7 @@ PrepareArgs plan_prepare(const fa3_forward_params& p) {
                    .fp32 = c.rotary_dtype == FA3_FLOAT32,
                    .vectors = aligned(c.rotary_cos, 16) && aligned(c.rotary_sin, 16),
                    .interleaved = c.rotary_interleaved != 0,
-                   .each_query = m.causal || m.window_left >= 0 || m.window_right >= 0 || m.attention_chunk > 0};
+                   .each_query = turns_each_query(p.mask)};
     args.q = rows_of(p.q, p.dtype);
     args.query_rows = int64_t{p.queries.rows} * (p.queries.cu_seqlens ? 1 : p.batch);
     args.query_rows_per_block = rows_per_block(args.units_of_query());

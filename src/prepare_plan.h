@@ -8,6 +8,9 @@ namespace fa3 {
 bool appends(const fa3_forward_params& params);
 bool rotates(const fa3_forward_params& params);
 
+/// Whether queries that turn stand at a position each, or all at their sequence's first.
+bool turns_each_query(const fa3_mask& mask);
+
 /// Batch entries of k and v, or their pages.
 int key_entries(const fa3_forward_params& params);
 

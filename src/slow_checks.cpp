@@ -1,11 +1,13 @@
 // What only device memory knows, checked on request: it costs a synchronisation.
 #include "slow_checks.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <vector>
 
 #include "arch/host_device.h"
+#include "prepare_plan.h"
 #include "status.h"
 
 namespace fa3 {
@@ -63,57 +65,81 @@ fa3_status check_values(const int32_t* device, int batch, const char* name, Most
   return FA3_OK;
 }
 
-/// The pages of all rows in use, `rows[b]` of sequence b.
-fa3_status check_pages(const fa3_cache& c, const std::vector<int32_t>& rows, cudaStream_t stream) {
-  std::vector<int32_t> pages;
-  for (int b = 0; c.page_table && b < static_cast<int>(rows.size()); ++b) {
-    const int used = ceil_div(rows[b], c.page_size);
-    if (auto status = read_back(c.page_table + b * c.page_table_stride, used, stream, pages)) return status;
-    for (int i = 0; i < used; ++i)
+/// The rows that each sequence has in use: `rows`, unless a device array says how many.
+fa3_status read_lengths(const fa3_lengths& lengths, int rows, int batch, cudaStream_t stream,
+                        std::vector<int32_t>& found) {
+  found.assign(batch, rows);
+  if (lengths.cu_seqlens) {
+    std::vector<int32_t> ends;
+    if (auto status = read_back(lengths.cu_seqlens, batch + 1, stream, ends)) return status;
+    for (int b = 0; b < batch; ++b) found[b] = ends[b + 1] - ends[b];
+  }
+  return lengths.seqused ? read_back(lengths.seqused, batch, stream, found) : FA3_OK;
+}
+
+/// What each sequence of a call with a cache has: rows in use before the new ones, and these.
+struct Cached {
+  std::vector<int32_t> rows, rows_new;
+};
+
+/// The pages of all rows that are read or written: none before the left padding's end.
+fa3_status check_pages(const fa3_cache& c, const Cached& cached, cudaStream_t stream) {
+  if (!c.page_table) return FA3_OK;
+  const int batch = static_cast<int>(cached.rows.size());
+  std::vector<int32_t> pages, leftpad(batch, 0);
+  if (c.cache_leftpad)
+    if (auto status = read_back(c.cache_leftpad, batch, stream, leftpad)) return status;
+  for (int b = 0; b < batch; ++b) {
+    const int rows = cached.rows[b] + cached.rows_new[b], first = leftpad[b] / c.page_size;
+    if (rows == leftpad[b]) continue;
+    const int count = ceil_div(rows, c.page_size) - first;
+    if (auto status = read_back(c.page_table + b * c.page_table_stride + first, count, stream, pages)) return status;
+    for (int i = 0; i < count; ++i)
       if (pages[i] < 0 || pages[i] >= c.num_pages)
-        return fail(FA3_ERROR_SHAPE, "page_table: page %d at [%d, %d], but there are %d pages", pages[i], b, i,
+        return fail(FA3_ERROR_SHAPE, "page_table: page %d at [%d, %d], but there are %d pages", pages[i], b, first + i,
                     c.num_pages);
+  }
+  return FA3_OK;
+}
+
+/// Positions of queries and of new keys.
+fa3_status check_rotary(const fa3_forward_params& p, const Cached& cached, cudaStream_t stream) {
+  const fa3_cache& c = p.cache;
+  if (!c.rotary_cos) return FA3_OK;
+  std::vector<int32_t> first = cached.rows, rows;
+  if (auto status = read_lengths(p.queries, p.queries.rows, p.batch, stream, rows)) return status;
+  if (c.rotary_seqlens)
+    if (auto status = read_back(c.rotary_seqlens, p.batch, stream, first)) return status;
+  for (int b = 0; b < p.batch; ++b) {
+    const int positions = std::max(turns_each_query(p.mask) ? rows[b] : std::min(rows[b], 1), cached.rows_new[b]);
+    if (positions == 0) continue;
+    if (first[b] < 0)
+      return fail(FA3_ERROR_CU_SEQLENS, "rotary_seqlens: %d at %d, but a position must not be negative", first[b], b);
+    const long long last = static_cast<long long>(first[b]) + positions;
+    if (last > c.rotary_rows)
+      return fail(FA3_ERROR_CU_SEQLENS, "rotary_cos: %d positions, but sequence %d needs %lld", c.rotary_rows, b, last);
   }
   return FA3_OK;
 }
 
 fa3_status check_cache(const fa3_forward_params& p, cudaStream_t stream) {
   const fa3_cache& c = p.cache;
-  std::vector<int32_t> cached(p.batch, c.k_new.data ? c.seqlen : p.keys.rows), rows_new(p.batch, c.rows_new);
-  if (p.keys.cu_seqlens) {
-    std::vector<int32_t> ends;
-    if (auto status = read_back(p.keys.cu_seqlens, p.batch + 1, stream, ends)) return status;
-    for (int b = 0; b < p.batch; ++b) cached[b] = ends[b + 1] - ends[b];
-  }
-  if (p.keys.seqused)
-    if (auto status = read_back(p.keys.seqused, p.batch, stream, cached)) return status;
-  if (c.cu_seqlens_k_new) {
-    if (auto status = check_lengths({c.rows_new, 0, c.cu_seqlens_k_new, nullptr}, p.batch, "k_new", stream))
-      return status;
-    std::vector<int32_t> ends;
-    if (auto status = read_back(c.cu_seqlens_k_new, p.batch + 1, stream, ends)) return status;
-    for (int b = 0; b < p.batch; ++b) rows_new[b] = ends[b + 1] - ends[b];
-  }
-  if (c.k_new.data)
-    for (int b = 0; b < p.batch; ++b)
-      if (cached[b] > p.keys.rows - rows_new[b])
-        return fail(FA3_ERROR_CU_SEQLENS, "cache_seqlens: sequence %d has %d keys and gets %d, but has room for %d", b,
-                    cached[b], rows_new[b], p.keys.rows);
-  std::vector<int32_t> in_use = cached;
-  for (int b = 0; b < p.batch && c.k_new.data; ++b) in_use[b] += rows_new[b];
-  if (auto status = check_pages(c, in_use, stream)) return status;
+  const fa3_lengths new_keys{c.rows_new, 0, c.cu_seqlens_k_new, nullptr};
+  Cached cached;
+  const int rows = c.k_new.data ? c.seqlen : p.keys.rows;
+  if (auto status = read_lengths(p.keys, rows, p.batch, stream, cached.rows)) return status;
+  if (auto status = check_lengths(new_keys, p.batch, "k_new", stream)) return status;
+  if (auto status = read_lengths(new_keys, c.rows_new, p.batch, stream, cached.rows_new)) return status;
+  for (int b = 0; b < p.batch && c.k_new.data; ++b)
+    if (cached.rows[b] > p.keys.rows - cached.rows_new[b])
+      return fail(FA3_ERROR_CU_SEQLENS, "cache_seqlens: sequence %d has %d keys and gets %d, but has room for %d", b,
+                  cached.rows[b], cached.rows_new[b], p.keys.rows);
   auto entries = [&](int) { return c.batch_entries - 1; };
   if (auto status = check_values(c.cache_batch_idx, p.batch, "cache_batch_idx", entries, stream)) return status;
-  auto length = [&](int b) { return cached[b]; };
+  auto length = [&](int b) { return cached.rows[b]; };
   if (auto status = check_values(c.cache_leftpad, p.batch, "cache_leftpad", length, stream)) return status;
-  if (!c.rotary_cos) return FA3_OK;
-  auto positions = [&](int b) { return c.rotary_rows - rows_new[b]; };
-  if (c.rotary_seqlens) return check_values(c.rotary_seqlens, p.batch, "rotary_seqlens", positions, stream);
-  for (int b = 0; b < p.batch; ++b)
-    if (cached[b] > positions(b))
-      return fail(FA3_ERROR_CU_SEQLENS, "rotary_cos: %d positions, but sequence %d needs %lld", c.rotary_rows, b,
-                  static_cast<long long>(cached[b]) + rows_new[b]);
-  return FA3_OK;
+  if (auto status = check_pages(c, cached, stream)) return status;
+  return check_rotary(p, cached, stream);
 }
 
 bool wanted() {
