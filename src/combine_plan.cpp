@@ -6,12 +6,6 @@
 #include "alignment.h"
 
 namespace fa3 {
-namespace {
-
-constexpr int kColumns = 4;  // of a vector
-
-}  // namespace
-
 CombineArgs plan_combine(const fa3_combine_params& p) {
   CombineArgs args{};
   args.out_partial = static_cast<const float*>(p.out_partial.data);
@@ -29,10 +23,10 @@ CombineArgs plan_combine(const fa3_combine_params& p) {
   args.num_heads = p.num_heads;
   args.head_dim_v = p.head_dim_v;
   args.count = int64_t{p.batch} * p.rows * p.num_heads;
-  args.part_vectors = p.out_partial.stride[3] == 1 && p.out_partial_step % kColumns == 0 &&
-                      aligned(p.out_partial, sizeof(float), kColumns * sizeof(float));
+  args.part_vectors = p.out_partial.stride[3] == 1 && p.out_partial_step % kCombineColumns == 0 &&
+                      aligned(p.out_partial, sizeof(float), kCombineColumns * sizeof(float));
   const int itemsize = p.out_dtype == FA3_FLOAT32 ? 4 : 2;
-  args.out_vectors = aligned(p.out, itemsize, kColumns * itemsize);
+  args.out_vectors = aligned(p.out, itemsize, kCombineColumns * itemsize);
   return args;
 }
 

@@ -1,10 +1,12 @@
 // Every rule on arguments, one named check each. None reads device memory. The first that fails gives the status.
 #include "validate.h"
 
+#include <algorithm>
 #include <cmath>
 #include <initializer_list>
 #include <utility>
 
+#include "kernels/combine.h"
 #include "latent.h"
 #include "plan.h"
 #include "status.h"
@@ -372,12 +374,16 @@ fa3_status check_combine_sizes(const fa3_combine_params& p) {
                 sizeof(fa3_combine_params));
   if (p.out_dtype != FA3_FLOAT32 && p.out_dtype != FA3_FLOAT16 && p.out_dtype != FA3_BFLOAT16)
     return fail(FA3_ERROR_DTYPE, "out_dtype: %d, but it must be FA3_FLOAT32, FA3_FLOAT16 or FA3_BFLOAT16", p.out_dtype);
-  if (p.splits < 1) return fail(FA3_ERROR_SHAPE, "splits: %d, but it must be at least 1", p.splits);
+  constexpr int kMost = 1 << 30;  // so that a round of parts, or of columns, more is an int
+  if (p.splits < 1 || p.splits > kMost)
+    return fail(FA3_ERROR_SHAPE, "splits: %d, but it must be from 1 to 2^30", p.splits);
   if (p.batch < 0 || p.rows < 0 || p.num_heads < 0 || p.head_dim_v < 0)
     return fail(FA3_ERROR_SHAPE, "out: (%d, %d, %d, %d), but no size may be negative", p.batch, p.rows, p.num_heads,
                 p.head_dim_v);
-  // A thread takes 4 columns, a block has 256 of them, and a grid 2^31 - 1 blocks. As doubles no product overflows.
-  if (double(p.batch) * p.rows * p.num_heads * (p.head_dim_v / 4 + 1) > 256.0 * INT32_MAX)
+  if (p.head_dim_v > kMost) return fail(FA3_ERROR_SHAPE, "head_dim_v: %d, but at most 2^30 are possible", p.head_dim_v);
+  // A grid has 2^31 - 1 blocks. As doubles no product overflows.
+  const double row_threads = std::max(ceil_div(p.head_dim_v, kCombineColumns), 1);
+  if (double(p.batch) * p.rows * p.num_heads * row_threads > double(kCombineThreads) * INT32_MAX)
     return fail(FA3_ERROR_SHAPE, "out: (%d, %d, %d, %d) has more elements than a grid of threads can take", p.batch,
                 p.rows, p.num_heads, p.head_dim_v);
   return FA3_OK;

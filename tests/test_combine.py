@@ -6,6 +6,7 @@ import frameworks
 import numpy as np
 import pytest
 from compilers import HERE, SRC, host_library
+from conftest import missing_gpu
 from forward_params import DTYPES as CODES
 from forward_params import address, ints, set_rows, structure
 from hypothesis import example, given
@@ -122,10 +123,25 @@ def arguments(shape=(2, 3, 4, 8), **changes):
     return p
 
 
+TOO_MANY = "has more elements than a grid of threads can take"
+
+
 @pytest.mark.parametrize(("changes", "words"), [
+    ({"shape": (1, 2**30, 1, 4 * 128 + 1)}, TOO_MANY), ({"shape": (2**10, 2**15, 2**12, 4)}, TOO_MANY),
+    ({"shape": (2**31 - 1, 2**31 - 1, 2**31 - 1, 2**30)}, TOO_MANY),
+    ({"shape": (1, 1, 1, 2**31 - 1)}, "head_dim_v: 2147483647, but at most 2^30"),
+    ({"splits": 0}, "splits: 0, but it must be from 1 to 2^30"), ({"splits": 2**30 + 1}, "splits: 1073741825"),
     *(({name: 4098}, f"{name}: its address is not a multiple of 4 bytes")
       for name in ("out_partial", "lse_partial", "out", "lse")),
     ({"out": 4097, "out_dtype": CODES["float16"]}, "out: its address is not a multiple of 2 bytes")], ids=str)
 def test_refused_by_the_library(library, changes, words):
     assert library.fa3_combine(ctypes.byref(arguments(**changes)), None) == -5
     assert words in library.fa3_last_error().decode()
+
+
+@pytest.mark.parametrize("shape", [(1, 2**30, 1, 4 * 127), (2**10, 2**15, 2**12 - 1, 4), (1, 1, 1, 2**30)], ids=str)
+def test_a_grid_takes_so_many(library, shape):
+    """64 threads a block, 2^31 - 1 blocks: refused is what comes after, on a machine without a GPU."""
+    if missing_gpu() != "no CUDA device":
+        pytest.skip("a CUDA device is here, which would begin with it")
+    assert library.fa3_combine(ctypes.byref(arguments(shape)), None) == -100

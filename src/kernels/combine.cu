@@ -11,8 +11,7 @@
 namespace fa3 {
 namespace {
 
-constexpr int kThreads = 64;  // few, so that few rows still reach many multiprocessors
-constexpr int kColumns = 4;   // a thread's, of one row
+constexpr int kThreads = kCombineThreads, kColumns = kCombineColumns;
 constexpr int kTogether = 8;  // parts on their way at once
 
 /// Some columns of `parts` parts, the first of them at `from`. Nothing stands between the loads, so that all are on

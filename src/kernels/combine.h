@@ -7,6 +7,9 @@
 
 namespace fa3 {
 
+inline constexpr int kCombineThreads = 64;  // few, so that few rows still reach many multiprocessors
+inline constexpr int kCombineColumns = 4;   // a thread's, of one row
+
 /// Results of attention over disjoint parts of the keys, and where their sum goes. Strides count elements: batch, row,
 /// head.
 struct CombineArgs {
