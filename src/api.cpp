@@ -26,6 +26,7 @@ constexpr float kLog2e = 1.4426950408889634f;
 
 fa3_status plan_checked(const fa3_forward_params* params, int num_sms, fa3_forward_plan& plan) {
   if (auto status = validate(params)) return status;
+  if (auto status = check_num_sms(num_sms)) return status;
   return plan_forward(as_computed(*params), num_sms, plan);
 }
 

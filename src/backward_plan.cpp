@@ -60,9 +60,10 @@ fa3_status plan_backward(const fa3_backward_params& p, BackwardPlan& plan) {
   plan.query_tiles = p.queries.rows > 0 ? QueryTiles{queries, variant.tile_m}.count(p.batch) : 0;
   const int64_t most = ceil_div(p.keys.rows, variant.tile_n * variant.blocks);
   const int64_t key_tiles = (p.keys.cu_seqlens ? most + p.batch : most * p.batch) * p.num_heads_kv;
-  if (plan.query_tiles > INT_MAX || key_tiles > INT_MAX)
+  const int64_t shares = plan.query_tiles * p.num_heads * variant.dq_shares;  // a thread block each, which rounds it
+  if (shares > INT_MAX || key_tiles > INT_MAX)
     return fail(FA3_ERROR_SHAPE, "q, k: %lld and %lld tiles, but at most 2^31 - 1 are possible",
-                static_cast<long long>(plan.query_tiles), static_cast<long long>(key_tiles));
+                static_cast<long long>(shares), static_cast<long long>(key_tiles));
   plan.key_tiles = p.keys.rows > 0 ? static_cast<int>(key_tiles) : 0;
   if (plan.key_tiles) plan.order = plan_order(p, variant);
 

@@ -71,7 +71,7 @@ bool may_turn_values(const Work& work, const ForwardVariant& variant, const Pack
   if (p.keys.rows == 0 || p.batch_invariant || work.visibility.window() || work.visibility.chunk || !all_dense(p) ||
       !tma_addressable(p.v, p.keys, p.batch, p.num_heads_kv, p.dtype))
     return false;
-  const int tiles = work.seqlen_q / tile_queries(variant, packing) * packing.tiles;
+  const int64_t tiles = int64_t{work.seqlen_q / tile_queries(variant, packing)} * packing.tiles;
   return (work.visibility.full() ? tiles : tiles / 2) >= least_tiles;
 }
 
@@ -152,7 +152,7 @@ bool plain(const fa3_forward_params& p, const ForwardVariant& variant, const fa3
 bool decodes(const Work& work, const ForwardVariant& variant, const Packing& packing, int64_t pieces,
              const fa3_forward_plan& plan) {
   const fa3_forward_params& p = work.params;
-  const int rows = p.queries.rows * packing.heads;
+  const int64_t rows = int64_t{p.queries.rows} * packing.heads;
   if (!variant.launch_decode || p.softcap != 0 || p.batch_invariant || p.dropout.p > 0 || odd_out(p)) return false;
   if (work.visibility.chunk) return false;
   if (pieces > work.num_sms || p.queries.rows > packing.positions) return false;

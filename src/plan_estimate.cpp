@@ -172,7 +172,7 @@ Choice estimate(const Work& work, int index, bool packed) {
   if (work.visibility.window()) {
     mean = blocks_of_window(work, v, packing);
   } else if (work.visibility.right != Visibility::kUnbounded && m_blocks >= kManyTiles &&
-             2 * work.seqlen_q >= work.seqlen_k) {
+             work.seqlen_k - work.seqlen_q <= work.seqlen_q) {
     // The first warpgroup of a tile leaves these blocks out, all of them half as many, and of that half is won.
     mean -= 0.25 * ((queries - packing.positions) / v.tile_n);
     // The first tile, whose keys are fewest, has the rows that the last one would have idle.

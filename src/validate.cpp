@@ -9,12 +9,14 @@
 #include "kernels/combine.h"
 #include "latent.h"
 #include "plan.h"
+#include "prepare_plan.h"
 #include "status.h"
 
 namespace fa3 {
 namespace {
 
 constexpr int kMaxRows = 1 << 30;  // positions plus a window must fit in 32 bits
+constexpr int kMaxBatch = 1 << 30, kMaxHeads = 1 << 30;
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxQuantizedHeadDim = 576;  // the largest that any attention takes
 
@@ -61,6 +63,8 @@ fa3_status check_dtypes(const fa3_forward_params& p) {
 
 fa3_status check_sizes(int batch, int num_heads, int num_heads_kv) {
   if (batch < 0) return fail(FA3_ERROR_SHAPE, "batch: %d is negative", batch);
+  if (batch > kMaxBatch) return fail(FA3_ERROR_SHAPE, "batch: %d, but at most 2^30 are possible", batch);
+  if (num_heads > kMaxHeads) return fail(FA3_ERROR_SHAPE, "num_heads: %d, but at most 2^30 are possible", num_heads);
   if (num_heads < 1 || num_heads_kv < 1)
     return fail(FA3_ERROR_SHAPE, "num_heads: %d on %d, but both must be at least 1", num_heads, num_heads_kv);
   if (num_heads % num_heads_kv)
@@ -101,6 +105,36 @@ fa3_status check_lengths(const fa3_lengths& lengths, const char* name) {
   if (lengths.max_seqlen < 0)
     return fail(FA3_ERROR_SHAPE, "max_seqlen of %s: %d is negative", name, lengths.max_seqlen);
   return FA3_OK;
+}
+
+/// More than any memory holds, or any GPU computes with. Up to there counts of rows and of tiles, and the bytes of
+/// copies and of as many parts as there may be, are below 2^63; as doubles these products do not overflow either.
+fa3_status check_elements(double entries, double rows, double heads, double dim, const char* name) {
+  if (entries * rows * heads * dim < 0x1p44) return FA3_OK;
+  return fail(FA3_ERROR_SHAPE, "%s: %.0f x %.0f x %.0f x %.0f elements, but fewer than 2^44 are possible", name,
+              entries, rows, heads, dim);
+}
+
+fa3_status check_elements(const fa3_lengths& lengths, int entries, int heads, int dim, const char* name) {
+  return check_elements(lengths.cu_seqlens ? 1 : entries, lengths.rows, heads, dim, name);
+}
+
+/// Before attention, heads are counted in 32 bits.
+fa3_status check_cache_sizes(const fa3_forward_params& p, int dim) {
+  const fa3_cache& c = p.cache;
+  if (!c.k_new.data && !c.rotary_cos) return FA3_OK;
+  constexpr int kMostHeads = 1 << 20;
+  if (p.num_heads > kMostHeads)
+    return fail(FA3_ERROR_SHAPE, "num_heads: %d, but at most 2^20 can be appended or turned", p.num_heads);
+  return check_elements({c.rows_new, 0, c.cu_seqlens_k_new, nullptr}, p.batch, p.num_heads_kv, dim, "k_new");
+}
+
+/// What a call's sizes come to; each by itself is as it may be.
+fa3_status check_products(const fa3_forward_params& p) {
+  const int dim = std::max(p.head_dim, p.head_dim_v);
+  if (auto status = check_elements(p.queries, p.batch, p.num_heads, dim, "q")) return status;
+  if (auto status = check_elements(key_storage(p), key_entries(p), p.num_heads_kv, dim, "k")) return status;
+  return check_cache_sizes(p, dim);
 }
 
 /// Of a power of two: nothing is read or written across the bounds of its elements.
@@ -242,20 +276,11 @@ fa3_status check_rotary(const fa3_forward_params& p) {
   return FA3_OK;
 }
 
-/// Work before attention is counted by heads in 32 bits.
-fa3_status check_cache_sizes(const fa3_forward_params& p) {
-  constexpr int kMaxHeads = 1 << 20;
-  if ((p.cache.k_new.data || p.cache.rotary_cos) && p.num_heads > kMaxHeads)
-    return fail(FA3_ERROR_SHAPE, "num_heads: %d, but at most 2^20 can be appended or turned", p.num_heads);
-  return FA3_OK;
-}
-
 fa3_status check_cache(const fa3_forward_params& p) {
   if (auto status = check_cache_rows(p)) return status;
   if (auto status = check_pages(p)) return status;
   if (auto status = check_new_keys(p)) return status;
-  if (auto status = check_rotary(p)) return status;
-  return check_cache_sizes(p);
+  return check_rotary(p);
 }
 
 fa3_status check_mask(const fa3_mask& mask) {
@@ -399,6 +424,12 @@ fa3_status check_combine_arrays(const fa3_combine_params& p) {
 
 }  // namespace
 
+fa3_status check_num_sms(int num_sms) {
+  constexpr int kMost = 1 << 16;  // so that rounds of pieces and their estimates are ints
+  if (num_sms >= 1 && num_sms <= kMost) return FA3_OK;
+  return fail(FA3_ERROR_SHAPE, "num_sms: %d, but it must be from 1 to 2^16", num_sms);
+}
+
 fa3_status check_workspace(const void* workspace) { return check_aligned(workspace, kWorkspaceAlignment, "workspace"); }
 
 fa3_status validate(const fa3_combine_params* params) {
@@ -431,6 +462,7 @@ fa3_status validate(const fa3_forward_params* params) {
   if (auto status = check_lengths(p.keys, "k")) return status;
   if (auto status = check_arrays(p)) return status;
   if (auto status = check_cache(p)) return status;
+  if (auto status = check_products(p)) return status;
   if (auto status = check_mask(p.mask)) return status;
   if (auto status = check_scalars(p.softmax_scale, p.softcap)) return status;
   return check_dropout(p.dropout);
@@ -446,6 +478,9 @@ fa3_status validate(const fa3_backward_params* params) {
   if (auto status = check_head_dims(p.head_dim, p.head_dim_v, p.dtype)) return status;
   if (auto status = check_lengths(p.queries, "q")) return status;
   if (auto status = check_lengths(p.keys, "k")) return status;
+  const int dim = std::max(p.head_dim, p.head_dim_v);
+  if (auto status = check_elements(p.queries, p.batch, p.num_heads, dim, "q")) return status;
+  if (auto status = check_elements(p.keys, p.batch, p.num_heads_kv, dim, "k")) return status;
   if (auto status = check_backward_arrays(p)) return status;
   if (auto status = check_mask(p.mask)) return status;
   if (auto status = check_scalars(p.softmax_scale, p.softcap)) return status;

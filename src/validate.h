@@ -11,6 +11,8 @@ fa3_status validate(const fa3_backward_params* params);
 fa3_status validate(const fa3_quantize_params* params);
 /// The same of a call that joins parts.
 fa3_status validate(const fa3_combine_params* params);
+/// How many multiprocessors a device may be said to have.
+fa3_status check_num_sms(int num_sms);
 /// What a caller gives as workspace, if it gives one.
 fa3_status check_workspace(const void* workspace);
 

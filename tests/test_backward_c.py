@@ -85,6 +85,10 @@ def workspace(library, filled):
     *(({name: 4098}, -5, f"{which}: its address is not a multiple of 4 bytes") for name, which in {
         "lse__data": "lse", "dlse__data": "dlse", "queries__cu_seqlens": "cu_seqlens_q",
         "queries__seqused": "seqused_q", "keys__cu_seqlens": "cu_seqlens_k", "keys__seqused": "seqused_k"}.items()),
+    ({"batch": 2**30 + 1}, -5, "batch: 1073741825, but at most 2^30"),
+    ({"batch": 2**30, "queries__rows": 2**30}, -5, "q: 1073741824 x 1073741824 x 4 x 128 elements"),
+    ({"batch": 2**20, "keys__rows": 2**20}, -5, "k: 1048576 x 1048576 x 2 x 128 elements"),
+    ({"batch": 2**28, "queries__rows": 64, "keys__rows": 1}, -5, "2147483648 and 536870912 tiles"),
     ({"sinks": 4098, "dsinks": 4096}, -5, "sinks: its address"),
     ({"sinks": 4096, "dsinks": 4098}, -5, "dsinks: its address"),
     *(({f"{name}__data": None}, -1, f"{name}: null data") for name in ("dout", "q", "k", "v", "out", "dq", "dk", "dv")),

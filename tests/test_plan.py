@@ -8,7 +8,8 @@ import plan_choices
 import pytest
 from compiled import MINIMAL
 from compilers import HERE, SRC, host_library
-from hypothesis import example, given
+from forward_params import Params
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_host_math import INT_MAX, MAX_ROWS, visible
 
@@ -393,14 +394,15 @@ def test_sections_are_of_equal_size(batch, heads, seqlen, section):
 
 def test_more_tiles_than_an_index_counts():
     """The last index that a thread block asks for, up to two rounds past the tiles, must still be an int."""
-    call = {"dtype": "bfloat16", "seqlen_q": 1, "seqlen_k": 1, "num_heads": 1, "num_heads_kv": 1, "head_dim": 128,
+    call = {"dtype": "bfloat16", "seqlen_q": 1, "seqlen_k": 1, "num_heads": 2, "num_heads_kv": 2, "head_dim": 128,
             "head_dim_v": 128, "causal": True, "num_sms": 132, "sm_margin": 0}
-    plan = _core.plan(**call, batch=INT_MAX - 1000)
+    plan = _core.plan(**call, batch=2**30 - 500)
     assert plan["grid"] == 132 * VARIANTS[plan["variant"]]["blocks_per_sm"]
     with pytest.raises(ValueError, match="tiles"):
-        _core.plan(**call, batch=INT_MAX)
+        _core.plan(**call, batch=2**30)
     with pytest.raises(ValueError, match="tiles"):
-        _core.plan(**call | {"seqlen_k": 2**20}, batch=2**20, num_splits=2**12)
+        _core.plan(**call | {"seqlen_k": 2**19, "num_heads": 64, "num_heads_kv": 1}, batch=2**17, num_splits=2**12,
+                   pack_gqa=False)
 
 
 @pytest.mark.parametrize("call", [{"batch": 0}, {"seqlen_q": 0}], ids=str)
@@ -547,8 +549,8 @@ class Mask(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
-    sources = [HERE / "host" / "plan.cpp",
-               *(SRC / f"{name}.cpp" for name in ("plan", "plan_estimate", "prepare_plan", "status"))]
+    parts = ("latent", "plan", "plan_estimate", "prepare_plan", "status", "validate")
+    sources = [HERE / "host" / "plan.cpp", *(SRC / f"{name}.cpp" for name in parts)]
     return host_library(tmp_path_factory.mktemp("plan"), "plan", sources, f"-I{HERE / 'host' / 'cuda_names'}",
                         "-Wno-unknown-pragmas")
 
@@ -570,6 +572,40 @@ def test_every_mask_that_a_call_may_have(host, causal, left, right, chunk, seqle
     keys = np.array(sorted({edge + step for edge in interval for step in (-1, 0, 1)} | {0, seqlen_k - 1}))
     seen = visible((left, 0 if causal else right, chunk), [row], seqlen_q, keys, seqlen_k)[0]
     assert np.array_equal((begin <= keys) & (keys < end), seen)
+
+
+sizes_up_to_2_30 = st.sampled_from([1, 2, 65, 2**10, 2**15, 2**20, MAX_ROWS - 1, MAX_ROWS]) | st.integers(1, MAX_ROWS)
+
+
+@pytest.fixture
+def sanitized(capfd):
+    """What is done here overflows nowhere."""
+    yield
+    assert "runtime error" not in capfd.readouterr().err
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(*[sizes_up_to_2_30] * 5, st.sampled_from([1, 8, 64, 2**10, MAX_ROWS]), st.booleans(), st.booleans(),
+       st.sampled_from([0, 1, 3, INT_MAX]), st.sampled_from([-1, 0, 1]), st.sampled_from([1, 132, 2**16]))
+@example(1, 2**28, 1, 2**14, 1, 1, False, False, 0, -1, 132)
+@example(2**14, 1, MAX_ROWS, MAX_ROWS, 1, 1, True, False, 0, -1, 132)
+@example(1, MAX_ROWS, MAX_ROWS, 2**6, 2**6, 1, False, True, 0, 1, 132)
+@example(MAX_ROWS, MAX_ROWS, 1, MAX_ROWS, 1, 1, False, False, 0, -1, 132)
+def test_sizes_that_are_taken_overflow_nowhere(
+        host, sanitized, batch, rows_q, rows_k, rows_new, num_heads_kv, ratio, causal, ragged, num_splits, pack_gqa,
+        num_sms):
+    """And too many are refused, by a sentence, before they are counted."""
+    p = Params(struct_size=ctypes.sizeof(Params), dtype=2, out_dtype=2, batch=batch, num_heads_kv=num_heads_kv,
+               num_heads=min(num_heads_kv * ratio, INT_MAX // num_heads_kv * num_heads_kv), head_dim=128,
+               head_dim_v=128, softmax_scale=1, num_splits=num_splits, pack_gqa=pack_gqa)
+    for array in (p.q, p.k, p.v, p.out):
+        array.data, array.stride[3] = 4096, 1
+    p.queries.rows, p.keys.rows = rows_q, rows_k
+    p.queries.cu_seqlens = 4096 if ragged else None
+    p.mask.causal, p.mask.window_left, p.mask.window_right = causal, -1, -1
+    if rows_new <= rows_k:
+        p.cache.k_new, p.cache.v_new, p.cache.rows_new = p.k, p.v, rows_new
+    assert host.plan_checked(ctypes.byref(p), num_sms) in (0, -5)
 
 
 def test_the_plan_is_logged_in_one_line(host, capfd, monkeypatch):

@@ -187,6 +187,29 @@ static fa3_forward_params paged_call(void) {
     expect(&p, FA3_ERROR_SHAPE, words);  \
   } while (0)
 
+/* Each size may be, but not all together. */
+static void check_sizes(void) {
+  enum { kMost = 1 << 30 };
+  fa3_forward_plan plan;
+  fa3_forward_params p = dense_call(2, 10, 20, 4, 2, address);
+  REFUSES(FA3_ERROR_SHAPE, "batch: 1073741825, but at most 2^30", p.batch = kMost + 1);
+  REFUSES(FA3_ERROR_SHAPE, "num_heads: 1073741826, but at most 2^30", p.num_heads = kMost + 2);
+  REFUSES(FA3_ERROR_SHAPE, "q: 1073741824 x 1000 x 4 x 128 elements, but fewer than 2^44", p.batch = kMost;
+          p.queries.rows = 1000);
+  REFUSES(FA3_ERROR_SHAPE, "q: 2 x 1073741824 x 16384 x 128 elements", p.queries.rows = kMost; p.num_heads = 1 << 14);
+  REFUSES(FA3_ERROR_SHAPE, "k: 64 x 1073741824 x 2 x 128 elements", p.batch = 64; p.keys.rows = kMost);
+  PAGES_REFUSE("k: 2147483647 x 1073741824 x 2 x 128 elements", p.cache.page_size = kMost;
+               p.cache.num_pages = INT32_MAX);
+  CACHE_REFUSES(FA3_ERROR_SHAPE, "k_new: 128 x 1073741824 x 2 x 128 elements", p.batch = 128; c->rows_new = kMost;
+                p.keys.seqused = (const int32_t*)(const void*)memory; c->rotary_rows = kMost);
+  for (int i = 0; i < 3; ++i) {
+    const int32_t num_sms = (const int32_t[]){0, -132, 65537}[i];
+    CHECK(fa3_plan_forward(&p, num_sms, &plan) == FA3_ERROR_SHAPE, "%d multiprocessors", num_sms);
+    CHECK(strstr(fa3_last_error(), "num_sms: "), "which says so");
+  }
+  CHECK(fa3_plan_forward(&p, 65536, &plan) == FA3_OK && fa3_plan_forward(&p, 1, &plan) == FA3_OK, "1 to 2^16");
+}
+
 static void check_pages(void) {
   fa3_forward_plan plan;
   fa3_forward_params p = paged_call();
@@ -220,10 +243,10 @@ static void check_cache_arguments(void) {
   p = cache_call();
   p.queries.rows = 0;
   CHECK(fa3_plan_forward(&p, 132, &plan) == FA3_OK, "new keys without queries");
-  p.batch = 64;
+  p.batch = 17;
   p.keys.seqused = integers;
   p.cache.rows_new = p.cache.rotary_rows = 1 << 30;
-  CHECK(fa3_plan_forward(&p, 132, &plan) == FA3_ERROR_SHAPE && strstr(fa3_last_error(), "thread blocks"), "2^36 rows");
+  CHECK(fa3_plan_forward(&p, 132, &plan) == FA3_ERROR_SHAPE && strstr(fa3_last_error(), "thread blocks"), "2^34 rows");
 
   CACHE_REFUSES(FA3_ERROR_NULL, "v_new: null", c->v_new.data = NULL);
   CACHE_REFUSES(FA3_ERROR_NULL, "k_new: null", c->k_new.data = NULL);
@@ -402,6 +425,7 @@ static const struct {
     {"statuses", check_statuses},
     {"arguments", check_arguments},
     {"alignment", check_alignment},
+    {"sizes", check_sizes},
     {"fp8", check_fp8},
     {"missing_features", check_missing_features},
     {"pages", check_pages},

@@ -2,6 +2,8 @@
 #include "plan.h"
 
 #include "attention/block_range.h"
+#include "latent.h"
+#include "validate.h"
 #include "variants.h"
 
 namespace fa3 {
@@ -23,6 +25,13 @@ std::span<const ForwardVariant> forward_variants() {
 /// The keys that a query row sees under the mask of a call's arguments.
 extern "C" void key_interval(const fa3_mask* mask, int row, int seqlen_q, int seqlen_k, fa3::KeyInterval* out) {
   *out = fa3::visibility_of(*mask).keys(row, seqlen_q, seqlen_k);
+}
+
+/// Plan a call as fa3_plan_forward does.
+extern "C" int plan_checked(const fa3_forward_params* params, int num_sms) {
+  fa3_forward_plan plan;
+  if (auto status = fa3::validate(params)) return status;
+  return fa3::plan_forward(fa3::as_computed(*params), num_sms, plan);
 }
 
 /// Plan a small causal call of (batch, rows, heads) as fa3_forward does, and log it.
