@@ -22,8 +22,6 @@
 namespace fa3 {
 namespace {
 
-constexpr float kLog2e = 1.4426950408889634f;
-
 fa3_status plan_checked(const fa3_forward_params* params, int num_sms, fa3_forward_plan& plan) {
   if (auto status = validate(params)) return status;
   if (auto status = check_num_sms(num_sms)) return status;
@@ -140,12 +138,11 @@ struct Launch {
     args.v_descale = descale(p.v_descale);
     args.absorbed = absorbed;
     args.accumulate_blocks = plan.accumulate_blocks;
-    // A zero scale would make minus infinity, the masked score, NaN; this one makes every visible score 0 all the same.
-    const float scale = p.softmax_scale == 0 ? 1e-30f : p.softmax_scale;
-    args.score_scale_log2 = (p.softcap > 0 ? p.softcap : scale) * kLog2e;
-    extras.softcap_scale = p.softcap > 0 ? scale / p.softcap : 0;
-    extras.plain_blocks = p.softcap == 0;
+    const ScoreScales scales = score_scales(p);
+    args.score_scale_log2 = scales.scale_log2;
     args.hidden = args.score_scale_log2 < 0 ? INFINITY : -INFINITY;
+    extras.softcap_scale = scales.softcap_scale;
+    extras.plain_blocks = !scales.capped();
     extras.sinks = p.sinks;
     extras.exact_max = p.batch_invariant;
     args.dropout = dropout_of(p.dropout);

@@ -18,8 +18,6 @@
 namespace fa3 {
 namespace {
 
-constexpr float kLog2e = 1.4426950408889634f;
-
 RowArray row_array(const fa3_array& array) {
   return {array.data, {array.stride[0], array.stride[1], array.stride[2]}, aligned(array, 2, 16)};
 }
@@ -119,9 +117,9 @@ struct BackwardLaunch {
     args.group = p.num_heads / p.num_heads_kv;
     args.head_dim = p.head_dim;
     args.head_dim_v = p.head_dim_v;
-    const bool capped = p.softcap > 0 && p.softmax_scale != 0;  // scores that are all 0 stay so
-    args.score_scale_log2 = (capped ? p.softcap : p.softmax_scale) * kLog2e;
-    args.softcap_scale = capped ? p.softmax_scale / p.softcap : 0;
+    const ScoreScales scales = score_scales(p.softmax_scale, p.softcap);
+    args.score_scale_log2 = scales.scale_log2;
+    args.softcap_scale = scales.softcap_scale;
     args.softmax_scale = p.softmax_scale;
     args.dropout = dropout_of(p.dropout);
     args.order = plan.order;

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <numeric>
 
 #include "alignment.h"
@@ -140,10 +141,12 @@ bool counts_pieces(const Work& work, const ForwardVariant& variant, double time)
   return time > kLongTime && (!work.equal_tiles || (variant.consumers > 1 && work.seqlen_k <= kFewKeys));
 }
 
+bool capped(const fa3_forward_params& p) { return score_scales(p).capped(); }
+
 /// Whether a call has nothing that its tile's plain kernel leaves out: see kernels/forward_args.h.
 bool plain(const fa3_forward_params& p, const ForwardVariant& variant, const fa3_forward_plan& plan) {
   return variant.launch_plain && plan.pack_gqa == 1 && (plan.num_splits == 1 || plain_may_split(variant.consumers)) &&
-         !plan.paired && !p.cache.page_table && p.softcap == 0 && !p.sinks && !p.batch_invariant && p.dropout.p == 0 &&
+         !plan.paired && !p.cache.page_table && !capped(p) && !p.sinks && !p.batch_invariant && p.dropout.p == 0 &&
          !odd_out(p);
 }
 
@@ -153,7 +156,7 @@ bool decodes(const Work& work, const ForwardVariant& variant, const Packing& pac
              const fa3_forward_plan& plan) {
   const fa3_forward_params& p = work.params;
   const int64_t rows = int64_t{p.queries.rows} * packing.heads;
-  if (!variant.launch_decode || p.softcap != 0 || p.batch_invariant || p.dropout.p > 0 || odd_out(p)) return false;
+  if (!variant.launch_decode || capped(p) || p.batch_invariant || p.dropout.p > 0 || odd_out(p)) return false;
   if (work.visibility.chunk) return false;
   if (pieces > work.num_sms || p.queries.rows > packing.positions) return false;
   if (p.queries.cu_seqlens || p.keys.cu_seqlens) return false;
@@ -233,6 +236,19 @@ Visibility visibility_of(const fa3_forward_params& params) {
   Visibility visibility = visibility_of(params.mask);
   if (!params.queries.cu_seqlens && params.queries.rows <= 1) visibility.right = Visibility::kUnbounded;
   return visibility;
+}
+
+ScoreScales score_scales(float softmax_scale, float softcap) {
+  constexpr float kLog2e = 1.4426950408889634f, kLargest = std::numeric_limits<float>::max();
+  const float quotient = softcap > 0 ? std::clamp(softmax_scale / softcap, -kLargest, kLargest) : 0;
+  // A quotient that is 0 or denormal has no digits, and tanh(x) is x long before: the scores are as without a cap.
+  if (!std::isnormal(quotient) || softcap > kLargest / kLog2e) return {softmax_scale * kLog2e, 0};
+  return {softcap * kLog2e, quotient};
+}
+
+ScoreScales score_scales(const fa3_forward_params& p) {
+  // A zero scale would make minus infinity, the masked score, NaN; this one makes every visible score 0 all the same.
+  return score_scales(p.softmax_scale == 0 ? 1e-30f : p.softmax_scale, p.softcap);
 }
 
 Dropout dropout_of(const fa3_dropout& given) {

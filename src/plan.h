@@ -22,6 +22,16 @@ inline bool no_rows(const fa3_lengths& lengths, int batch) {
   return lengths.rows == 0 || (batch == 0 && !lengths.cu_seqlens);
 }
 
+/// What kernels multiply scores with: exponents of 2 are score * scale_log2 or, with a cap, scale_log2 * tanh(score *
+/// softcap_scale). softcap_scale is 0 without a cap, and where the cap is so large that it changes no score.
+struct ScoreScales {
+  float scale_log2, softcap_scale;
+  bool capped() const { return softcap_scale != 0; }
+};
+ScoreScales score_scales(float softmax_scale, float softcap);
+/// The same of a forward call.
+ScoreScales score_scales(const fa3_forward_params& params);
+
 /// Dropout as the kernels take it.
 struct Dropout dropout_of(const fa3_dropout& dropout);
 

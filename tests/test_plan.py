@@ -608,6 +608,31 @@ def test_sizes_that_are_taken_overflow_nowhere(
     assert host.plan_checked(ctypes.byref(p), num_sms) in (0, -5)
 
 
+LARGEST_FLOAT, LEAST_FLOAT = float(np.finfo(np.float32).max), 1e-45
+
+
+@pytest.mark.parametrize("scale", [0.1, -0.1, 1.0, 1e-30, 1e-38, 1e30])
+@pytest.mark.parametrize("cap", [0, 1e-3, 30, 1e9, 1e30, 1e37, 3e38, LARGEST_FLOAT, 1e-38, 1e-42, LEAST_FLOAT])
+def test_scores_with_any_cap(host, scale, cap):
+    """Exponents of 2 as the formula says, however large or small the cap."""
+    found = (ctypes.c_float * 2)()
+    host.score_scales(ctypes.c_float(scale), ctypes.c_float(cap), found)
+    scale_log2, softcap_scale = map(float, found)
+    assert np.isfinite([scale_log2, softcap_scale]).all()
+    scale, cap = (float(np.float32(x)) for x in (scale, cap))
+    for score in (0, 1e-3, 1, -20, 300):
+        scaled = score * scale
+        expected = (cap * np.tanh(scaled / cap) if cap else scaled) * np.log2(np.e)
+        got = scale_log2 * (np.tanh(score * softcap_scale) if softcap_scale else score)
+        assert got == pytest.approx(expected, rel=1e-6, abs=1e-30)
+
+
+@pytest.mark.parametrize(("cap", "plain"), [(0, True), (30, False), (3e38, True)])
+def test_a_cap_that_changes_no_score_is_none(host, cap, plain):
+    """The plan takes the kernel that has none."""
+    assert host.takes_plain_kernel(ctypes.c_float(cap)) == plain
+
+
 def test_the_plan_is_logged_in_one_line(host, capfd, monkeypatch):
     """FA3_LOG=plan, as fa3_forward logs it (which needs a GPU: there tests/test_c_api.py looks at its stderr)."""
     monkeypatch.setenv("FA3_LOG", "plan")

@@ -27,6 +27,11 @@ extern "C" void key_interval(const fa3_mask* mask, int row, int seqlen_q, int se
   *out = fa3::visibility_of(*mask).keys(row, seqlen_q, seqlen_k);
 }
 
+/// (scale_log2, softcap_scale) of a call's arguments.
+extern "C" void score_scales(float softmax_scale, float softcap, fa3::ScoreScales* out) {
+  *out = fa3::score_scales(softmax_scale, softcap);
+}
+
 /// Plan a call as fa3_plan_forward does.
 extern "C" int plan_checked(const fa3_forward_params* params, int num_sms) {
   fa3_forward_plan plan;
@@ -34,8 +39,10 @@ extern "C" int plan_checked(const fa3_forward_params* params, int num_sms) {
   return fa3::plan_forward(fa3::as_computed(*params), num_sms, plan);
 }
 
-/// Plan a small causal call of (batch, rows, heads) as fa3_forward does, and log it.
-extern "C" int plan_and_log(int batch, int rows, int heads) {
+namespace {
+
+/// A small causal call.
+fa3_forward_params call_of(int batch, int rows, int heads) {
   fa3_forward_params params{};
   params.dtype = FA3_BFLOAT16;
   params.batch = batch;
@@ -43,8 +50,24 @@ extern "C" int plan_and_log(int batch, int rows, int heads) {
   params.head_dim = params.head_dim_v = 128;
   params.queries.rows = params.keys.rows = rows;
   params.mask.causal = 1;
+  params.softmax_scale = 1;
+  return params;
+}
+
+}  // namespace
+
+/// Plan it as fa3_forward does, and log it.
+extern "C" int plan_and_log(int batch, int rows, int heads) {
+  const fa3_forward_params params = call_of(batch, rows, heads);
   fa3_forward_plan plan;
   if (auto status = fa3::plan_forward(params, 132, plan)) return status;
   fa3::log_plan(params, plan);
   return FA3_OK;
+}
+
+extern "C" int takes_plain_kernel(float softcap) {
+  fa3_forward_params params = call_of(3, 500, 4);
+  params.softcap = softcap;
+  fa3_forward_plan plan;
+  return fa3::plan_forward(params, 132, plan) == FA3_OK && plan.plain;
 }
