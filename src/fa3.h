@@ -38,15 +38,16 @@ typedef enum fa3_status {
   FA3_ERROR_SHAPE = -5,        /* a size, stride or option that does not fit */
   FA3_ERROR_CU_SEQLENS = -6,   /* cumulative lengths that do not fit (told only under FA3_CHECK=1) */
   FA3_ERROR_WORKSPACE = -7,    /* no workspace given, but fa3_..._workspace() bytes of it are needed */
-  FA3_ERROR_NO_FP8 = -10,      /* -10 ... -17: meaningful, but this build lacks it */
-  FA3_ERROR_NO_PAGED_CACHE = -11,
-  FA3_ERROR_NO_CACHE_UPDATE = -12, /* new keys, rotary, left padding, cache_batch_idx */
-  FA3_ERROR_NO_SPLIT = -13,
-  FA3_ERROR_NO_QV = -14, /* qv, MLA */
-  FA3_ERROR_NO_BACKWARD = -15,
-  FA3_ERROR_NO_DROPOUT = -16,
-  FA3_ERROR_DEVICE = -17, /* the device is not compute capability 9.0 */
-  FA3_ERROR_CUDA = -100   /* CUDA failed; fa3_last_cuda_error() has its code */
+  /* -10 to -17: meaningful, but not there. */
+  FA3_ERROR_NO_FP8 = -10,          /* a build without fp8; of one that lacks this head dim alone: -3 */
+  FA3_ERROR_NO_PAGED_CACHE = -11,  /* reserved */
+  FA3_ERROR_NO_CACHE_UPDATE = -12, /* rotary of fp8 */
+  FA3_ERROR_NO_SPLIT = -13,        /* reserved */
+  FA3_ERROR_NO_QV = -14,           /* qv and MLA in forms that are not built */
+  FA3_ERROR_NO_BACKWARD = -15,     /* of this dtype and these head dims */
+  FA3_ERROR_NO_DROPOUT = -16,      /* of fp8, with qv, MLA */
+  FA3_ERROR_DEVICE = -17,          /* the device is not compute capability 9.0 */
+  FA3_ERROR_CUDA = -100            /* CUDA failed; fa3_last_cuda_error() has its code */
 } fa3_status;
 
 typedef enum fa3_dtype { FA3_FLOAT16 = 1, FA3_BFLOAT16 = 2, FA3_FLOAT8_E4M3 = 3, FA3_FLOAT32 = 4 } fa3_dtype;
@@ -122,7 +123,11 @@ typedef struct fa3_descale {
 } fa3_descale;
 
 /* Each probability is kept with 1 - p, rounded to 15 bits, and then divided by it. Which are kept is Philox4x32-10 of
- * the seed at (batch, head, query, key), counted within the call and the sequence: fa3/_philox.py has the layout. */
+ * the seed at (batch, head, query, key), counted within the call and the sequence. Its key is the seed, the lower 32
+ * bits first, its counter (head, key / 32 * 4 + key % 8 / 2, batch, query / 16 * 8 + query % 8). Of the four words
+ * number query % 16 / 8 + key % 16 / 8 * 2 counts, turned right by 8 bits if key % 32 >= 16, and of that the lower 15
+ * bits of its lower half, or if key is odd of its upper one. Below p * 2^15, rounded and at most 2^15 - 1, they drop
+ * the element; of p above 1/2, unless they are below (1 - p) * 2^15. */
 typedef struct fa3_dropout {
   float p;               /* from 0, none, to below 1 */
   int32_t seed_type;     /* of seed_data: fa3_integer */
@@ -136,7 +141,8 @@ typedef struct fa3_forward_params {
   int32_t dtype;      /* of q, k, v: fa3_dtype */
   int32_t out_dtype;  /* dtype, or for fp8 FA3_BFLOAT16 / FA3_FLOAT16 */
 
-  int32_t batch, num_heads, num_heads_kv; /* num_heads % num_heads_kv == 0 */
+  /* num_heads % num_heads_kv == 0; batch and num_heads at most 2^30, and q, k and k_new fewer than 2^44 elements */
+  int32_t batch, num_heads, num_heads_kv;
   /* Of q, k; of v, out. With qv at most 64 and 512. Without it at most 256 each, or 576 and 512, where v must be k's
    * memory, with its strides: its first 512 columns. */
   int32_t head_dim, head_dim_v;
@@ -222,7 +228,7 @@ typedef struct fa3_combine_params {
   size_t struct_size; /* sizeof(fa3_combine_params) */
   int32_t device;     /* CUDA ordinal of every array */
   int32_t out_dtype;  /* FA3_FLOAT32, FA3_FLOAT16 or FA3_BFLOAT16 */
-  int32_t splits;     /* parts, at least 1 */
+  int32_t splits;     /* parts, 1 to 2^30 */
   int32_t batch, rows, num_heads;
   int32_t head_dim_v;
   fa3_array out_partial, lse_partial; /* of the first part: fp32 (batch, row, head, dim) and (batch, row, head, -);
@@ -234,21 +240,22 @@ typedef struct fa3_combine_params {
 
 /* What a call will do: the choices that fa3_forward makes from its arguments and the device. */
 typedef struct fa3_forward_plan {
-  int32_t variant;                           /* index for fa3_forward_variant */
-  int32_t tile_m, tile_n;                    /* queries and keys of a tile */
-  int32_t pack_gqa;                          /* query heads that share a tile's rows; 1: no packing */
-  int32_t whole_tiles, num_splits;           /* tiles from whole_tiles on are split into so many parts along the keys */
-  int32_t num_m_blocks;                      /* tiles along the queries of the longest sequence */
-  int32_t grid;                              /* thread blocks */
-  int32_t cluster;                           /* of them that join a tile's parts among them; 1: through memory */
-  int32_t paired;                            /* 1: clusters are of two, which share keys and values instead */
-  int32_t plain;                             /* 1: the tile's kernel for calls with none of: packed heads, pages,
-                                              * softcap, sinks, batch_invariant, dropout, an out that 16-byte stores
-                                              * do not fit, splits of tiles of 64 queries */
-  int32_t decode;                            /* 1: the tile's kernel for few queries on many keys, whatever
-                                              * plain says */
-  int32_t dynamic;                           /* 1: work is handed out by a counter in the workspace */
-  int32_t heads_per_section, short_m_blocks; /* the order of tiles: see attention/tile_scheduler.h */
+  int32_t variant;                 /* index for fa3_forward_variant */
+  int32_t tile_m, tile_n;          /* queries and keys of a tile */
+  int32_t pack_gqa;                /* query heads that share a tile's rows; 1: no packing */
+  int32_t whole_tiles, num_splits; /* tiles from whole_tiles on are split into so many parts along the keys */
+  int32_t num_m_blocks;            /* tiles along the queries of a typical sequence */
+  int32_t grid;                    /* thread blocks */
+  int32_t cluster;                 /* of them that join a tile's parts among them; 1: through memory */
+  int32_t paired;                  /* 1: clusters are of two, which share keys and values instead */
+  int32_t plain;                   /* 1: the tile's kernel for calls with none of: packed heads, pages,
+                                    * softcap, sinks, batch_invariant, dropout, an out that 16-byte stores
+                                    * do not fit, splits of tiles of 64 queries */
+  int32_t decode;                  /* 1: the tile's kernel for few queries on many keys, whatever
+                                    * plain says */
+  int32_t dynamic;                 /* 1: work is handed out by a counter in the workspace */
+  int32_t heads_per_section;       /* heads whose tiles take turns, so that their keys stay in L2 */
+  int32_t short_m_blocks;          /* tiles of each head that wait for the end, where they fill gaps */
   /* 1: copied to the workspace first: TMA cannot address it, or q turns. copy_v 2: with keys along its rows, as fp8
    * products read them */
   int32_t copy_q, copy_k, copy_v, copy_qv;
@@ -277,7 +284,7 @@ FA3_API int fa3_forward_workspace(const fa3_forward_params* params, size_t* byte
  * enqueued and FA3_ERROR_WORKSPACE returned, so that most calls need not ask first. It need not be initialised. */
 FA3_API int fa3_forward(const fa3_forward_params* params, void* workspace, void* stream);
 
-/* The choices fa3_forward would make on a device with num_sms multiprocessors. Needs no GPU. */
+/* The choices fa3_forward would make on a device with num_sms multiprocessors, 1 to 2^16. Needs no GPU. */
 FA3_API int fa3_plan_forward(const fa3_forward_params* params, int32_t num_sms, fa3_forward_plan* plan);
 
 /* The compiled forward kernels: FA3_ERROR_SHAPE once index is past the last. */
@@ -293,8 +300,8 @@ FA3_API int fa3_backward(const fa3_backward_params* params, void* workspace, voi
  * a thread block. */
 FA3_API int fa3_backward_variant(int32_t index, fa3_variant* variant);
 
-/* Bytes of device memory, 256-byte aligned, that fa3_quantize_fp8 needs; 0 where a thread block has a scale to itself.
- */
+/* Bytes of device memory, 256-byte aligned, that fa3_quantize_fp8 needs; 0 where each scale is of so few elements that
+ * one small thread block holds them. */
 FA3_API int fa3_quantize_workspace(const fa3_quantize_params* params, size_t* bytes);
 
 /* Enqueue the quantisation on `stream`: one kernel, launched cooperatively where thread blocks share a scale.
@@ -304,7 +311,8 @@ FA3_API int fa3_quantize_fp8(const fa3_quantize_params* params, void* workspace,
 /* Enqueue the joining of parts on `stream`: one kernel, without a workspace. */
 FA3_API int fa3_combine(const fa3_combine_params* params, void* stream);
 
-/* A status as a few words; this thread's last failure in a sentence; its CUDA code (0 if CUDA did not fail). */
+/* A status as a few words. What this thread's last call of another function failed at, in a sentence, or "". Its code
+ * where it was CUDA that failed, a cudaError_t or, of the driver's functions, a CUresult; else 0. */
 FA3_API const char* fa3_status_string(int status);
 FA3_API const char* fa3_last_error(void);
 FA3_API int fa3_last_cuda_error(void);

@@ -89,6 +89,10 @@ bool pairs_up(const Work& work, const ForwardVariant& variant, const Packing& pa
          count_tiles(p, variant, packing) > work.num_sms;
 }
 
+bool has_kernels(int dtype) {
+  return std::ranges::any_of(forward_variants(), [&](const ForwardVariant& v) { return v.dtype == dtype; });
+}
+
 /// The variants that waste least on padded head dims, and of those the way that is estimated to be fastest.
 Choice choose(const Work& work) {
   const fa3_forward_params& p = work.params;
@@ -320,6 +324,8 @@ fa3_status plan_forward(const fa3_forward_params& p, int num_sms, fa3_forward_pl
   const int free_sms = std::max(num_sms - p.sm_margin, 1);
   const Work work(p, free_sms);
   const Choice choice = choose(work);
+  if (choice.variant < 0 && p.dtype == FA3_FLOAT8_E4M3 && !has_kernels(FA3_FLOAT8_E4M3))
+    return fail(FA3_ERROR_NO_FP8, "dtype: FA3_FLOAT8_E4M3, but this build has no kernels of it");
   if (choice.variant < 0)
     return fail(p.dtype == FA3_FLOAT8_E4M3 ? FA3_ERROR_HEAD_DIM_FP8 : FA3_ERROR_HEAD_DIM,
                 "head_dim: (%d, %d)%s has no kernel of this dtype%s in this build", p.head_dim, p.head_dim_v,

@@ -470,6 +470,15 @@ def test_strides_of_one_operand(strides, copied):
     assert (plan["copy_q"], plan["copy_k"], plan["copy_v"]) == (0, copied, 0)
 
 
+@pytest.mark.skipif(FP8 in DTYPES, reason="this build has fp8 kernels")
+def test_a_build_without_fp8():
+    call = {"batch": 2, "seqlen_q": 5, "seqlen_k": 5, "num_heads": 1, "num_heads_kv": 1}
+    with pytest.raises(NotImplementedError, match="dtype: FA3_FLOAT8_E4M3, but this build has no kernels of it"):
+        _core.plan(**call, dtype=FP8, head_dim=128, head_dim_v=128)
+    with pytest.raises(ValueError, match=r"head_dim: \(256, 256\) has no kernel of this dtype in this build"):
+        _core.plan(**call, dtype="bfloat16", head_dim=256, head_dim_v=256)
+
+
 @pytest.mark.skipif(not any(variant["dtype"] == "float8_e4m3fn" for variant in VARIANTS), reason="no such kernel")
 @pytest.mark.parametrize(("changes", "keys"), [
     ({}, 2112), ({"seqlen_k": 64}, 2112), ({"batch_invariant": True}, 2112), ({"fp8_accumulate": 1}, 1),
@@ -631,6 +640,14 @@ def test_scores_with_any_cap(host, scale, cap):
 def test_a_cap_that_changes_no_score_is_none(host, cap, plain):
     """The plan takes the kernel that has none."""
     assert host.takes_plain_kernel(ctypes.c_float(cap)) == plain
+
+
+@pytest.mark.parametrize(("dtype", "head_dim", "status"), [(3, 128, -10), (2, 256, -2), (1, 128, -2), (2, 128, 0)])
+def test_what_a_build_lacks(host, dtype, head_dim, status):
+    """Of bfloat16 at head dim 128 alone."""
+    p = Params(struct_size=ctypes.sizeof(Params), dtype=dtype, out_dtype=2 if dtype == 3 else dtype, num_heads=1,
+               num_heads_kv=1, head_dim=head_dim, head_dim_v=head_dim, softmax_scale=1)
+    assert host.plan_checked(ctypes.byref(p), 132) == status
 
 
 def test_the_plan_is_logged_in_one_line(host, capfd, monkeypatch):
