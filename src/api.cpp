@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "combine_plan.h"
+#include "cuda_status.h"
 #include "device.h"
 #include "fa3.h"
 #include "kernels/prepare.h"
@@ -48,8 +49,7 @@ struct Launch {
     args.rotated_q = rotated_q;
     args.seqlens_k = seqlens_k;
     if (args.blocks == 0) return FA3_OK;
-    const cudaError_t error = launch_prepare(args, params.dtype, stream);
-    return check_cuda(error, "prepare", cudaGetErrorString(error));
+    return checked(launch_prepare(args, params.dtype, stream), "prepare");
   }
 
   /// An operand for TMA: the caller's array, a copy of one that TMA cannot address, or what `prepare` made of it.
@@ -68,22 +68,21 @@ struct Launch {
     args.turned_v = static_cast<const uint8_t*>(turned);
     const ValuesToTurn values{
         p.v.data, {p.v.stride[0], p.v.stride[1], p.v.stride[2]}, p.batch, p.keys.rows, p.num_heads_kv, p.head_dim_v};
-    const cudaError_t error = turn_values(values, variant.head_dim_v, variant.tile_n, turned, stream);
-    return check_cuda(error, "turn_values", cudaGetErrorString(error));
+    return checked(turn_values(values, variant.head_dim_v, variant.tile_n, turned, stream), "turn_values");
   }
 
   static Descale descale(const fa3_descale& given) {
     return {given.data, given.stride[0], given.stride[1], std::max(given.group, 1)};
   }
 
-  fa3_status fill(ForwardArgs& args) {
+  /// The thread blocks of a pair take two tiles' queries together.
+  int sharing() const { return plan.paired ? 2 : 1; }
+
+  /// What is read.
+  fa3_status fill_operands(ForwardArgs& args) {
     const fa3_forward_params& p = params;
     ForwardExtras& extras = args.extras;
-    const Packing& packing = extras.packing = packing_of(p, plan.pack_gqa > 1);
-    args.heads = Divisor::of(p.num_heads_kv * packing.tiles);
-    const int sharing = plan.paired ? 2 : 1;
-    extras.paired = plan.paired;
-    args.queries_of_tile = Divisor::of(variant.row_groups * packing.positions * sharing);
+    const Packing& packing = extras.packing;
     const OperandShape q{.head_dim = p.head_dim,
                          .heads = p.num_heads,
                          .group = packing.ratio,
@@ -113,16 +112,24 @@ struct Launch {
     const fa3_lengths stored = key_storage(p);
     if (auto status = operand(p.k, stored, key_entries(p), plan.copy_k, nullptr, k, args.k)) return status;
     if (auto status = operand(p.v, stored, key_entries(p), plan.copy_v == kPacked, nullptr, v, args.v)) return status;
-    if (plan.copy_v == kTurned)
-      if (auto status = turn(args)) return status;
+    return plan.copy_v == kTurned ? turn(args) : FA3_OK;
+  }
+
+  void fill_result(ForwardArgs& args) const {
+    const fa3_forward_params& p = params;
     args.out = p.out.data;
     args.out_float16 = p.out_dtype == FA3_FLOAT16;
     args.lse = static_cast<float*>(p.lse.data);
-    extras.odd_out = odd_out(p);
+    args.extras.odd_out = odd_out(p);
     for (int axis = 0; axis < 3; ++axis) {
       args.out_stride[axis] = p.out.stride[axis];
       args.lse_stride[axis] = p.lse.stride[axis];
     }
+  }
+
+  /// Which queries see which keys.
+  void fill_rows(ForwardArgs& args) const {
+    const fa3_forward_params& p = params;
     args.queries = {p.queries.rows, p.queries.cu_seqlens, p.queries.seqused};
     args.keys = {{p.keys.rows, p.keys.cu_seqlens, seqlens_k ? seqlens_k : p.keys.seqused},
                  p.cache.cache_leftpad,
@@ -133,6 +140,12 @@ struct Launch {
     args.num_heads_kv = p.num_heads_kv;
     args.head_dim = p.head_dim;
     args.head_dim_v = p.head_dim_v;
+  }
+
+  /// What becomes of scores, up to their sums.
+  void fill_scores(ForwardArgs& args) const {
+    const fa3_forward_params& p = params;
+    ForwardExtras& extras = args.extras;
     args.q_descale = descale(p.q_descale);
     args.k_descale = descale(p.k_descale);
     args.v_descale = descale(p.v_descale);
@@ -146,11 +159,29 @@ struct Launch {
     extras.sinks = p.sinks;
     extras.exact_max = p.batch_invariant;
     args.dropout = dropout_of(p.dropout);
+  }
+
+  /// Who does what, once `fill_rows` has been there.
+  void fill_schedule(ForwardArgs& args) const {
+    const fa3_forward_params& p = params;
+    const Packing& packing = args.extras.packing;
+    args.heads = Divisor::of(p.num_heads_kv * packing.tiles);
+    args.extras.paired = plan.paired;
+    args.queries_of_tile = Divisor::of(variant.row_groups * packing.positions * sharing());
     args.most_tiles = static_cast<int>(most_tiles(p, plan));
     args.order = {plan.heads_per_section, plan.short_m_blocks};
     args.plain_pieces = !p.queries.cu_seqlens && !p.queries.seqused && plan.num_m_blocks == 1 && !args.piece_counter &&
                         args.visibility.full() && !p.keys.cu_seqlens && !p.cache.cache_leftpad;
-    extras.splits = Splits::of(plan.whole_tiles / sharing, plan.num_splits);
+    args.extras.splits = Splits::of(plan.whole_tiles / sharing(), plan.num_splits);
+  }
+
+  fa3_status fill(ForwardArgs& args) {
+    args.extras.packing = packing_of(params, plan.pack_gqa > 1);
+    if (auto status = fill_operands(args)) return status;
+    fill_result(args);
+    fill_rows(args);
+    fill_scores(args);
+    fill_schedule(args);
     return FA3_OK;
   }
 
@@ -178,7 +209,7 @@ struct Launch {
                         : plan.plain        ? variant.launch_plain
                                             : variant.launch;
     const cudaError_t error = launch(args, plan.grid, plan.cluster, params.device, stream);
-    if (auto status = check_cuda(error, variant.name, cudaGetErrorString(error))) return status;
+    if (auto status = checked(error, variant.name)) return status;
     return sizes.parts && variant.joins_apart() ? join(args) : FA3_OK;
   }
 
@@ -202,8 +233,7 @@ struct Launch {
     CombineArgs args = plan_combine(parts);
     args.queries = forward.queries;
     args.sequences = p.queries.cu_seqlens || p.queries.seqused ? p.batch : 0;
-    const cudaError_t error = launch_combine(args, p.out_dtype, stream);
-    return check_cuda(error, "combine", cudaGetErrorString(error));
+    return checked(launch_combine(args, p.out_dtype, stream), "combine");
   }
 };
 

@@ -5,6 +5,7 @@
 
 #include "alignment.h"
 #include "backward_plan.h"
+#include "cuda_status.h"
 #include "device.h"
 #include "fa3.h"
 #include "kernels/backward_rows.h"
@@ -23,8 +24,6 @@ RowArray row_array(const fa3_array& array) {
 }
 
 Lengths lengths_of(const fa3_lengths& lengths) { return {lengths.rows, lengths.cu_seqlens, lengths.seqused}; }
-
-fa3_status checked(cudaError_t error, const char* what) { return check_cuda(error, what, cudaGetErrorString(error)); }
 
 struct BackwardLaunch {
   const fa3_backward_params& params;

@@ -1,8 +1,8 @@
 // The C entry point of joining parts: validate -> plan -> launch.
 #include "combine_plan.h"
+#include "cuda_status.h"
 #include "device.h"
 #include "fa3.h"
-#include "status.h"
 #include "validate.h"
 
 namespace fa3 {
@@ -16,8 +16,7 @@ fa3_status combine(const fa3_combine_params* params, cudaStream_t stream) {
   if (scope.status()) return scope.status();
   int num_sms = 0;
   if (auto status = hopper_sms(params->device, num_sms)) return status;
-  const cudaError_t error = launch_combine(args, params->out_dtype, stream);
-  return check_cuda(error, "combine", cudaGetErrorString(error));
+  return checked(launch_combine(args, params->out_dtype, stream), "combine");
 }
 
 }  // namespace

@@ -6,14 +6,14 @@
 #include <atomic>
 #include <cstdio>
 
+#include "cuda_status.h"
 #include "status.h"
 
 namespace fa3 {
 
-#define FA3_CUDA(call)                                                                    \
-  do {                                                                                    \
-    const cudaError_t error = (call);                                                     \
-    if (auto status = check_cuda(error, #call, cudaGetErrorString(error))) return status; \
+#define FA3_CUDA(call)                                       \
+  do {                                                       \
+    if (auto status = checked((call), #call)) return status; \
   } while (0)
 
 DeviceScope::DeviceScope(int device) {
@@ -23,7 +23,7 @@ DeviceScope::DeviceScope(int device) {
     error = cudaSetDevice(device);
     if (error == cudaSuccess) previous_ = current;
   }
-  status_ = check_cuda(error, "cudaSetDevice", cudaGetErrorString(error));
+  status_ = checked(error, "cudaSetDevice");
 }
 
 DeviceScope::~DeviceScope() {
@@ -79,7 +79,7 @@ fa3_status count_devices(int32_t& count) {
     cudaGetLastError();  // not an error of the caller's
     return FA3_OK;
   }
-  return check_cuda(error, "cudaGetDeviceCount", cudaGetErrorString(error));
+  return checked(error, "cudaGetDeviceCount");
 }
 
 fa3_status query(int device, fa3_device& info) {
@@ -102,7 +102,7 @@ fa3_status stream_wait(cudaStream_t waiting, cudaStream_t signalling, int device
   cudaError_t error = cudaEventRecord(event, signalling);
   if (error == cudaSuccess) error = cudaStreamWaitEvent(waiting, event, 0);
   cudaEventDestroy(event);  // lives on in the driver until the wait is done
-  return check_cuda(error, "cudaStreamWaitEvent", cudaGetErrorString(error));
+  return checked(error, "cudaStreamWaitEvent");
 }
 
 fa3_status owner(const void* pointer, int& device) {

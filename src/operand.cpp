@@ -1,9 +1,9 @@
 // What TMA loads from: the caller's arrays, or copies of those that it cannot address.
 #include "operand.h"
 
+#include "cuda_status.h"
 #include "kernels/copy_rows.h"
 #include "plan.h"
-#include "status.h"
 
 namespace fa3 {
 
@@ -25,8 +25,7 @@ fa3_status prepare_operand(fa3_array array, const fa3_lengths& lengths, int entr
                           shape.head_dim,
                           element_bytes(shape.dtype)};
     void* packed = workspace.take(copy_bytes(lengths, entries, shape.heads, shape.head_dim, shape.dtype));
-    const cudaError_t error = copy_rows(rows, packed, stream);
-    if (auto status = check_cuda(error, "copy_rows", cudaGetErrorString(error))) return status;
+    if (auto status = checked(copy_rows(rows, packed, stream), "copy_rows")) return status;
     array = contiguous(packed, shape.rows, shape.heads, shape.head_dim);
   }
   return encode_operand(array, shape, operand);

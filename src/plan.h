@@ -81,7 +81,7 @@ inline int element_bytes(int dtype) { return dtype == FA3_FLOAT8_E4M3 ? 1 : 2; }
 size_t copy_bytes(const fa3_lengths& lengths, int entries, int heads, int head_dim, int dtype);
 
 /// Values of fa3_forward_plan::copy_v.
-enum CopyV { kNoCopy, kPacked, kTurned };
+enum : int32_t { kNoCopy, kPacked, kTurned };
 
 /// Bytes of V turned for a kernel, in whole blocks of keys.
 size_t turned_bytes(const fa3_forward_params& params, const struct ForwardVariant& variant);

@@ -1,6 +1,7 @@
 // The C entry points of quantisation: validate -> plan -> launch.
 #include "kernels/quantize.h"
 
+#include "cuda_status.h"
 #include "device.h"
 #include "fa3.h"
 #include "plan.h"
@@ -44,16 +45,11 @@ fa3_status encode_rows(const QuantizePlan& plan, RotationArgs& args) {
 }
 
 fa3_status launch(const QuantizePlan& plan, int device, cudaStream_t stream) {
-  cudaError_t error;
-  if (plan.tile_dim) {
-    RotationArgs args{};
-    args.common = plan.args;
-    if (auto status = encode_rows(plan, args)) return status;
-    error = launch_rotation(plan, args, device, stream);
-  } else {
-    error = launch_quantize(plan, device, stream);
-  }
-  return check_cuda(error, "quantize", cudaGetErrorString(error));
+  if (!plan.tile_dim) return checked(launch_quantize(plan, device, stream), "quantize");
+  RotationArgs args{};
+  args.common = plan.args;
+  if (auto status = encode_rows(plan, args)) return status;
+  return checked(launch_rotation(plan, args, device, stream), "quantize");
 }
 
 fa3_status quantize(const fa3_quantize_params* params, void* workspace, cudaStream_t stream) {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "arch/host_device.h"
+#include "cuda_status.h"
 #include "prepare_plan.h"
 #include "status.h"
 
@@ -17,7 +18,7 @@ fa3_status read_back(const int32_t* device, int count, cudaStream_t stream, std:
   host.resize(count);
   cudaError_t error = cudaMemcpyAsync(host.data(), device, count * sizeof(int32_t), cudaMemcpyDeviceToHost, stream);
   if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
-  return check_cuda(error, "FA3_CHECK=1: reading lengths", cudaGetErrorString(error));
+  return checked(error, "FA3_CHECK=1: reading lengths");
 }
 
 /// `shared`: the sequences lie in rows of one array; else each has `rows` of its own, and cu_seqlens only says how

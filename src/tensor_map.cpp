@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "cuda_status.h"
 #include "status.h"
 
 namespace fa3 {
@@ -22,7 +23,7 @@ fa3_status find_encoder(Encode& encode) {
     cudaDriverEntryPointQueryResult result;
     const cudaError_t error =
         cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-    if (auto status = check_cuda(error, "cudaGetDriverEntryPointByVersion", cudaGetErrorString(error))) return status;
+    if (auto status = checked(error, "cudaGetDriverEntryPointByVersion")) return status;
     if (result != cudaDriverEntryPointSuccess) return fail(FA3_ERROR_CUDA, "the driver has no cuTensorMapEncodeTiled");
     found = encode = reinterpret_cast<Encode>(function);
   }

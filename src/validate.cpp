@@ -20,10 +20,13 @@ constexpr int kMaxBatch = 1 << 30, kMaxHeads = 1 << 30;
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxQuantizedHeadDim = 576;  // the largest that any attention takes
 
-fa3_status check_struct(const fa3_forward_params& p) {
-  if (p.struct_size == sizeof(fa3_forward_params)) return FA3_OK;
-  return fail(FA3_ERROR_SHAPE, "struct_size: %zu, but this library's fa3_forward_params has %zu bytes", p.struct_size,
-              sizeof(fa3_forward_params));
+/// A struct of another header's would be read past its end, or in the wrong places.
+template <class Params>
+fa3_status check_struct(const Params* p, const char* name) {
+  if (!p) return fail(FA3_ERROR_NULL, "params: null pointer");
+  if (p->struct_size == sizeof(Params)) return FA3_OK;
+  return fail(FA3_ERROR_SHAPE, "struct_size: %zu, but this library's %s has %zu bytes", p->struct_size, name,
+              sizeof(Params));
 }
 
 /// Multi-head latent attention: what of it is built.
@@ -306,12 +309,6 @@ fa3_status check_dropout(const fa3_dropout& dropout) {
   return check_aligned(dropout.seed_data, dropout.seed_type == FA3_INT64 ? 8 : 4, "dropout_seed");
 }
 
-fa3_status check_backward_struct(const fa3_backward_params& p) {
-  if (p.struct_size == sizeof(fa3_backward_params)) return FA3_OK;
-  return fail(FA3_ERROR_SHAPE, "struct_size: %zu, but this library's fa3_backward_params has %zu bytes", p.struct_size,
-              sizeof(fa3_backward_params));
-}
-
 fa3_status check_backward_kinds(const fa3_backward_params& p) {
   if (p.dtype != FA3_FLOAT16 && p.dtype != FA3_BFLOAT16)
     return fail(FA3_ERROR_DTYPE, "dtype: %d is no fa3_dtype that q, k, v can have", p.dtype);
@@ -346,12 +343,6 @@ fa3_status check_backward_arrays(const fa3_backward_params& p) {
                         {p.queries.seqused, "seqused_q"},
                         {p.keys.cu_seqlens, "cu_seqlens_k"},
                         {p.keys.seqused, "seqused_k"}});
-}
-
-fa3_status check_quantize_struct(const fa3_quantize_params& p) {
-  if (p.struct_size == sizeof(fa3_quantize_params)) return FA3_OK;
-  return fail(FA3_ERROR_SHAPE, "struct_size: %zu, but this library's fa3_quantize_params has %zu bytes", p.struct_size,
-              sizeof(fa3_quantize_params));
 }
 
 fa3_status check_quantize_kinds(const fa3_quantize_params& p) {
@@ -394,9 +385,6 @@ fa3_status check_quantize_arrays(const fa3_quantize_params& p) {
 }
 
 fa3_status check_combine_sizes(const fa3_combine_params& p) {
-  if (p.struct_size != sizeof(fa3_combine_params))
-    return fail(FA3_ERROR_SHAPE, "struct_size: %zu, but this library's fa3_combine_params has %zu bytes", p.struct_size,
-                sizeof(fa3_combine_params));
   if (p.out_dtype != FA3_FLOAT32 && p.out_dtype != FA3_FLOAT16 && p.out_dtype != FA3_BFLOAT16)
     return fail(FA3_ERROR_DTYPE, "out_dtype: %d, but it must be FA3_FLOAT32, FA3_FLOAT16 or FA3_BFLOAT16", p.out_dtype);
   constexpr int kMost = 1 << 30;  // so that a round of parts, or of columns, more is an int
@@ -433,24 +421,22 @@ fa3_status check_num_sms(int num_sms) {
 fa3_status check_workspace(const void* workspace) { return check_aligned(workspace, kWorkspaceAlignment, "workspace"); }
 
 fa3_status validate(const fa3_combine_params* params) {
-  if (!params) return fail(FA3_ERROR_NULL, "params: null pointer");
+  if (auto status = check_struct(params, "fa3_combine_params")) return status;
   if (auto status = check_combine_sizes(*params)) return status;
   return check_combine_arrays(*params);
 }
 
 fa3_status validate(const fa3_quantize_params* params) {
-  if (!params) return fail(FA3_ERROR_NULL, "params: null pointer");
+  if (auto status = check_struct(params, "fa3_quantize_params")) return status;
   const fa3_quantize_params& p = *params;
-  if (auto status = check_quantize_struct(p)) return status;
   if (auto status = check_quantize_kinds(p)) return status;
   if (auto status = check_quantize_sizes(p)) return status;
   return check_quantize_arrays(p);
 }
 
 fa3_status validate(const fa3_forward_params* params) {
-  if (!params) return fail(FA3_ERROR_NULL, "params: null pointer");
+  if (auto status = check_struct(params, "fa3_forward_params")) return status;
   const fa3_forward_params& p = *params;
-  if (auto status = check_struct(p)) return status;
   if (auto status = check_dtypes(p)) return status;
   if (auto status = check_latent(p)) return status;
   if (auto status = check_sizes(p.batch, p.num_heads, p.num_heads_kv)) return status;
@@ -469,9 +455,8 @@ fa3_status validate(const fa3_forward_params* params) {
 }
 
 fa3_status validate(const fa3_backward_params* params) {
-  if (!params) return fail(FA3_ERROR_NULL, "params: null pointer");
+  if (auto status = check_struct(params, "fa3_backward_params")) return status;
   const fa3_backward_params& p = *params;
-  if (auto status = check_backward_struct(p)) return status;
   if (auto status = check_backward_kinds(p)) return status;
   if (auto status = check_sizes(p.batch, p.num_heads, p.num_heads_kv)) return status;
   if (auto status = check_backward_heads(p)) return status;
