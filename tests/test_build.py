@@ -57,6 +57,22 @@ def test_resources_are_those_of_the_variants():
         assert spills == bool(row["reason"]), f"{row['kernel']}: a measured reason goes with what spills"
 
 
+LAYERS = ("arch", "tile", "attention", "kernels")
+ANY_LAYER = ("fa3.h", "wgmma_shapes.h")  # the interface's numbers, and what the build writes
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_includes_only_those_below_it(layer):
+    """arch <- tile <- attention <- kernels <- the rest."""
+    below = LAYERS[:LAYERS.index(layer) + 1]
+    files = sorted((SRC / layer).iterdir())
+    assert files
+    for file in files:
+        for included in re.findall(r'^#include "(.*)"', file.read_text(), re.MULTILINE):
+            folder = included.partition("/")[0]
+            assert folder in below or included in ANY_LAYER, f"{file.relative_to(SRC)} includes {included}"
+
+
 def run_helper(name, *arguments, python_flags=(), **options):
     return subprocess.run([sys.executable, *python_flags, SRC / name, *map(str, arguments)], capture_output=True,
                           text=True, **options)

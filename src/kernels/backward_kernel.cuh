@@ -5,7 +5,7 @@
 #include "kernels/backward_load.cuh"
 #include "kernels/backward_mma.cuh"
 #include "kernels/shared_limit.h"
-#include "variants.h"
+#include "kernels/variant.h"
 
 namespace fa3 {
 
@@ -136,22 +136,24 @@ cudaError_t launch_convert(const ConvertArgs& args, cudaStream_t stream) {
 
 template <class Traits>
 BackwardVariant describe_backward(const char* name, int dtype) {
-  return {name,
-          dtype,
-          Traits::kHeadDim,
-          Traits::kHeadDimV,
-          Traits::kTileM,
-          Traits::kTileN,
-          Traits::kThreads,
-          static_cast<int>(sizeof(BackwardShared<Traits>)),
-          Traits::kBlocks,
-          Traits::kDqShares * Traits::kDqFloats,
-          Traits::kDqShares,
-          Traits::kSwizzleQK,
-          Traits::kSwizzleV,
-          launch_backward<Traits, false>,
-          launch_backward<Traits, true>,
-          launch_convert<Traits>};
+  return {
+      .name = name,
+      .dtype = dtype,
+      .head_dim = Traits::kHeadDim,
+      .head_dim_v = Traits::kHeadDimV,
+      .tile_m = Traits::kTileM,
+      .tile_n = Traits::kTileN,
+      .threads = Traits::kThreads,
+      .shared_memory = static_cast<int>(sizeof(BackwardShared<Traits>)),
+      .blocks = Traits::kBlocks,
+      .dq_floats = Traits::kDqShares * Traits::kDqFloats,
+      .dq_shares = Traits::kDqShares,
+      .swizzle_q_k = Traits::kSwizzleQK,
+      .swizzle_v = Traits::kSwizzleV,
+      .launch = launch_backward<Traits, false>,
+      .launch_dropout = launch_backward<Traits, true>,
+      .convert = launch_convert<Traits>,
+  };
 }
 
 }  // namespace fa3

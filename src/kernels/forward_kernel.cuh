@@ -9,7 +9,7 @@
 #include "kernels/forward_split.cuh"
 #include "kernels/forward_tiles.cuh"
 #include "kernels/forward_transpose.cuh"
-#include "variants.h"
+#include "kernels/variant.h"
 
 namespace fa3 {
 
@@ -120,49 +120,38 @@ constexpr ForwardLaunch launch_decode =
 
 template <class Traits>
 ForwardVariant describe_forward(const char* name, int dtype) {
-  return {name,
-          dtype,
-          Traits::kHeadDim,
-          Traits::kHeadDimV,
-          Traits::kHasQv,
-          Traits::kConsumers,
-          Traits::kRowGroups,
-          Traits::kTileN,
-          Traits::kThreads,
-          static_cast<int>(sizeof(ForwardShared<Traits>)),
-          Traits::kBlocksPerSm,
-          Traits::kSharedTotals ? 0 : Traits::kTotalBytes,
-          Traits::kTurnedV,
-          Traits::kPairs,
-          Traits::kJoinsApart ? 0 : PartRows<Traits>::kBytes,
-          [] {
-            if constexpr (Traits::kHasDecode)
-              return DecodeTraits<Traits>::kMostJoinedRows;
-            else
-              return 0;
-          }(),
-          !Traits::kJoinsApart && PartRows<Traits>::kFitsShared,
-          Traits::kSwizzleQK,
-          Traits::kSwizzleV,
-          launch_forward<Traits, false>,
-          [] {
-            if constexpr (Traits::kHasPlain)
-              return launch_forward<PlainTraits<Traits>, false>;
-            else
-              return nullptr;
-          }(),
-          [] {
-            if constexpr (Traits::kHasDecode)
-              return launch_decode<Traits>;
-            else
-              return nullptr;
-          }(),
-          [] {
-            if constexpr (Traits::kHasDropout)
-              return launch_forward<Traits, true>;
-            else
-              return nullptr;
-          }()};
+  ForwardVariant variant{
+      .name = name,
+      .dtype = dtype,
+      .head_dim = Traits::kHeadDim,
+      .head_dim_v = Traits::kHeadDimV,
+      .has_qv = Traits::kHasQv,
+      .consumers = Traits::kConsumers,
+      .row_groups = Traits::kRowGroups,
+      .tile_n = Traits::kTileN,
+      .threads = Traits::kThreads,
+      .shared_memory = static_cast<int>(sizeof(ForwardShared<Traits>)),
+      .blocks_per_sm = Traits::kBlocksPerSm,
+      .total_bytes = Traits::kSharedTotals ? 0 : Traits::kTotalBytes,
+      .turned_v = Traits::kTurnedV,
+      .pairs = Traits::kPairs,
+      .part_bytes = Traits::kJoinsApart ? 0 : PartRows<Traits>::kBytes,
+      .decoded_rows = 0,
+      .joins_in_cluster = !Traits::kJoinsApart && PartRows<Traits>::kFitsShared,
+      .swizzle_q_k = Traits::kSwizzleQK,
+      .swizzle_v = Traits::kSwizzleV,
+      .launch = launch_forward<Traits, false>,
+      .launch_plain = nullptr,
+      .launch_decode = nullptr,
+      .launch_dropout = nullptr,
+  };
+  if constexpr (Traits::kHasPlain) variant.launch_plain = launch_forward<PlainTraits<Traits>, false>;
+  if constexpr (Traits::kHasDecode) {
+    variant.decoded_rows = DecodeTraits<Traits>::kMostJoinedRows;
+    variant.launch_decode = launch_decode<Traits>;
+  }
+  if constexpr (Traits::kHasDropout) variant.launch_dropout = launch_forward<Traits, true>;
+  return variant;
 }
 
 }  // namespace fa3

@@ -1,8 +1,8 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include "kernels/quantize_kind.h"
 #include "kernels/rotation_args.h"
-#include "quantize_plan.h"
 
 namespace fa3 {
 

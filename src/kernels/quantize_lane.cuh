@@ -6,7 +6,7 @@
 #include "arch/elements.h"
 #include "arch/l2.cuh"
 #include "attention/hadamard.h"
-#include "quantize_plan.h"
+#include "kernels/quantize_kind.h"
 
 namespace fa3 {
 

@@ -12,6 +12,7 @@ thread_local __align__(1024) uint8_t rotation_memory[227 << 10];
 
 #include "kernels/quantize.cu"
 #include "kernels/quantize_rotation.cu"
+#include "quantize_plan.h"
 
 using namespace fa3;
 
