@@ -1,4 +1,4 @@
-// src/plan.cpp without CUDA, for tests/test_plan.py: with a variant table of its own and the names in cuda_names/.
+// src/plan.cpp without CUDA, for tests/test_plan_host.py: with a variant table of its own and the names in cuda_names/.
 #include "plan.h"
 
 #include "attention/block_range.h"
