@@ -219,7 +219,7 @@ def same(found, expected):
 
 
 def as_the_cpu(call):
-    """(k, v, rotated q, lengths) by the CPU's rules; NaN where q has rows that no sequence uses."""
+    """(k, v, rotated q, lengths) by the CPU's rules; 0 where q has rows that no sequence uses, NaN without rotary."""
     c, n = call.case, call.integers
     k, v = call.k.copy(), call.v.copy()
     sequences = find_sequences(
@@ -228,7 +228,7 @@ def as_the_cpu(call):
         **{name: n.get(name) for name in ("cu_seqlens_q", "cu_seqlens_k_new", "seqused_q", "cache_batch_idx",
                                           "page_table", "rotary_seqlens")})
     rotate = None if call.cos is None else Rotary(call.cos, call.sin, c.interleaved, np.float32)
-    q = np.full(call.q.shape, np.nan, call.dtype)
+    q = np.full(call.q.shape, np.nan if rotate is None else 0, call.dtype)
     with np.errstate(all="ignore"):
         for sequence in sequences:
             if call.k_new is not None:

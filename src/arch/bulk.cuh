@@ -65,9 +65,9 @@ __device__ __forceinline__ uint32_t claim(uint32_t* state) {
   return was;
 }
 
-/// Wait for `turn` in device memory, which others count up.
+/// Wait for `turn` in device memory, which others count up. It may be over: sequences that overlap share turns.
 __device__ __forceinline__ void wait_for_turn(const uint32_t* turns, uint32_t turn) {
-  while (peek(turns) != turn) {
+  while (peek(turns) < turn) {
   }
   fence_async_proxy_global();
 }

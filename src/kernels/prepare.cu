@@ -131,6 +131,14 @@ __device__ __forceinline__ void move_unit(const Bits* from, bool from_vectors, B
   if (both) store(to + second, to_vectors, b);
 }
 
+/// Zeros for a unit of a row that no sequence uses: a tile has it beside others' rows, and how these are computed must
+/// not depend on what memory held before.
+__device__ __forceinline__ void clear_unit(uint16_t* to, int unit, int head_dim) {
+  const int first = 2 * kVector * unit;
+  store(to + first, true, Vector<uint16_t>{});
+  if (first + kVector < head_dim) store(to + first + kVector, true, Vector<uint16_t>{});
+}
+
 /// The first position of a sequence, and one of its rows'; whatever the device arrays say, cos and sin have it.
 __device__ __forceinline__ int position_of(const PrepareArgs& args, int batch, int row) {
   const int first = args.rotary.seqlens ? args.rotary.seqlens[batch] : args.cached.at(batch);
@@ -176,14 +184,17 @@ __device__ __forceinline__ void rotate_queries(const PrepareArgs& args, int64_t 
     const int64_t index = block * args.query_rows_per_block + local;
     if (index >= args.query_rows) return;
     const RowOwner owner = args.queries.owner(index, args.batch);
-    if (!owner.used) continue;
-    const int rest = i - local * row_units, head = rest / units;
+    const int rest = i - local * row_units, head = rest / units, unit = rest - head * units;
+    uint16_t* to = args.rotated_q + (index * args.num_heads + head) * args.head_dim;
+    if (!owner.used) {
+      clear_unit(to, unit, args.head_dim);
+      continue;
+    }
     const int64_t entry = args.queries.ragged() ? 0 : owner.batch, row = args.queries.ragged() ? index : owner.row;
     const uint16_t* from = static_cast<const uint16_t*>(args.q.data) + args.q.offset(entry, row, head);
-    uint16_t* to = args.rotated_q + (index * args.num_heads + head) * args.head_dim;
     const int position = position_of(args, owner.batch, args.rotary.each_query ? owner.row : 0);
-    move_unit<Element>(from, args.q.vectors, to, true, rest - head * units, args.head_dim, args.rotary,
-                       args.rotary.dim / kPrepareUnit, position);
+    move_unit<Element>(from, args.q.vectors, to, true, unit, args.head_dim, args.rotary, args.rotary.dim / kPrepareUnit,
+                       position);
   }
 }
 
