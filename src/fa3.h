@@ -277,7 +277,8 @@ typedef struct fa3_device {
   uint64_t total_memory; /* bytes */
 } fa3_device;
 
-/* Bytes of device memory, 256-byte aligned, that fa3_forward needs for these arguments; often 0. */
+/* Bytes of device memory that fa3_forward needs for these arguments; often 0. Its address must be a multiple of 16, and
+ * had better be one of 256, as cudaMalloc's are. */
 FA3_API int fa3_forward_workspace(const fa3_forward_params* params, size_t* bytes);
 
 /* Enqueue attention on `stream` (a cudaStream_t). `workspace` may be null: where one is needed after all, nothing is
@@ -290,7 +291,7 @@ FA3_API int fa3_plan_forward(const fa3_forward_params* params, int32_t num_sms, 
 /* The compiled forward kernels: FA3_ERROR_SHAPE once index is past the last. */
 FA3_API int fa3_forward_variant(int32_t index, fa3_variant* variant);
 
-/* Bytes of device memory, 256-byte aligned, that fa3_backward needs for these arguments. */
+/* Bytes of device memory that fa3_backward needs for these arguments, aligned as fa3_forward's. */
 FA3_API int fa3_backward_workspace(const fa3_backward_params* params, size_t* bytes);
 
 /* Enqueue the gradients on `stream`: a few kernels. `workspace` as in fa3_forward; it need not be initialised. */
@@ -300,8 +301,8 @@ FA3_API int fa3_backward(const fa3_backward_params* params, void* workspace, voi
  * a thread block. */
 FA3_API int fa3_backward_variant(int32_t index, fa3_variant* variant);
 
-/* Bytes of device memory, 256-byte aligned, that fa3_quantize_fp8 needs; 0 where each scale is of so few elements that
- * one small thread block holds them. */
+/* Bytes of device memory that fa3_quantize_fp8 needs, aligned as fa3_forward's; 0 where each scale is of so few
+ * elements that one small thread block holds them. */
 FA3_API int fa3_quantize_workspace(const fa3_quantize_params* params, size_t* bytes);
 
 /* Enqueue the quantisation on `stream`: one kernel, launched cooperatively where thread blocks share a scale.

@@ -165,8 +165,8 @@ static void check_alignment(void) {
   CACHE_REFUSES(FA3_ERROR_SHAPE, "rotary_sin: its address is not a multiple of 2 bytes", c->rotary_dtype = FA3_BFLOAT16;
                 c->rotary_sin = odd);
   const fa3_forward_params p = dense_call(2, 10, 20, 4, 2, address);
-  CHECK(fa3_forward(&p, memory + 128, NULL) == FA3_ERROR_SHAPE, "a workspace off its alignment");
-  CHECK(strstr(fa3_last_error(), "workspace: its address is not a multiple of 256 bytes"), "which says so");
+  CHECK(fa3_forward(&p, memory + 8, NULL) == FA3_ERROR_SHAPE, "a workspace off its alignment");
+  CHECK(strstr(fa3_last_error(), "workspace: its address is not a multiple of 16 bytes"), "which says so");
 }
 
 /* Two sequences of at most 5 pages of 16 rows, out of 7 pages. */
