@@ -1,6 +1,5 @@
-/* A stand-in for the GPU: libfa3's entry points that remember what they were asked, and DLPack's exchange API around
- * PyTorch's own, which says of the CPU's memory that it is on cuda:0. Loaded with RTLD_GLOBAL before fa3, so that the
- * dynamic linker finds these functions first. */
+/* A stand-in for the GPU: libfa3's entry points that remember what they were asked. Loaded with RTLD_GLOBAL before fa3,
+ * so that the dynamic linker finds these functions first. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <inttypes.h>
@@ -39,6 +38,9 @@ int fa3_forward(const fa3_forward_params* params, void* workspace, void* stream)
   stand_in.params = *params;
   return stand_in.status;
 }
+
+/* For exchange.c. */
+void* current_cuda_stream(void) { return stand_in.current_stream; }
 
 const char* fa3_last_error(void) { return stand_in.status ? "the stand-in was told to fail" : ""; }
 int fa3_last_cuda_error(void) { return stand_in.status ? 999 : 0; }
@@ -122,76 +124,4 @@ const char* stand_in_describe(void) {
   INT(tile_m);
   INT(tile_n);
   return text;
-}
-
-/* DLPack's structs, by its ABI. */
-enum { kCpu = 1, kCuda = 2 };
-
-typedef struct {
-  void* data;
-  struct {
-    int32_t type, id;
-  } device;
-  int32_t ndim;
-  uint32_t dtype;
-  int64_t *shape, *strides;
-  uint64_t byte_offset;
-} Tensor;
-
-typedef struct {
-  uint32_t major, minor;
-  void *context, *deleter;
-  uint64_t flags;
-  Tensor tensor;
-} Managed;
-
-typedef struct {
-  uint32_t major, minor;
-  void* older;
-  int (*allocate)(Tensor* prototype, Managed** out, void* context, void* set_error);
-  int (*managed_from)(void* object, Managed** out);
-  int (*to_object)(Managed* managed, void** out);
-  int (*tensor_from)(void* object, Tensor* out);
-  int (*current_stream)(int32_t type, int32_t id, void** out);
-} Exchange;
-
-static const Exchange* torch;
-
-static int allocate(Tensor* prototype, Managed** out, void* context, void* set_error) {
-  prototype->device.type = kCpu;
-  const int failed = torch->allocate(prototype, out, context, set_error);
-  if (!failed) (*out)->tensor.device.type = kCuda;
-  return failed;
-}
-
-static int managed_from(void* object, Managed** out) {
-  const int failed = torch->managed_from(object, out);
-  if (!failed) (*out)->tensor.device.type = kCuda;
-  return failed;
-}
-
-static int to_object(Managed* managed, void** out) {
-  managed->tensor.device.type = kCpu;
-  return torch->to_object(managed, out);
-}
-
-static int tensor_from(void* object, Tensor* out) {
-  const int failed = torch->tensor_from(object, out);
-  if (!failed) out->device.type = kCuda;
-  return failed;
-}
-
-static int current_stream(int32_t type, int32_t id, void** out) {
-  (void)type, (void)id;
-  *out = stand_in.current_stream;
-  return 0;
-}
-
-/* The exchange API that PyTorch's tensors are given. */
-const void* stand_in_exchange(const void* of_torch) {
-  static Exchange exchange;
-  torch = of_torch;
-  exchange =
-      (Exchange){torch->major, torch->minor, NULL, allocate, managed_from, to_object, tensor_from, current_stream};
-  return &exchange;
 }

@@ -1,6 +1,7 @@
 """A stand-in for the GPU where there is none: the host's part of a call runs, the rest remembers what it was asked.
 
-PyTorch's CPU tensors say that they are on cuda:0, and libfa3's entry points are those of ``stand_in.c``.
+PyTorch's CPU tensors say that they are on cuda:0, by ``exchange.c``, and libfa3's entry points are those of
+``stand_in.c``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ def build(folder) -> Path:
     """Compile the stand-in with the machine's C compiler; FileNotFoundError where there is none."""
     library = Path(folder) / "libstand_in.so"
     subprocess.run(["cc", "-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC",
-                    f"-I{_HERE.parent / 'src'}", _HERE / "stand_in.c", "-o", library, "-ldl"], check=True)
+                    f"-I{_HERE.parent / 'src'}", _HERE / "stand_in.c", _HERE / "exchange.c", "-o", library, "-ldl"],
+                   check=True)
     return library
 
 
@@ -29,6 +31,25 @@ class State(ctypes.Structure):
     _fields_ = [("status", ctypes.c_int32), ("workspace_bytes", ctypes.c_size_t), ("current_stream", ctypes.c_void_p),
                 ("calls", ctypes.c_size_t), ("crossings", ctypes.c_size_t), ("with_gil", ctypes.c_int32),
                 ("workspace", ctypes.c_void_p), ("stream", ctypes.c_void_p)]
+
+
+def load(library) -> ctypes.CDLL:
+    """Load a library whose entry points come before libfa3's; RuntimeError where fa3 has been imported."""
+    if "fa3" in sys.modules:
+        raise RuntimeError("the stand-in for the GPU must be loaded before fa3")
+    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+def cuda_exchange(library):
+    """The exchange API of PyTorch's tensors, by which their memory is on cuda:0: see ``exchange.c``, which `library`
+    has."""
+    import torch
+
+    get = _python("PyCapsule_GetPointer", ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
+    new = _python("PyCapsule_New", ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    exchange = library.exchange_on_cuda
+    exchange.restype, exchange.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    return new(exchange(get(torch.Tensor.__dlpack_c_exchange_api__, _API_NAME)), _API_NAME, None)
 
 
 class StandIn:
@@ -46,19 +67,15 @@ class StandIn:
     """
 
     def __init__(self, library):
-        if "fa3" in sys.modules:
-            raise RuntimeError("the stand-in for the GPU must be loaded before fa3")
-        import torch
-
-        self._library = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        self._library = load(library)
         self._library.stand_in_describe.restype = ctypes.c_char_p
         self.state = State.in_dll(self._library, "stand_in")
-        api = torch.Tensor.__dlpack_c_exchange_api__
+        import torch
 
         class CudaTensor(torch.Tensor):
             """A CPU tensor that says it is on cuda:0."""
 
-            __dlpack_c_exchange_api__ = self._wrapped(api)
+            __dlpack_c_exchange_api__ = cuda_exchange(self._library)
             __torch_function__ = torch._C._disabled_torch_function_impl  # which would make every method slow
 
         self._type = CudaTensor
@@ -84,14 +101,6 @@ class StandIn:
         finally:
             for name, value in before.items():
                 setattr(self.state, name, value)
-
-    def _wrapped(self, capsule):
-        """A capsule with the exchange API around PyTorch's."""
-        get = _python("PyCapsule_GetPointer", ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
-        new = _python("PyCapsule_New", ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-        exchange = self._library.stand_in_exchange
-        exchange.restype, exchange.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-        return new(exchange(get(capsule, _API_NAME)), _API_NAME, None)
 
 
 def _python(name, result, *arguments):

@@ -11,6 +11,7 @@ import sys
 import types
 from pathlib import Path
 
+import emulated
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -18,6 +19,9 @@ from hypothesis import HealthCheck, settings
 # before it.
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent.parent:
     sys.path.append(sys.path.pop(0))
+
+if emulated.LIBRARY:
+    emulated.load()  # before anything imports fa3
 
 # Examples take up to 0.1 s, and sometimes longer when something else runs: no deadline.
 settings.register_profile("quick", max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -63,7 +67,7 @@ def backend(request):
 @pytest.fixture(scope="session")
 def torch():
     """PyTorch, which makes the arrays of tests of the GPU alone."""
-    return pytest.importorskip("torch")
+    return emulated.Torch() if emulated.LIBRARY else pytest.importorskip("torch")
 
 
 @pytest.fixture(params=["tiles as they are", "small tiles"], scope="module")

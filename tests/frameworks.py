@@ -3,6 +3,7 @@
 import importlib.util
 import os
 
+import emulated
 import ml_dtypes
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ class Torch(Numpy):
 class TorchCuda(Torch):
     """PyTorch, on the GPU."""
 
-    device = "cuda"
+    device = "cpu" if emulated.LIBRARY else "cuda"  # the emulated GPU's memory is the CPU's
     dtypes = GPU_DTYPES
     on_gpu = True
 
@@ -162,6 +163,9 @@ def _parameter(name, framework, module):
 CPU = [_parameter("numpy", Numpy(), "numpy"), _parameter("torch", Torch(), "torch"), _parameter("jax", Jax(), "jax")]
 GPU = [_parameter("torch-cuda", TorchCuda(), "torch"), _parameter("cupy", CuPy(), "cupy"),
        _parameter("jax-cuda", JaxCuda(), "jax")]
+CUPY = GPU[1]  # whose strides may be negative
+if emulated.LIBRARY:
+    GPU = [_parameter("torch-emulated", TorchCuda(), "torch")]
 ALL = CPU + GPU
 WRITABLE = [parameter for parameter in ALL if parameter.values[0].writable]
 # One framework for each backend, for what does not depend on the framework.

@@ -1,7 +1,7 @@
 // src/kernels/combine.cu on an emulated GPU, for tests/test_combine.py.
 #include "kernels/combine.cu"
 #include "combine_plan.h"
-#include "emulated.h"
+#include "dynamic_shared.h"
 
 extern "C" {
 

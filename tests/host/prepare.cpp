@@ -1,6 +1,6 @@
 // src/kernels/prepare.cu on an emulated GPU, for tests/test_prepare_kernel.py.
 #include "kernels/prepare.cu"
-#include "emulated.h"
+#include "dynamic_shared.h"
 #include "prepare_plan.h"
 
 using namespace fa3;

@@ -1,17 +1,6 @@
 // src/kernels/quantize.cu on an emulated GPU, and the counting that it relies on, for tests/test_quantize_kernel.py.
-#include "emulated.h"
-#include "kernels/quantize_args.h"
-
-namespace fa3 {
-namespace {
-// A block's dynamic shared memory.
-thread_local __align__(128) uint4 memory[kMaxPlacesBytes / sizeof(uint4)];
-thread_local __align__(1024) uint8_t rotation_memory[227 << 10];
-}  // namespace
-}  // namespace fa3
-
-#include "kernels/quantize.cu"
-#include "kernels/quantize_rotation.cu"
+#include "dynamic_shared.h"
+#include "quantize_kernels.h"
 #include "quantize_plan.h"
 
 using namespace fa3;
@@ -22,12 +11,13 @@ namespace {
 TmaOperand operand_of(const QuantizeArgs& args, int columns) {
   const int heads = args.unit_heads, batch = args.units / args.unit_heads;
   TmaOperand operand{};
-  operand.map = {static_cast<const uint8_t*>(args.x),
-                 {args.head_dim, args.unit_rows, heads, batch},
-                 {2, 2 * args.rows.x[0], 2 * args.x_unit[1], 2 * args.x_unit[0]},
-                 columns,
-                 RotationTile::kRows,
-                 2 * columns};
+  operand.map = {.data = static_cast<const uint8_t*>(args.x),
+                 .axes = 4,
+                 .element_bytes = 2,
+                 .swizzle = 2 * columns,
+                 .extents = {args.head_dim, args.unit_rows, heads, batch},
+                 .strides = {2, 2 * args.rows.x[0], 2 * args.x_unit[1], 2 * args.x_unit[0]},
+                 .box = {columns, RotationTile::kRows, 1, 1}};
   operand.head_step = heads > 1;
   operand.batch_step = batch > 1;
   return operand;
@@ -38,7 +28,6 @@ void launch(const QuantizePlan& plan) {
     launch_quantize(plan, 0, nullptr);
     return;
   }
-  emulated::dynamic_shared = [] { return rotation_memory; };
   const RotationTile tile{plan.tile_dim};
   launch_rotation(plan, {plan.args, operand_of(plan.args, tile.kChunkDims), operand_of(plan.args, tile.rest())}, 0,
                   nullptr);
@@ -62,7 +51,8 @@ int quantize_emulated(const fa3_quantize_params* params, int num_sms, int places
   plan.args.ticket = 0x123456789a;
   plan.args.parts = workspace.data();
   plan.args.departures = workspace.data() + plan.part_words();
-  emulated::late_copies = late_copies != 0;
+  using emulated::Choices;
+  emulated::choices = {late_copies ? Choices::kLate : Choices::kEarly, garbage + places, num_sms};
   const auto end = workspace.end() - 1;
   for (int replay = 0; replay < 2; ++replay) {
     launch(plan);

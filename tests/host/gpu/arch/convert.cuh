@@ -4,6 +4,11 @@
 
 namespace fa3::arch {
 
+inline float exp2_fast(float x) {
+  const float y = std::exp2(x);
+  return y < 1.1754944e-38f ? 0.f : y;  // NaN stays
+}
+
 inline float max_or_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b); }
 
 template <class Element>

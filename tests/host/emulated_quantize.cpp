@@ -1,0 +1,2 @@
+// The kernels of quantisation for tests/emulated.py.
+#include "quantize_kernels.h"

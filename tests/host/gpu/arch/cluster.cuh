@@ -1,0 +1,44 @@
+// src/arch/cluster.cuh on the emulated GPU.
+#pragma once
+#include "arch/barrier.cuh"
+
+namespace fa3::arch {
+
+inline uint32_t cluster_size() { return static_cast<uint32_t>(emulated::block->cluster.blocks.size()); }
+inline void cluster_publish() { emulated::block->cluster_arrive(); }
+inline void cluster_acquire() { emulated::block->cluster_wait(); }
+inline void cluster_meet() {
+  cluster_publish();
+  cluster_acquire();
+}
+inline void cluster_arrive() { cluster_publish(); }
+inline void cluster_wait() { cluster_acquire(); }
+
+/// Whatever is sent arrives when the copy engine of the other block brings it.
+template <class T>
+void send_value(T* own, const T& value, Barrier& barrier, uint32_t rank) {
+  if (rank >= cluster_size()) emulated::fail("something is sent to a block that the cluster has not");
+  auto* const to = reinterpret_cast<T*>(in_block(reinterpret_cast<uint8_t*>(own), rank));
+  emulated::block->cluster.blocks[rank]->bring([to, value, full = barrier.there(rank)] {
+    *to = value;
+    full->brought(sizeof value);
+  });
+}
+inline void send(int* own, int value, Barrier& barrier, uint32_t rank) { send_value(own, value, barrier, rank); }
+inline void send(float4* own, const float4& x, Barrier& barrier, uint32_t rank) { send_value(own, x, barrier, rank); }
+
+inline void copy_to(void* there, const void* own, uint32_t bytes, Barrier& barrier, uint32_t rank) {
+  uint8_t* const to = in_block(static_cast<uint8_t*>(there), rank);
+  Barrier* const full = barrier.there(rank);
+  full->arrive_expecting(bytes);
+  emulated::block->cluster.blocks[rank]->bring([=] {
+    std::memcpy(to, own, bytes);
+    full->brought(bytes);
+  });
+}
+
+inline const float* in_block(const float* own, uint32_t rank) {
+  return reinterpret_cast<const float*>(in_block(reinterpret_cast<const uint8_t*>(own), rank));
+}
+
+}  // namespace fa3::arch
