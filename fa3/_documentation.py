@@ -6,7 +6,7 @@ page_table : array (batch, max_pages), int32, optional
     Key j of sequence b is row ``j % page_size`` of page ``page_table[b, j // page_size]``. What it says of
     pages past a sequence's end does not matter. A page that does not exist is an error on the CPU; on the GPU
     its rows count as zeros, and FA3_CHECK=1 raises. On the GPU decoding in 16 bits from pages of a multiple
-    of 8 rows takes up to 5% longer than from one piece, from others up to 9%, or 1.7 times as long where all
+    of 8 rows takes up to 4% longer than from one piece, from others up to 11%, or 1.5 times as long where all
     sequences together have but a few thousand keys.""",
     "softmax_scale": """\
 softmax_scale : float, optional
@@ -62,8 +62,8 @@ fp8_accumulate : int, optional
     the largest of what they add, moves on to one in float32, rounded down to whole blocks of keys, but at least
     two blocks. 0: never; values whose mean is far from 0 then lose about 1/1000 for every 100 keys. Default:
     2,112; with head dims above 128 never up to 4,096 keys, unless with `batch_invariant`. There fewer than
-    1,024 mean each block, but with `qv` two blocks at least. Measured every 2,048 keys it costs 1 to 6% of the
-    time and leaves such values an error of 2%; every 512 keys, 7 to 12% and 0.5%.""",
+    1,024 mean each block, but with `qv` two blocks at least. Measured every 2,048 keys it costs up to 2% of the
+    time, 9% above head dim 128, and leaves such values an error of 2%; every 512 keys, 4 to 16% and 0.5%.""",
     "dropout_p": """\
 dropout_p : float, default 0.0
     Drop each weight of the softmax with this probability, in steps of 2**-15, and multiply the others by

@@ -29,10 +29,10 @@ namespace {
 // differences are within 1%.
 constexpr double kSectionBytes = 16 << 20;
 // Keys up to which sums of fp8 products stay in the tensor cores: 22 blocks of 96. Values of mean 1 lose 1% at 1,024
-// keys, 2% at 2,048, 5% at 4,096 and 18% at 16,384, and those of mean 0 nothing. Totals every 2,048 keys cost 1% of the
-// time, every 512 keys 7 to 12%. In the workspace every 2,048 keys cost 6%, of rows of 16,384 keys 10%: longer rows
-// alone take them. Where a caller wants sums of fewer keys than kLeastKeysInWorkspace, adding each block in fp32 costs
-// 12 to 13%, and every 1,024 keys 17%. By `python -m bench accuracy`; the 10% are from bench/NOTES.md.
+// keys, 2% at 2,048, 5% at 4,096 and 18% at 16,384, and those of mean 0 nothing. Totals every 2,048 keys cost up to
+// 2% of the time, every 512 keys 4 to 11%. In the workspace every 2,048 keys cost 9%, of rows of 16,384 keys 10%:
+// longer rows alone take them. Where a caller wants sums of fewer keys than kLeastKeysInWorkspace, adding each block in
+// fp32 costs 12 to 13%, and every 1,024 keys 17%. By `python -m bench accuracy`; the 10% are from bench/NOTES.md.
 constexpr int kMostKeysSummed = 2112, kMostKeysUnpromoted = 4096, kLeastKeysInWorkspace = 1024;
 constexpr int kMostCounted = (1 << 24) - 1;  // pieces: see arch/counter.cuh
 
