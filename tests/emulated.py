@@ -1,6 +1,6 @@
 """libfa3 with an emulated GPU: its host code and its kernels, compiled by g++ over tests/host/gpu.
 
-    python tests/emulated.py FOLDER [--kernels NAME,...]      build it there
+    python tests/emulated.py FOLDER      build it there
 """
 
 import ast

@@ -156,7 +156,7 @@ struct Block {
         fibers(threads),
         meetings((threads + 31) / 32 + kNamed),
         products((threads + 127) / 128) {
-    is_late = draw_late();
+    is_late = choices.when == Choices::kDrawn ? random() % 2 : choices.when == Choices::kLate;
     // Copies arrive in any order: at once, now and then, or when nobody can go on without them.
     const int kind = choices.when == Choices::kDrawn ? random() % 3 : choices.when == Choices::kLate ? 2 : 0;
     arrives_in_256 = kind == 0 ? 256 : kind == 1 ? 24 : 0;
@@ -180,7 +180,6 @@ struct Block {
   unsigned arrives_in_256, sluggish_in_256;
   bool ended = false;
 
-  bool draw_late() { return choices.when == Choices::kDrawn ? random() % 2 : choices.when == Choices::kLate; }
   Fiber& current() { return fibers[thread_number]; }
   Meeting& named(int id) { return meetings[meetings.size() - kNamed + id]; }
 

@@ -25,7 +25,7 @@ struct Barrier {
     settle();
     emulated::block->pause();
   }
-  void arrive_at(uint32_t rank) { there(rank)->arrive(); }
+  void arrive_at(uint32_t rank) { counterpart(*emulated::block->cluster.blocks[rank], this)->arrive(); }
   void arrive_expecting(uint32_t announced) {
     bytes += announced;
     arrive();
@@ -43,8 +43,6 @@ struct Barrier {
     emulated::block->wait([](const void* on, uint64_t what) { return static_cast<const Barrier*>(on)->phase != what; },
                           this, parity, "a barrier");
   }
-  /// The same barrier of another block of the cluster.
-  Barrier* there(uint32_t rank) { return reinterpret_cast<Barrier*>(in_block(reinterpret_cast<uint8_t*>(this), rank)); }
 
  private:
   void settle() {
@@ -89,7 +87,7 @@ template <int kAxes>
 void load_box_for(emulated::Block& block, void* shared, const CUtensorMap* map, const int32_t (&at)[kAxes],
                   Barrier& barrier) {
   const uint32_t to = shared_address(shared);
-  auto* const full = reinterpret_cast<Barrier*>(block.shared + static_cast<int32_t>(shared_address(&barrier)));
+  Barrier* const full = counterpart(block, &barrier);
   // The map is copied: arguments lie on the stack of their thread, which may end before.
   block.bring([&block, to, map = *map, full, at = std::to_array(at)] {
     bring_box(block, to, map, at);

@@ -7,8 +7,8 @@ namespace fa3::arch {
 inline void load_bytes_for(emulated::Block& block, void* shared, const void* global, uint32_t bytes, Barrier& barrier) {
   if ((reinterpret_cast<uintptr_t>(global) | shared_address(shared) | bytes) % 16)
     emulated::fail("a bulk copy off 16 bytes");
-  uint8_t* const to = block.shared + static_cast<int32_t>(shared_address(shared));
-  auto* const full = reinterpret_cast<Barrier*>(block.shared + static_cast<int32_t>(shared_address(&barrier)));
+  auto* const to = counterpart(block, static_cast<uint8_t*>(shared));
+  Barrier* const full = counterpart(block, &barrier);
   block.bring([=] {
     std::memcpy(to, global, bytes);
     full->brought(bytes);

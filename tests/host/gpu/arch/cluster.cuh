@@ -18,8 +18,8 @@ inline void cluster_wait() { cluster_acquire(); }
 template <class T>
 void send_value(T* own, const T& value, Barrier& barrier, uint32_t rank) {
   if (rank >= cluster_size()) emulated::fail("something is sent to a block that the cluster has not");
-  auto* const to = reinterpret_cast<T*>(in_block(reinterpret_cast<uint8_t*>(own), rank));
-  emulated::block->cluster.blocks[rank]->bring([to, value, full = barrier.there(rank)] {
+  emulated::Block& there = *emulated::block->cluster.blocks[rank];
+  there.bring([to = counterpart(there, own), value, full = counterpart(there, &barrier)] {
     *to = value;
     full->brought(sizeof value);
   });
@@ -28,17 +28,18 @@ inline void send(int* own, int value, Barrier& barrier, uint32_t rank) { send_va
 inline void send(float4* own, const float4& x, Barrier& barrier, uint32_t rank) { send_value(own, x, barrier, rank); }
 
 inline void copy_to(void* there, const void* own, uint32_t bytes, Barrier& barrier, uint32_t rank) {
-  uint8_t* const to = in_block(static_cast<uint8_t*>(there), rank);
-  Barrier* const full = barrier.there(rank);
+  emulated::Block& block = *emulated::block->cluster.blocks[rank];
+  auto* const to = counterpart(block, static_cast<uint8_t*>(there));
+  Barrier* const full = counterpart(block, &barrier);
   full->arrive_expecting(bytes);
-  emulated::block->cluster.blocks[rank]->bring([=] {
+  block.bring([=] {
     std::memcpy(to, own, bytes);
     full->brought(bytes);
   });
 }
 
 inline const float* in_block(const float* own, uint32_t rank) {
-  return reinterpret_cast<const float*>(in_block(reinterpret_cast<const uint8_t*>(own), rank));
+  return counterpart(*emulated::block->cluster.blocks[rank], own);
 }
 
 }  // namespace fa3::arch

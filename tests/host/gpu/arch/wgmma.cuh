@@ -14,9 +14,10 @@ template <class T>
 T* pointer_to(uint32_t address) {
   return reinterpret_cast<T*>(emulated::shared_memory + static_cast<int32_t>(address));
 }
-/// The same place as `own` in another block of the cluster.
-inline uint8_t* in_block(const uint8_t* own, uint32_t rank) {
-  return emulated::block->cluster.blocks[rank]->shared + (own - emulated::shared_memory);
+/// The same place as `own` in another thread block.
+template <class T>
+T* counterpart(const emulated::Block& block, T* own) {
+  return reinterpret_cast<T*>(block.shared + static_cast<int32_t>(shared_address(own)));
 }
 
 inline uint32_t descriptor_address(const void* pointer) { return (shared_address(pointer) & 0x3ffff) >> 4; }
